@@ -1,0 +1,22 @@
+"""dist_clip: gradient clipping for distributed training that knows how the gradients are sharded."""
+
+from dist_clip.clipper import GradClipper
+from dist_clip.errors import LayoutError, NonFiniteGradError
+from dist_clip.functional import clip_grad_norm_
+from dist_clip.policies import AdaGC, GlobalNorm, Policy, ZClip
+from dist_clip.report import ClipReport
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AdaGC",
+    "ClipReport",
+    "GlobalNorm",
+    "GradClipper",
+    "LayoutError",
+    "NonFiniteGradError",
+    "Policy",
+    "ZClip",
+    "__version__",
+    "clip_grad_norm_",
+]

@@ -1,0 +1,44 @@
+"""The table that tells what the clipper will do with each tensor."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from dist_clip.layout import group_label
+
+if TYPE_CHECKING:
+    from dist_clip.clipper import GradClipper
+
+
+def explain_table(clipper: GradClipper) -> str:
+    """One row a tensor, then what a step costs in collectives."""
+    plan = clipper.reduction_plan
+    header = ("tensor", "shape", "placement", "norm groups", "reduction", "policy", "counts")
+    rows = [header]
+    for i, tensor in enumerate(clipper.layout):
+        rows.append(
+            (
+                tensor.name + ("" if tensor.param.requires_grad else " (frozen)"),
+                "x".join(map(str, tensor.shape)) or "scalar",
+                tensor.placement,
+                " ".join(group_label(g) for g in tensor.norm_groups) or "none",
+                plan.describe(i),
+                clipper.policy_label(i),
+                "yes" if clipper.counts(i) else "on an earlier stage",
+            )
+        )
+    widths = [max(len(row[c]) for row in rows) for c in range(len(header))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    for stage in plan.stages:
+        lines.append(
+            f"{stage.collective} over {group_label(stage.group)}: {len(stage.indices)} tensors, "
+            f"{8 * len(stage.indices)} bytes a step"
+        )
+    if not plan.stages:
+        lines.append("no collective for tensor norms: every tensor is whole on this rank")
+    if clipper.pp_group is not None:
+        lines.append(
+            f"pipeline {group_label(clipper.pp_group)}: one gather of a few numbers on steps that need the global norm"
+        )
+    return "\n".join(lines)

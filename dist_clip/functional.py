@@ -1,0 +1,102 @@
+"""clip_grad_norm_: stateless global-norm clipping with torch's signature, right where torch raises or is wrong."""
+
+from __future__ import annotations
+
+import math
+import numbers
+import types
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dist_clip import kernels
+from dist_clip.errors import NonFiniteGradError
+from dist_clip.groups import checked_group
+from dist_clip.readers import PartialReducer, layout_of_parameters
+from dist_clip.reduction import PipelineReducer, ReductionPlan
+
+
+@torch.no_grad()
+def clip_grad_norm_(
+    parameters: Tensor | Iterable[Tensor],
+    max_norm: float,
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+    foreach: bool | None = None,
+    *,
+    pp_group: Any = None,
+) -> Tensor:
+    r"""Clip the norm of all gradients together, in place: :func:`torch.nn.utils.clip_grad_norm_` for sharded models.
+
+    Each gradient is multiplied by ``min(1, max_norm / (N + 1e-6))``. Parameters may be plain tensors and DTensors of any
+    meshes mixed (TP + FSDP2, EP + FSDP2). Every rank that holds a piece must call it with the same parameters.
+
+    Args:
+        parameters: a tensor or an iterable of tensors, whose ``.grad`` is clipped.
+        max_norm: threshold, at least 0.
+        norm_type: order of the norm, positive, possibly ``inf``.
+        error_if_nonfinite: raise if the total norm is NaN or Inf, before anything is scaled; syncs the host.
+        foreach: False takes the tensors one by one, as in torch; the result is the same.
+        pp_group: process group across pipeline stages. Tensors have no names here, so one that two stages hold a copy
+            of counts twice; `GradClipper` counts it once.
+
+    Returns:
+        The total norm before clipping, a plain fp32 0-dim tensor (float64 if all gradients are), the same on every rank.
+
+    Raises:
+        NonFiniteGradError: a RuntimeError, see ``error_if_nonfinite``.
+        TypeError, ValueError: a bad argument, shown in the message.
+    """
+    max_norm, p = _checked(max_norm, norm_type)
+    pp_group = checked_group(pp_group, "pp_group")
+    if isinstance(parameters, Tensor):
+        params = [parameters]
+    else:
+        params = list(parameters)
+        if isinstance(parameters, types.GeneratorType) and not params:
+            warnings.warn("`parameters` is an empty generator, no gradient clipping will occur.", stacklevel=3)
+    for i, param in enumerate(params):
+        if not isinstance(param, Tensor):
+            raise TypeError(f"parameters must be tensors, number {i} is {type(param).__name__}: {param!r}")
+
+    layout = layout_of_parameters([(f"parameters[{i}]", param) for i, param in enumerate(params)])
+    PartialReducer(layout.tensors).reduce_()
+    shards = [tensor.read() for tensor in layout]
+    stages = 1 if pp_group is None else pp_group.size()
+    world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    plan = ReductionPlan(layout, copies_among=world // stages)
+    sums = plan.reduce(kernels.power_sums(shards, p, layout.device, foreach), p)
+    total = sums.amax() if math.isinf(p) and len(layout) else sums.sum()
+    if stages > 1:
+        total = PipelineReducer(pp_group).sum(total.view(1), p)[0]
+    norm = total if math.isinf(p) else total.sqrt() if p == 2.0 else total.pow(1.0 / p)
+
+    if error_if_nonfinite and not bool(torch.isfinite(norm)):
+        raise NonFiniteGradError(
+            f"the total norm of order {p:g} of the gradients is {norm.item()}, so they cannot be clipped; set "
+            "error_if_nonfinite=False to scale them by it anyway"
+        )
+    scale = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
+    kernels.scale_(shards, scale.float().expand(len(shards)), uniform=True, foreach=foreach)
+    dtypes = {shard.dtype for shard in shards if shard is not None}
+    return norm if dtypes == {torch.float64} else norm.float()
+
+
+def _checked(max_norm: object, norm_type: object) -> tuple[float, float]:
+    if isinstance(max_norm, Tensor) and max_norm.numel() == 1:
+        max_norm = max_norm.item()
+    if isinstance(max_norm, bool) or not isinstance(max_norm, numbers.Real):
+        raise TypeError(f"max_norm must be a number, got {max_norm!r}")
+    if not float(max_norm) >= 0:
+        raise ValueError(f"max_norm must be at least 0, got {max_norm!r}")
+    try:
+        p = float(norm_type)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        raise TypeError(f"norm_type must be a number or 'inf', got {norm_type!r}") from None
+    if not p > 0:
+        raise ValueError(f"norm_type must be positive, got {norm_type!r}")
+    return float(max_norm), p

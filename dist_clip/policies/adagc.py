@@ -1,0 +1,136 @@
+"""AdaGC: each element's norm is bounded by a moving average of its own clipped norms."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from dist_clip.policies.base import (
+    Policy,
+    Scope,
+    State,
+    check_choice,
+    check_count,
+    check_fraction,
+    check_number,
+    global_clip_scale,
+    observed,
+)
+
+GammaInit = Literal["min", "median", "mean", "last"]
+
+
+@dataclasses.dataclass(frozen=True)
+class AdaGC(Policy):
+    """Adaptive gradient clipping per tensor.
+
+    Warm-up (``t <= warmup_steps``): GlobalGC at ``max_norm``; ``gamma`` becomes a statistic of the norms after that
+    scaling. After it: ``h = min(1, lambda_rel * gamma / (n + eps))``, ``g *= h`` and
+    ``gamma = beta * gamma + (1 - beta) * min(n, lambda_rel * gamma)``, the threshold taken before the update.
+    An element first seen after warm-up starts its gamma at its norm and is not clipped. A norm of zero (no gradient) or
+    NaN or Inf never enters gamma.
+
+    Args:
+        lambda_rel: how far above its average a norm may go, as a ratio; above 0, usually a little above 1.
+        beta: decay of the moving average, in [0, 1).
+        warmup_steps: steps of GlobalGC before the adaptive rule starts.
+        max_norm: the warm-up's global threshold (the paper's lambda_abs), above 0.
+        scope: "tensor" is the paper's AdaGC; "shard" takes each rank's piece as a tensor of its own (AdaGC-Shard, no
+            communication after warm-up); "global" applies the rule once, to the global norm (AdaGC-Global).
+        gamma_init: which statistic of the warm-up's norms gamma starts from. "min" is the paper's; a dip early in training
+            then over-clips for thousands of steps, which "median", "mean" and "last" avoid.
+        eps: added to the norm in the ratio.
+
+    State: ``gamma``, fp32 [n] (0: nothing observed yet); during warm-up also ``count`` (mean) or ``history``
+    [warmup_steps, n] (median).
+
+    Reference: arXiv 2502.11034, and its official code lishuai-97/AdaGC.
+    """
+
+    lambda_rel: float = 1.04
+    beta: float = 0.99
+    warmup_steps: int = 100
+    max_norm: float = 1.0
+    scope: Scope = "tensor"
+    gamma_init: GammaInit = "min"
+    eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        check_number("AdaGC", "lambda_rel", self.lambda_rel, 0.0, open_low=True)
+        if math.isinf(self.lambda_rel):
+            raise ValueError(f"AdaGC: lambda_rel must be finite, got {self.lambda_rel!r}")
+        check_fraction("AdaGC", "beta", self.beta)
+        check_count("AdaGC", "warmup_steps", self.warmup_steps, 0)
+        check_number("AdaGC", "max_norm", self.max_norm, 0.0, open_low=True)
+        check_choice("AdaGC", "scope", self.scope, get_args(Scope))
+        check_choice("AdaGC", "gamma_init", self.gamma_init, get_args(GammaInit))
+        check_number("AdaGC", "eps", self.eps, 0.0)
+
+    @property
+    def rule_scope(self) -> Scope:
+        return self.scope
+
+    def needs_global_norm(self, step: int) -> bool:
+        return self.scope == "global" or step <= self.warmup_steps
+
+    def init_state(self, n: int, device: torch.device) -> State:
+        state = {"gamma": torch.zeros(n, dtype=torch.float32, device=device)}
+        if self.gamma_init == "mean":
+            state["count"] = torch.zeros(n, dtype=torch.int64, device=device)
+        if self.gamma_init == "median":
+            state["history"] = torch.full((self.warmup_steps, n), math.nan, dtype=torch.float32, device=device)
+        return state
+
+    def step(self, state: State, norms: Tensor, global_norm: Tensor | None, t: Tensor) -> tuple[Tensor, State]:
+        steady_scales, steady_gamma = self._after_warmup(state["gamma"].double(), norms)
+        if global_norm is None:  # the host knows that warm-up is over
+            return steady_scales, {**state, "gamma": steady_gamma.float()}
+        in_warmup = t <= self.warmup_steps
+        warm_scales = global_clip_scale(self.max_norm, global_norm).expand(norms.shape)
+        warm = self._observe(state, norms * warm_scales, t)
+        new = {name: torch.where(in_warmup, value, state[name]) for name, value in warm.items()}
+        new["gamma"] = torch.where(in_warmup, warm["gamma"], steady_gamma.float())
+        return torch.where(in_warmup, warm_scales, steady_scales), new
+
+    def _after_warmup(self, gamma: Tensor, norms: Tensor) -> tuple[Tensor, Tensor]:
+        known = gamma > 0
+        threshold = self.lambda_rel * gamma
+        scales = torch.clamp(threshold / (norms + self.eps), max=1.0)
+        scales = torch.where(known & (norms != 0), scales, 1.0)
+        # A tensor with no gamma and a non-finite norm has no threshold to be scaled to: its gradient stays as it is.
+        average = self.beta * gamma + (1 - self.beta) * torch.minimum(norms, threshold)
+        updated = torch.where(known, average, norms)
+        return scales, torch.where(observed(norms), updated, gamma)
+
+    def _observe(self, state: State, clipped_norms: Tensor, t: Tensor) -> State:
+        """One warm-up observation of the norms after clipping."""
+        seen = observed(clipped_norms)
+        gamma = state["gamma"].double()
+        if self.gamma_init == "min":
+            first = gamma == 0
+            updated = torch.where(first, clipped_norms, torch.minimum(gamma, clipped_norms))
+        elif self.gamma_init == "last":
+            updated = clipped_norms
+        elif self.gamma_init == "mean":
+            count = state["count"] + seen
+            updated = gamma + (clipped_norms - gamma) / count.clamp(min=1)
+            return {"gamma": torch.where(seen, updated, gamma).float(), "count": count}
+        else:
+            row = torch.where(seen, clipped_norms, math.nan).float()
+            rows = torch.arange(self.warmup_steps, device=row.device).unsqueeze(1)
+            history = torch.where(rows == t - 1, row, state["history"])
+            return {"gamma": _median(history), "history": history}
+        return {"gamma": torch.where(seen, updated, gamma).float()}
+
+
+def _median(history: Tensor) -> Tensor:
+    """Median of each column of [k, n] over its non-NaN rows (mean of the middle two); 0 for a column of NaN."""
+    ordered = history.sort(dim=0).values  # NaN sorts last
+    count = (~torch.isnan(ordered)).sum(dim=0, keepdim=True)
+    low = ordered.gather(0, ((count - 1) // 2).clamp(min=0))
+    high = ordered.gather(0, (count // 2).clamp(max=max(history.shape[0] - 1, 0)))
+    return torch.where(count > 0, (low + high) / 2, 0.0).squeeze(0)

@@ -1,0 +1,89 @@
+"""From what the user passes to a checked layout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from dist_clip.errors import LayoutError
+from dist_clip.layout import Layout, LogicalTensor
+from dist_clip.readers.dtensor import MeshGroups, read_dtensor
+from dist_clip.readers.naming import modules_of, named_parameters
+
+
+def build_layout(target: Any, *, allow_empty: bool = False, skip: Callable[[str], bool] = lambda name: False) -> Layout:
+    """Read and check the layout of `target` (see `named_parameters`), without the names that `skip` matches."""
+    for module in modules_of(target):
+        _check_module(module)
+    pairs = named_parameters(target)
+    if not pairs and not allow_empty:
+        raise LayoutError("there are no parameters to clip: the module or list passed has none")
+    floating = [(name, p) for name, p in pairs if p.is_floating_point() or p.is_complex()]
+    if pairs and not any(p.requires_grad for _, p in floating) and not allow_empty:
+        raise LayoutError(f"all {len(pairs)} parameters are frozen (requires_grad=False): there is nothing to clip")
+    kept = [(name, p) for name, p in floating if not skip(name)]
+    if not kept and not allow_empty:
+        raise LayoutError(f"all {len(pairs)} parameters are excluded: there is nothing to clip")
+    return layout_of_parameters(kept)
+
+
+def layout_of_parameters(pairs: Sequence[tuple[str, Tensor]]) -> Layout:
+    groups = MeshGroups()
+    tensors = []
+    for name, param in pairs:
+        if param.is_complex():
+            raise LayoutError(f"rank {_rank()}: {name!r} is complex ({param.dtype}); view it as real to clip it")
+        if type(param).__name__ == "FlatParameter":
+            raise LayoutError(
+                f"rank {_rank()}: {name!r} is a flat parameter of FullyShardedDataParallel (FSDP1), whose per-tensor norms "
+                "cannot be read yet: use fully_shard (FSDP2)"
+            )
+        tensors.append(read_dtensor(name, param, groups) if isinstance(param, DTensor) else _read_plain(name, param))
+    return Layout(tuple(tensors))
+
+
+def _read_plain(name: str, param: Tensor) -> LogicalTensor:
+    """A tensor that is whole on this rank: single process, DDP, pipeline stages, replicated."""
+
+    def read() -> Tensor | None:
+        grad = param.grad
+        if grad is None:
+            return None
+        if isinstance(grad, DTensor):
+            raise RuntimeError(f"{name!r} is a plain tensor but its gradient is a DTensor")
+        if grad.layout != torch.strided:
+            raise RuntimeError(
+                f"rank {_rank()}: the gradient of {name!r} is sparse ({grad.layout}), which cannot be clipped: use dense "
+                "gradients (sparse=False), or exclude this tensor"
+            )
+        return grad
+
+    return LogicalTensor(
+        name=name,
+        shape=tuple(param.shape),
+        param=param,
+        norm_groups=(),
+        component=frozenset({_rank()}),
+        read=read,
+        device=param.device,
+        placement="whole",
+    )
+
+
+def _check_module(module: nn.Module) -> None:
+    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.sparse:
+        raise LayoutError(f"{module} makes sparse gradients, which cannot be clipped: construct it with sparse=False")
+    if type(module).__name__ == "FullyShardedDataParallel":
+        raise LayoutError(
+            "the model is wrapped in FullyShardedDataParallel (FSDP1), whose per-tensor norms cannot be read yet: use "
+            "fully_shard (FSDP2)"
+        )
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0

@@ -1,0 +1,60 @@
+"""The report of one clip: device tensors, read back only when somebody asks."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipReport:
+    """What a call of ``GradClipper.clip_`` measured and did. Nothing here costs a host sync until it is read.
+
+    Attributes:
+        names: FQN of each tensor this rank takes part in, n of them.
+        tensor_norms: fp32 [n], L2 norm of each gradient before clipping (with scope "shard": of this rank's shard).
+        scales: fp32 [n], what each gradient was multiplied by.
+        global_norm: fp32 0-dim, L2 norm of all gradients before clipping, the same on every rank. None where finding it
+            would have cost a collective that the policy had no need of: across pipeline stages, and with scope "shard".
+            ``GradClipper(log_global_norm=True)`` always gives it.
+        clipped_global_norm: fp32 0-dim, the same after clipping; None where `global_norm` is.
+        nonfinite: bool 0-dim, whether any norm was NaN or Inf (with ``nonfinite="skip"``: on any rank).
+        num_grads: tensors that have a gradient on this rank.
+    """
+
+    names: tuple[str, ...]
+    tensor_norms: Tensor
+    scales: Tensor
+    global_norm: Tensor | None
+    clipped_global_norm: Tensor | None
+    nonfinite: Tensor
+    num_grads: int
+
+    @property
+    def empty(self) -> bool:
+        """No tensor had a gradient on this rank: nothing was clipped (a clip before any backward)."""
+        return self.num_grads == 0
+
+    @property
+    def clipped_fraction(self) -> Tensor:
+        """fp32 0-dim: share of the tensors with a non-zero gradient whose scale is below 1."""
+        has_grad = self.tensor_norms != 0
+        clipped = has_grad & (self.scales < 1)
+        return clipped.sum().float() / has_grad.sum().clamp(min=1)
+
+    @property
+    def min_scale(self) -> Tensor:
+        """fp32 0-dim: the smallest scale."""
+        return self.scales.min() if len(self.names) else torch.ones(())
+
+    def __str__(self) -> str:
+        """A line for people. Reads tensors back."""
+        if self.empty:
+            return "no gradients: nothing was clipped"
+        norm = "not reduced" if self.global_norm is None else f"{self.global_norm.item():.4g}"
+        return (
+            f"global norm {norm}, clipped {self.clipped_fraction.item():.0%} of {self.num_grads} gradients, "
+            f"smallest scale {self.min_scale.item():.3g}{', NON-FINITE' if self.nonfinite.item() else ''}"
+        )
