@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from itertools import zip_longest
 from typing import Any
 
@@ -24,36 +25,40 @@ class Announcement:
     names: tuple[str, ...] = ()
 
 
-def agree(mine: Announcement, process_group: Any) -> list[tuple[int, Announcement]]:
+def agree(mine: Announcement, process_group: Any, pp_group: Any) -> list[tuple[int, Announcement]]:
     """Exchange announcements over `process_group` and raise the same `LayoutError` on all of its ranks if any differs.
 
     Ranks of one pipeline stage must hold the same tensors in the same order with the same placements; all ranks must be
-    configured alike, and each pattern must match somewhere. Returns the announcements with their global ranks.
+    configured alike, and each pattern must match somewhere. Returns one announcement a stage (all, if any differ) with
+    the global rank it came from.
 
-    To keep the exchange small at scale ranks first compare digests; texts travel only between stages and on an error.
+    Ranks first compare digests. Names travel only where they are needed: between the stages of a pipeline, and between
+    all ranks to say what differs.
     """
-    if not _distributed():
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         everyone = [(0, mine)]
     else:
         group = process_group if process_group is not None else dist.group.WORLD
-        gathered: list[Any] = [None] * dist.get_world_size(group)
-        digest = hash_of(mine)
-        dist.all_gather_object(gathered, (mine.error, mine.stage, digest), group=group)
-        ranks = dist.get_process_group_ranks(group)
-        alike = len(set(gathered)) == 1 and mine.error is None
-        if alike:
-            everyone = [(ranks[0], mine)]
+        digests: list[Any] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(digests, (mine.error is None, mine.stage, _digest(mine)), group=group)
+        stages = {stage for _, stage, _ in digests}
+        if not all(fine for fine, _, _ in digests) or len(set(digests)) > len(stages):
+            everyone = _gather(mine, group)
+        elif pp_group is not None:
+            everyone = _gather(mine, pp_group)
         else:
-            full: list[Any] = [None] * dist.get_world_size(group)
-            dist.all_gather_object(full, mine, group=group)
-            everyone = list(zip(ranks, full, strict=True))
+            everyone = [(dist.get_rank(), mine)]
     _check(everyone)
     return everyone
 
 
-def hash_of(mine: Announcement) -> str:
-    import hashlib
+def _gather(mine: Announcement, group: Any) -> list[tuple[int, Announcement]]:
+    gathered: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(gathered, mine, group=group)
+    return list(zip(dist.get_process_group_ranks(group), gathered, strict=True))
 
+
+def _digest(mine: Announcement) -> str:
     content = repr((mine.tensors, mine.config, sorted(mine.patterns), sorted(mine.matched)))
     return hashlib.sha256(content.encode()).hexdigest()
 
@@ -85,11 +90,12 @@ def _check(everyone: list[tuple[int, Announcement]]) -> None:
                     f"{theirs or 'missing'!r} on rank {ref_rank}. Every rank must pass the same parameters in the same "
                     "order, sharded alike; under pipeline parallelism pass pp_group="
                 )
+    if len(reference) > 1 and first.names and len({a.names for _, a in everyone}) == 1:
+        raise LayoutError(
+            f"all {len(reference)} ranks of pp_group hold the same {len(first.names)} tensors (first: {first.names[0]!r}): "
+            "this is not the group across pipeline stages; pass pp_mesh.get_group(), or nothing without pipeline stages"
+        )
     unmatched = first.patterns.difference(*(a.matched for _, a in everyone))
     if unmatched:
         some = ", ".join(list(first.names)[:5])
         raise LayoutError(f"no tensor on any rank matches {sorted(unmatched)}; names look like: {some}, ...")
-
-
-def _distributed() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

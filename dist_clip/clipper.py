@@ -91,7 +91,7 @@ class GradClipper:
         ):
             target = list(target)  # a generator can be read once
         layout, announcement = self._announce(target, rules, pp_group)
-        everyone = agree(announcement, process_group)
+        everyone = agree(announcement, process_group, pp_group)
         assert layout is not None  # agree() raises what went wrong above
         self._known = frozenset(id(param) for _, param in named_parameters(target))
         self.layout: Layout = layout

@@ -32,24 +32,29 @@ def power_sums(shards: Sequence[Tensor | None], p: float, device: torch.device, 
         float64 tensor [n] on ``device``. Accumulation is blocked on CPU and in float64 elsewhere, so neither the number
         of elements nor squares outside fp32's range cost accuracy. No host sync for accelerator tensors.
     """
-    by_device: dict[torch.device, list[int]] = defaultdict(list)
-    for i, shard in enumerate(shards):
-        if shard is not None and shard.numel() > 0:
-            by_device[shard.device].append(i)
     out = torch.zeros(len(shards), dtype=torch.float64, device=device)
-    for shard_device, indices in by_device.items():
-        tensors = [shards[i] for i in indices]
+    for shard_device, present in _by_device(shards).items():
+        indices, tensors = [i for i, _ in present], [shard for _, shard in present]
         if shard_device.type == "cpu":
-            norms = _norms_cpu(tensors, p)  # type: ignore[arg-type]
+            norms = _norms_cpu(tensors, p)
         elif foreach is False:
-            norms = torch.stack([torch.linalg.vector_norm(t, p, dtype=torch.float64) for t in tensors])  # type: ignore[arg-type]
+            norms = torch.stack([torch.linalg.vector_norm(t, p, dtype=torch.float64) for t in tensors])
         else:
-            norms = torch.stack(torch._foreach_norm(tensors, p, dtype=torch.float64))  # type: ignore[arg-type]
+            norms = torch.stack(torch._foreach_norm(tensors, p, dtype=torch.float64))
         sums = norms if math.isinf(p) else norms.square() if p == 2.0 else norms.pow(p)
         if len(indices) == len(shards):
             return sums.to(device)
         out = _scatter(out, indices, sums.to(device))
     return out
+
+
+def _by_device(shards: Sequence[Tensor | None]) -> dict[torch.device, list[tuple[int, Tensor]]]:
+    """The non-empty tensors with their positions, by device."""
+    by_device: dict[torch.device, list[tuple[int, Tensor]]] = defaultdict(list)
+    for i, shard in enumerate(shards):
+        if shard is not None and shard.numel() > 0:
+            by_device[shard.device].append((i, shard))
+    return by_device
 
 
 def _scatter(out: Tensor, indices: list[int], values: Tensor) -> Tensor:
@@ -98,7 +103,7 @@ def _blocked_norm(flat: Tensor, p: float) -> Tensor:
         return torch.linalg.vector_norm(_row_norms(flat, p), p)
     buffer = torch.empty(min(_CHUNK, flat.numel()), dtype=torch.float32)
     parts = []
-    for chunk in flat.split(_CHUNK):
+    for chunk in torch.split(flat, _CHUNK):
         widened = buffer[: chunk.numel()].copy_(chunk)
         parts.append(_row_norms(widened, p))
     return torch.linalg.vector_norm(torch.cat(parts), p)
@@ -123,33 +128,28 @@ def scale_(
         scales: fp32 tensor [n]; low-precision gradients are multiplied in fp32 and rounded once.
         uniform: all entries of ``scales`` are equal, which lets an accelerator use one fused launch.
     """
-    by_device: dict[torch.device, list[int]] = defaultdict(list)
-    for i, shard in enumerate(shards):
-        if shard is not None and shard.numel() > 0:
-            by_device[shard.device].append(i)
-    for device, indices in by_device.items():
+    for device, present in _by_device(shards).items():
         if device.type == "cpu":
-            values = scales.tolist()
-            for i in indices:
+            values: list[float] = scales.tolist()
+            for i, shard in present:
                 # `!=` also lets a NaN scale through: a non-finite norm propagates as it does in torch.
                 if values[i] != 1.0:
-                    shards[i].mul_(values[i])  # type: ignore[union-attr]
+                    shard.mul_(values[i])
             continue
         local_scales = scales.to(device, non_blocking=True)
-        full = [i for i in indices if shards[i].dtype in (torch.float32, torch.float64)]  # type: ignore[union-attr]
+        full = [(i, shard) for i, shard in present if shard.dtype in (torch.float32, torch.float64)]
         if full and uniform and foreach is not False:
-            torch._foreach_mul_([shards[i] for i in full], local_scales[full[0]])  # type: ignore[arg-type]
+            torch._foreach_mul_([shard for _, shard in full], local_scales[full[0][0]])
         elif full:
-            torch._foreach_mul_([shards[i] for i in full], [local_scales[i] for i in full])  # type: ignore[arg-type]
-        for i in indices:
-            shard = shards[i]
-            if shard is not None and shard.dtype not in (torch.float32, torch.float64):
+            torch._foreach_mul_([shard for _, shard in full], tuple(local_scales[i] for i, _ in full))
+        for i, shard in present:
+            if shard.dtype not in (torch.float32, torch.float64):
                 # bf16 * fp32 0-dim on an accelerator rounds the scale to bf16 first (0.99 becomes 0.9883).
                 shard.copy_(shard.float() * local_scales[i])
 
 
 def zero_where_(shards: Sequence[Tensor | None], flags: Tensor) -> None:
     """Set a tensor to exactly 0 where its flag (bool [n]) is set; multiplying by 0 would keep NaN and Inf as NaN."""
-    for i, shard in enumerate(shards):
-        if shard is not None and shard.numel() > 0:
+    for present in _by_device(shards).values():
+        for i, shard in present:
             shard.masked_fill_(flags[i].to(shard.device, non_blocking=True), 0)

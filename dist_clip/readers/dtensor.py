@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.tensor import DTensor, Partial, Replicate
 
 from dist_clip.errors import LayoutError
@@ -79,7 +80,7 @@ def _is_sharding(placement: Any) -> bool:
 
 
 def _current_device(device_type: str) -> int:
-    return torch.get_device_module(device_type).current_device()  # type: ignore[no-any-return]
+    return torch.get_device_module(device_type).current_device()
 
 
 def _reader(name: str, param: DTensor) -> Callable[[], Tensor | None]:
@@ -102,7 +103,7 @@ def _reader(name: str, param: DTensor) -> Callable[[], Tensor | None]:
 
 def wait(local: Tensor) -> Tensor:
     """The tensor behind a collective that may still be under way: in-place work must reach the real storage."""
-    return local.wait() if hasattr(local, "trigger_wait") else local  # type: ignore[attr-defined, no-any-return]
+    return local.wait() if isinstance(local, AsyncCollectiveTensor) else local
 
 
 class PartialReducer:
@@ -184,13 +185,13 @@ class PartialReducer:
                 # No gradient here: an addend of zero keeps the collective the same on every rank. A gradient that is
                 # already whole counts once.
                 local = param.to_local()
-                whole = grad is not None and dist.get_rank(group) == 0
-                pieces.append(wait(grad.to_local()).reshape(-1) if whole else torch.zeros_like(local).reshape(-1))
+                whole = isinstance(grad, DTensor) and dist.get_rank(group) == 0
+                pieces.append((wait(grad.to_local()) if whole else torch.zeros_like(local)).reshape(-1))  # type: ignore[union-attr]
         flat = torch.cat(pieces)
         dist.all_reduce(flat, group=group)
         if op == "avg":
             flat /= group.size()
-        for (_name, param, dim), piece in zip(members, flat.split([p.numel() for p in pieces]), strict=True):
+        for (_name, param, dim), piece in zip(members, torch.split(flat, [p.numel() for p in pieces]), strict=True):
             grad = param.grad
             if isinstance(grad, DTensor) and grad.placements[dim].is_partial():
                 placements = list(grad.placements)
