@@ -19,7 +19,7 @@ from dist_clip.explain import explain_table
 from dist_clip.faults import raise_nonfinite
 from dist_clip.groups import checked_group, stage_of
 from dist_clip.layout import Layout
-from dist_clip.policies.base import Policy, State
+from dist_clip.policies.base import Policy, State, is_finite, is_nonfinite
 from dist_clip.readers import PartialReducer, build_layout, named_parameters
 from dist_clip.reduction import PipelineReducer, ReductionPlan
 from dist_clip.report import ClipReport
@@ -204,15 +204,15 @@ class GradClipper:
             sums = local
             if self.nonfinite == "zero" and self._any_shard_scope:
                 # Per shard: a faulty shard is left out, the tensor's other shards are not.
-                sums = torch.where(self._shard_scope & ~torch.isfinite(local), 0.0, local)
+                sums = torch.where(self._shard_scope & is_nonfinite(local), 0.0, local)
             whole = self._plan.reduce(sums).sqrt()
             norms = torch.where(self._shard_scope, local.sqrt(), whole) if self._any_shard_scope else whole
         else:
             whole, norms = None, local.sqrt()
-        bad = ~torch.isfinite(norms)
+        bad = is_nonfinite(norms)
         if self.nonfinite == "zero":
             clean = torch.where(bad, 0.0, norms)
-            whole = None if whole is None else torch.where(torch.isfinite(whole), whole, 0.0)
+            whole = None if whole is None else torch.where(is_finite(whole), whole, 0.0)
             return Measured(local, whole, norms, clean, bad)
         return Measured(local, whole, norms, norms, bad)
 
@@ -240,7 +240,7 @@ class GradClipper:
         needed = [self._needs_total(d) for d in self._domains]
         decides = self.nonfinite in ("skip", "raise")
         if decides and measured.whole is not None:
-            flag = (~torch.isfinite(measured.whole)).any()
+            flag = is_nonfinite(measured.whole).any()
         if not any(needed) and not (decides and self._pipeline is not None):
             return [None] * len(needed), flag
         assert measured.whole is not None
@@ -248,15 +248,17 @@ class GradClipper:
         sums = torch.stack([*(squares.index_select(0, d.index).sum() for d in self._domains), flag.double()])
         if self._pipeline is not None:
             sums = self._pipeline.sum(sums)
-            if decides:
-                flag = sums[-1] > 0
-        return [total.sqrt() if need else None for total, need in zip(sums[:-1], needed, strict=True)], flag
+        *squared, flags = sums.unbind()
+        if decides and self._pipeline is not None:
+            flag = flags > 0
+        return [total.sqrt() if need else None for total, need in zip(squared, needed, strict=True)], flag
 
     def _decide(self, measured: Measured, totals: list[Tensor | None], flag: Tensor) -> Tensor:
         """Run the policies: scales, float64 [n], and the state updated in place."""
-        ok = ~flag if self.nonfinite == "skip" else None
+        ok = torch.logical_not(flag) if self.nonfinite == "skip" else None
         t = self._t + 1
         scales = torch.ones(len(self.layout), dtype=torch.float64, device=self.device)
+        olds, news = [self._t], [t]
         for domain, total in zip(self._domains, totals, strict=True):
             if domain.policy.rule_scope == "global":
                 assert total is not None
@@ -264,11 +266,13 @@ class GradClipper:
             else:
                 elements = measured.clean.index_select(0, domain.index)
             domain_scales, new_state = domain.policy.step(domain.state, elements, total, t)
-            scales.index_copy_(0, domain.index, domain_scales.expand(len(domain.indices)).contiguous())
-            for name, value in new_state.items():
-                # Copied into place: the state's memory never moves, as a captured CUDA graph needs it.
-                domain.state[name].copy_(value if ok is None else torch.where(ok, value, domain.state[name]))
-        self._t.copy_(t if ok is None else torch.where(ok, t, self._t))
+            scales.index_copy_(0, domain.index, domain_scales.expand(len(domain.indices)))
+            olds += domain.state.values()
+            news += [new_state[name] for name in domain.state]
+        if ok is not None:
+            news = [torch.where(ok, new, old) for new, old in zip(news, olds, strict=True)]
+        # Copied into place: the state's memory never moves, as a captured CUDA graph needs it.
+        torch._foreach_copy_(olds, news)
         if ok is not None:
             scales = torch.where(ok, scales, 1.0)
         if self.nonfinite == "zero":
@@ -296,8 +300,8 @@ class GradClipper:
         sums = torch.stack([before.sum(), after.sum()])
         if self._pipeline is not None:
             sums = self._pipeline.sum(sums)
-        norms = sums.sqrt().float()
-        return norms[0], norms[1]
+        norm, clipped_norm = sums.sqrt().float().unbind()
+        return norm, clipped_norm
 
     # --------------------------------------------------------------------------------- optimizers, state, explanation
 

@@ -20,7 +20,7 @@ Collective = Literal["all_reduce", "all_gather"]
 class Stage:
     """One packed collective: the power sums of `indices` over `group`, at depth `level` (equal levels run at once).
 
-    `index` is `indices` on the device (None where they are consecutive), sent there once: the copy is a host sync.
+    `index` is `indices` on the device (None where they are all tensors), sent there once: the copy is a host sync.
     """
 
     group: Any
@@ -30,13 +30,11 @@ class Stage:
     index: Tensor | None
 
     def take(self, vector: Tensor) -> Tensor:
-        if self.index is None:
-            return vector[self.indices[0] : self.indices[-1] + 1].clone()
-        return vector.index_select(0, self.index)
+        return vector.clone() if self.index is None else vector.index_select(0, self.index)
 
     def put(self, vector: Tensor, values: Tensor) -> None:
         if self.index is None:
-            vector[self.indices[0] : self.indices[-1] + 1] = values
+            vector.copy_(values)
         else:
             vector.index_copy_(0, self.index, values)
 
@@ -81,7 +79,7 @@ class ReductionPlan:
         first = dist.get_process_group_ranks(process_group)[0]
         indices = tuple(i for i, t in enumerate(layout) if t.norm_groups)
         self.union = process_group
-        self.stages = [Stage(process_group, indices, "all_reduce", 0, _index(indices, layout.device))]
+        self.stages = [Stage(process_group, indices, "all_reduce", 0, _index(indices, len(layout), layout.device))]
         self._sends = torch.tensor([first in layout.tensors[i].component for i in indices], device=layout.device)
 
     def _plan_chain(self, layout: Layout, groups: list[Any], members: dict[int, list[int]], copies_among: int) -> None:
@@ -99,7 +97,7 @@ class ReductionPlan:
                 groups[k].size() * _later(layout.tensors[i], groups, k, order) >= copies_among for i in members[k]
             )
             collective: Collective = "all_reduce" if level[k] == 0 and alone else "all_gather"
-            index = _index(members[k], layout.device)
+            index = _index(members[k], len(layout), layout.device)
             self.stages.append(Stage(groups[k], tuple(members[k]), collective, level[k], index))
         self.stages.sort(key=lambda stage: stage.level)
 
@@ -168,6 +166,5 @@ def _later(tensor: Any, groups: list[Any], k: int, order: list[int]) -> int:
     return math.prod(groups[h].size() for h in after if any(groups[h] is g for g in tensor.norm_groups)) or 1
 
 
-def _index(indices: Sequence[int], device: torch.device) -> Tensor | None:
-    consecutive = indices[-1] - indices[0] + 1 == len(indices)
-    return None if consecutive else torch.tensor(indices, device=device)
+def _index(indices: Sequence[int], n: int, device: torch.device) -> Tensor | None:
+    return None if len(indices) == n else torch.tensor(indices, device=device)

@@ -9,6 +9,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+# `_foreach_copy_` stands in for `Tensor.copy_`, whose Python binding needs a CUDA build even for fake CUDA tensors, with
+# which the tests prove that no step syncs the host.
+
 # torch's fp32 norm on CPU accumulates serially: off by 1e-5 at 1M elements and 2.7e-3 at 39M. Rows of this length keep
 # each serial run short; the row sums are then added in float64.
 _BLOCK = 4096
@@ -32,7 +35,7 @@ def power_sums(shards: Sequence[Tensor | None], p: float, device: torch.device, 
         float64 tensor [n] on ``device``. Accumulation is blocked on CPU and in float64 elsewhere, so neither the number
         of elements nor squares outside fp32's range cost accuracy. No host sync for accelerator tensors.
     """
-    out = torch.zeros(len(shards), dtype=torch.float64, device=device)
+    entries: list[Tensor | None] = [None] * len(shards)
     for shard_device, present in _by_device(shards).items():
         indices, tensors = [i for i, _ in present], [shard for _, shard in present]
         if shard_device.type == "cpu":
@@ -41,11 +44,14 @@ def power_sums(shards: Sequence[Tensor | None], p: float, device: torch.device, 
             norms = torch.stack([torch.linalg.vector_norm(t, p, dtype=torch.float64) for t in tensors])
         else:
             norms = torch.stack(torch._foreach_norm(tensors, p, dtype=torch.float64))
-        sums = norms if math.isinf(p) else norms.square() if p == 2.0 else norms.pow(p)
+        sums = (norms if math.isinf(p) else norms.square() if p == 2.0 else norms.pow(p)).to(device)
         if len(indices) == len(shards):
-            return sums.to(device)
-        out = _scatter(out, indices, sums.to(device))
-    return out
+            return sums
+        for i, entry in zip(indices, sums.unbind(), strict=True):
+            entries[i] = entry
+    # Stacked, not written at an index: sending positions to an accelerator is a blocking copy.
+    zero = torch.zeros((), dtype=torch.float64, device=device)
+    return torch.stack([zero if entry is None else entry for entry in entries]) if entries else zero.new_empty(0)
 
 
 def _by_device(shards: Sequence[Tensor | None]) -> dict[torch.device, list[tuple[int, Tensor]]]:
@@ -63,7 +69,7 @@ def _scatter(out: Tensor, indices: list[int], values: Tensor) -> Tensor:
     start = 0
     for k in range(1, len(indices) + 1):
         if k == len(indices) or indices[k] != indices[k - 1] + 1:
-            out[indices[start] : indices[start] + (k - start)] = values[start:k]
+            out.narrow(0, indices[start], k - start).copy_(values.narrow(0, start, k - start))
             start = k
     return out
 
@@ -136,7 +142,7 @@ def scale_(
                 if values[i] != 1.0:
                     shard.mul_(values[i])
             continue
-        local_scales = scales.to(device, non_blocking=True)
+        local_scales = scales.to(device, non_blocking=True).unbind()
         full = [(i, shard) for i, shard in present if shard.dtype in (torch.float32, torch.float64)]
         if full and uniform and foreach is not False:
             torch._foreach_mul_([shard for _, shard in full], local_scales[full[0][0]])
@@ -145,11 +151,12 @@ def scale_(
         for i, shard in present:
             if shard.dtype not in (torch.float32, torch.float64):
                 # bf16 * fp32 0-dim on an accelerator rounds the scale to bf16 first (0.99 becomes 0.9883).
-                shard.copy_(shard.float() * local_scales[i])
+                torch._foreach_copy_([shard], [shard.float() * local_scales[i]])
 
 
 def zero_where_(shards: Sequence[Tensor | None], flags: Tensor) -> None:
     """Set a tensor to exactly 0 where its flag (bool [n]) is set; multiplying by 0 would keep NaN and Inf as NaN."""
-    for present in _by_device(shards).values():
+    for device, present in _by_device(shards).items():
+        local_flags = flags.to(device, non_blocking=True).unbind()
         for i, shard in present:
-            shard.masked_fill_(flags[i].to(shard.device, non_blocking=True), 0)
+            shard.masked_fill_(local_flags[i], 0)

@@ -130,7 +130,7 @@ class AdaGC(Policy):
 def _median(history: Tensor) -> Tensor:
     """Median of each column of [k, n] over its non-NaN rows (mean of the middle two); 0 for a column of NaN."""
     ordered = history.sort(dim=0).values  # NaN sorts last
-    count = (~torch.isnan(ordered)).sum(dim=0, keepdim=True)
+    count = torch.logical_not(torch.isnan(ordered)).sum(dim=0, keepdim=True)
     low = ordered.gather(0, ((count - 1) // 2).clamp(min=0))
     high = ordered.gather(0, (count // 2).clamp(max=max(history.shape[0] - 1, 0)))
     return torch.where(count > 0, (low + high) / 2, 0.0).squeeze(0)

@@ -54,9 +54,19 @@ class Policy:
         return {"policy": type(self).__name__, **dataclasses.asdict(self)}
 
 
+def is_finite(norms: Tensor) -> Tensor:
+    """Bool: which norms (non-negative, so one comparison does) are neither NaN nor Inf."""
+    return norms < math.inf
+
+
+def is_nonfinite(norms: Tensor) -> Tensor:
+    # Not ``~``: Python's operators on fake CUDA tensors need a CUDA build, and fakes are how host syncs are tested for.
+    return torch.logical_not(is_finite(norms))
+
+
 def observed(norms: Tensor) -> Tensor:
     """Bool [n]: the norms that may enter a state. A zero norm means no gradient; NaN and Inf are faults."""
-    return torch.isfinite(norms) & (norms > 0)
+    return is_finite(norms) & (norms > 0)
 
 
 def global_clip_scale(max_norm: float, global_norm: Tensor) -> Tensor:

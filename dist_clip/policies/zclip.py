@@ -100,10 +100,10 @@ class ZClip(Policy):
         steady_scales = torch.where(torch.isnan(norms), norms, steady_scales)
         steady_mean = self.alpha * mean + (1 - self.alpha) * target
         steady_var = self.alpha * var + (1 - self.alpha) * (target - steady_mean).square()
-        follows = seen & ~spike if self.skip_update_on_spike else seen
+        follows = seen & torch.logical_not(spike) if self.skip_update_on_spike else seen
 
-        new_mean = torch.where(in_warmup & seen, warm_mean, torch.where(~in_warmup & follows, steady_mean, mean))
-        new_var = torch.where(in_warmup & seen, warm_var, torch.where(~in_warmup & follows, steady_var, var))
+        new_mean = torch.where(in_warmup, torch.where(seen, warm_mean, mean), torch.where(follows, steady_mean, mean))
+        new_var = torch.where(in_warmup, torch.where(seen, warm_var, var), torch.where(follows, steady_var, var))
         scales = torch.where(in_warmup, warm_scales, steady_scales)
         return scales, {"mean": new_mean, "var": new_var, "count": new_count}
 
