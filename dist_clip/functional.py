@@ -63,7 +63,9 @@ def clip_grad_norm_(
         if not isinstance(param, Tensor):
             raise TypeError(f"parameters must be tensors, number {i} is {type(param).__name__}: {param!r}")
 
-    layout = layout_of_parameters([(f"parameters[{i}]", param) for i, param in enumerate(params)])
+    # A tensor passed twice (tied weights under two names) has one gradient: counted once, scaled once.
+    unique = {id(param): (f"parameters[{i}]", param) for i, param in reversed(list(enumerate(params)))}
+    layout = layout_of_parameters(list(reversed(unique.values())))
     PartialReducer(layout.tensors).reduce_()
     shards = [tensor.read() for tensor in layout]
     stages = 1 if pp_group is None else pp_group.size()

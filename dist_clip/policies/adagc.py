@@ -104,11 +104,11 @@ class AdaGC(Policy):
         # A tensor with no gamma and a non-finite norm has no threshold to be scaled to: its gradient stays as it is.
         average = self.beta * gamma + (1 - self.beta) * torch.minimum(norms, threshold)
         updated = torch.where(known, average, norms)
-        return scales, torch.where(observed(norms), updated, gamma)
+        return scales, torch.where(observed(norms) & _storable(updated), updated, gamma)
 
     def _observe(self, state: State, clipped_norms: Tensor, t: Tensor) -> State:
         """One warm-up observation of the norms after clipping."""
-        seen = observed(clipped_norms)
+        seen = observed(clipped_norms) & _storable(clipped_norms)
         gamma = state["gamma"].double()
         if self.gamma_init == "min":
             first = gamma == 0
@@ -125,6 +125,11 @@ class AdaGC(Policy):
             history = torch.where(rows == t - 1, row, state["history"])
             return {"gamma": _median(history), "history": history}
         return {"gamma": torch.where(seen, updated, gamma).float()}
+
+
+def _storable(norms: Tensor) -> Tensor:
+    """Bool: norms that fp32, the state's dtype, can tell from 0 (nothing observed) and from Inf."""
+    return observed(norms.float())
 
 
 def _median(history: Tensor) -> Tensor:

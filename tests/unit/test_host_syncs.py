@@ -1,0 +1,228 @@
+"""No host sync on a step: shown with fake CUDA tensors, which need no GPU.
+
+Under FakeTensorMode a tensor "on cuda" has no data, so whatever would read it back (.item(), bool(), tolist(), nonzero(), a boolean
+index) raises. Two kinds of sync get past that: a copy from device to host, and a host tensor made and copied to the device (from
+pageable memory, which waits for the stream). `Copies` sees both as operators that cross devices. The tests at the end
+show that each kind of sync is caught.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import dist_clip
+
+WARMUP = 3
+READ_BACK = (DataDependentOutputException, DynamicOutputShapeException)
+
+
+class HostSync(AssertionError):
+    pass
+
+
+class Copies(TorchDispatchMode):
+    """Raises at any operator that takes a tensor from one device to another."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if func in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default):
+            devices = {x.device.type for x in tree_leaves((args, kwargs, out)) if isinstance(x, Tensor)}
+            if len(devices) > 1:
+                raise HostSync(f"{func} between {sorted(devices)}")
+        return out
+
+
+@contextmanager
+def fake_cuda(strict: bool = True) -> Iterator[None]:
+    with torch.no_grad(), FakeTensorMode():
+        if strict:
+            with Copies():
+                yield
+        else:
+            yield
+
+
+SHAPES = {"embed": (64, 16), "proj": (16, 16), "norm": (16,), "scalar": (), "empty": (0, 4), "absent": (8,), "half": (32, 16)}
+
+
+def fake_params() -> dict[str, nn.Parameter]:
+    dtypes = {"half": torch.bfloat16}
+    return {n: nn.Parameter(torch.empty(s, device="cuda", dtype=dtypes.get(n))) for n, s in SHAPES.items()}
+
+
+def set_grads(params: dict[str, nn.Parameter]) -> None:
+    for name, p in params.items():
+        p.grad = None if name == "absent" else torch.empty(p.shape, device="cuda", dtype=p.dtype)
+    params["proj"].grad = torch.empty(16, 16, device="cuda").t()
+
+
+POLICIES: dict[str, Callable[[], Any]] = {
+    "GlobalNorm": lambda: dist_clip.GlobalNorm(),
+    **{
+        f"AdaGC-{scope}-{init}": lambda scope=scope, init=init: dist_clip.AdaGC(  # type: ignore[misc]
+            warmup_steps=WARMUP, scope=scope, gamma_init=init
+        )
+        for scope in ("tensor", "shard", "global")
+        for init in ("min", "median", "mean", "last")
+    },
+    "ZClip": lambda: dist_clip.ZClip(warmup_steps=WARMUP),
+    "ZClip-mean": lambda: dist_clip.ZClip(warmup_steps=WARMUP, clip_option="mean"),
+    "ZClip-percentile": lambda: dist_clip.ZClip(warmup_steps=WARMUP, mode="percentile", max_norm=None),
+    "ZClip-skip": lambda: dist_clip.ZClip(warmup_steps=WARMUP, skip_update_on_spike=True),
+}
+
+
+def steps_without_sync(clipper: dist_clip.GradClipper, params: dict[str, nn.Parameter], steps: int = WARMUP + 4) -> None:
+    """The first step may put the state on the device; no step may read back, and none after it may copy at all."""
+    for step in range(steps):
+        set_grads(params)
+        with Copies() if step > 0 else torch.no_grad():
+            report = clipper.clip_()
+            assert report.num_grads == len(params) - 1 and not report.empty
+            for device_side in (report.tensor_norms, report.scales, report.clipped_fraction, report.nonfinite):
+                assert device_side.device.type == "cuda"
+            assert report.global_norm is not None and report.global_norm.device.type == "cuda"
+            assert report.clipped_global_norm is not None and report.clipped_global_norm.device.type == "cuda"
+
+
+@pytest.mark.parametrize("nonfinite", ["propagate", "zero", "skip"])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_step_has_no_host_sync(policy: str, nonfinite: Any) -> None:
+    with fake_cuda(strict=False):
+        params = fake_params()
+        clipper = dist_clip.GradClipper(list(params.items()), POLICIES[policy](), nonfinite=nonfinite)
+        steps_without_sync(clipper, params)
+
+
+@pytest.mark.parametrize("policy", ["GlobalNorm", "AdaGC-tensor-median", "ZClip"])
+def test_groups_and_exclude_have_no_host_sync(policy: str) -> None:
+    with fake_cuda(strict=False):
+        params = fake_params()
+        clipper = dist_clip.GradClipper(
+            list(params.items()),
+            POLICIES[policy](),
+            groups={"proj": dist_clip.AdaGC(warmup_steps=2), "n*": dist_clip.ZClip(warmup_steps=2)},
+            exclude=["scalar"],
+        )
+        for step in range(8):
+            set_grads(params)
+            with Copies() if step > 0 else torch.no_grad():
+                clipper.clip_()
+
+
+def test_changing_gradients_have_no_host_sync() -> None:
+    """Which tensors have a gradient differs from step to step; the host knows that without asking the device."""
+    with fake_cuda(strict=False):
+        params = fake_params()
+        clipper = dist_clip.GradClipper(list(params.items()), dist_clip.AdaGC(warmup_steps=WARMUP))
+        names = list(params)
+        set_grads(params)
+        clipper.clip_()
+        for step in range(len(names) + 3):
+            set_grads(params)
+            params[names[step % len(names)]].grad = None
+            report = clipper.clip_()  # an index for a new set of tensors may be copied to the device: reading back may not be
+            assert report.num_grads < len(names)
+        for p in params.values():
+            p.grad = None
+        assert clipper.clip_().empty
+
+
+@pytest.mark.parametrize("policy", ["GlobalNorm", "AdaGC-tensor-min", "ZClip"])
+def test_attached_to_an_optimizer(policy: str) -> None:
+    with fake_cuda(strict=False):
+        params = fake_params()
+        clipper = dist_clip.GradClipper(list(params.items()), POLICIES[policy]())
+        optimizer = torch.optim.SGD(params.values(), lr=0.1, momentum=0.9, foreach=True)
+        clipper.attach(optimizer)
+        for step in range(WARMUP + 3):
+            set_grads(params)
+            with Copies() if step > 0 else torch.no_grad():
+                optimizer.step()
+
+
+@pytest.mark.parametrize("foreach", [None, True, False])
+@pytest.mark.parametrize("norm_type", [1.0, 2.0, 3.0, float("inf")])
+def test_clip_grad_norm(norm_type: float, foreach: bool | None) -> None:
+    with fake_cuda(strict=False):
+        params = fake_params()
+        del params["empty"]  # torch's own infinity norm of an empty tensor is an error
+        for _ in range(2):
+            set_grads(params)
+            with Copies():
+                total = dist_clip.clip_grad_norm_(params.values(), 1.0, norm_type, foreach=foreach)
+            assert total.device.type == "cuda" and total.dim() == 0
+
+
+# ---- the method catches what it should ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "sync",
+    [
+        lambda x: x.sum().item(),
+        lambda x: bool(x.sum() > 1),
+        lambda x: x.tolist(),
+        lambda x: x.nonzero(),
+        lambda x: x.masked_select(x > 0),
+        lambda x: torch.equal(x, x),
+    ],
+    ids=["item", "bool", "tolist", "nonzero", "masked_select", "equal"],
+)
+def test_reading_back_is_caught(sync: Callable[[Tensor], Any]) -> None:
+    with fake_cuda(strict=False), pytest.raises(READ_BACK):
+        sync(torch.ones(3, device="cuda"))
+
+
+@pytest.mark.parametrize(
+    "sync",
+    [
+        lambda x: x.cpu(),
+        lambda x: x.to("cpu", non_blocking=True),
+        lambda x: torch.tensor([1.0, 2.0], device="cuda"),
+        lambda x: torch.as_tensor(0.5, device="cuda"),
+    ],
+    ids=["cpu", "to", "tensor of a list", "as_tensor"],
+)
+def test_copies_are_caught(sync: Callable[[Tensor], Any]) -> None:
+    with fake_cuda(), pytest.raises(HostSync):
+        sync(torch.ones(3, device="cuda"))
+
+
+def test_a_policy_that_syncs_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.where with a synced condition, planted where every step passes."""
+    where = torch.where
+
+    def nosy(condition: Tensor, *args: Any) -> Tensor:
+        condition.any().item()
+        return where(condition, *args)
+
+    with fake_cuda(strict=False):
+        params = fake_params()
+        clipper = dist_clip.GradClipper(list(params.items()), dist_clip.AdaGC(warmup_steps=WARMUP))
+        steps_without_sync(clipper, params)
+        monkeypatch.setattr(torch, "where", nosy)
+        with pytest.raises(READ_BACK):
+            steps_without_sync(clipper, params)
+
+
+def test_what_may_sync_does() -> None:
+    """nonfinite="raise" and error_if_nonfinite must read a flag back: if these pass unnoticed, the method is blind."""
+    with fake_cuda(strict=False):
+        params = fake_params()
+        set_grads(params)
+        clipper = dist_clip.GradClipper(list(params.items()), dist_clip.GlobalNorm(), nonfinite="raise")
+        with pytest.raises(READ_BACK):
+            clipper.clip_()
+        with pytest.raises(READ_BACK):
+            dist_clip.clip_grad_norm_(params.values(), 1.0, error_if_nonfinite=True)

@@ -1,0 +1,645 @@
+"""Every policy through GradClipper on plain parameters, against references in plain Python floats.
+
+Covers: GlobalNorm, AdaGC (three scopes, four gamma_init) and ZClip (its modes, with and without max_norm, clip_factor,
+skip_update_on_spike) over 160 steps of gradients set by hand: random norms, spikes, zeros, missing gradients, NaN, Inf, values of
+1e-30 and 1e30; each way to treat non-finite gradients; tensors that start with zero gradients; tensors first seen late.
+
+Tolerances: 1e-6 relative for norms, scales and state, which are fp32 scalars (half an ulp is 6e-8). AdaGC's reference rounds gamma to
+fp32 after each step, as its one fp32 scalar of state demands: without that the EMA itself wanders by up to 1e-6 in 100 steps. Gradients get 2e-6, because a scale within 1e-6 meets two more fp32 roundings.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import dist_clip
+
+RTOL = 1e-6
+GRAD_RTOL = 2e-6
+SUBNORMAL = 1e-38  # an fp32 gradient scaled to below this may lose bits or become 0
+SHAPES = {"embed.weight": (7, 3), "attn.proj": (4, 4), "norm.bias": (5,), "scalar": (1,), "conv.kernel": (2, 3, 2)}
+STEPS = 160
+WARMUP = 20
+
+Norms = dict[str, float]  # tensors with a gradient, by name
+Scales = dict[str, float]
+
+
+# ---- references: ALGORITHMS.md in plain Python -----------------------------------------------------------------------
+
+
+def total(norms: Norms) -> float:
+    return math.sqrt(sum(n * n for n in norms.values()))  # not math.hypot: to that, Inf beside NaN is Inf
+
+
+def observed(x: float) -> bool:
+    return math.isfinite(x) and as_fp32(x) > 0.0
+
+
+def as_fp32(x: float) -> float:
+    return torch.tensor(x, dtype=torch.float64).float().item()
+
+
+def shrink(threshold: float, norm: float, eps: float) -> float:
+    """min(1, threshold / (norm + eps)) with NaN coming through, as torch.clamp lets it."""
+    ratio = threshold / (norm + eps)
+    return ratio if math.isnan(ratio) else min(1.0, ratio)
+
+
+class RefGlobalNorm:
+    def __init__(self, max_norm: float = 1.0) -> None:
+        self.max_norm = max_norm
+
+    def step(self, norms: Norms) -> Scales:
+        s = shrink(self.max_norm, total(norms), 1e-6)
+        return dict.fromkeys(norms, s)
+
+    def state(self) -> dict[str, float]:
+        return {}
+
+
+class RefAdaGC:
+    def __init__(
+        self,
+        lambda_rel: float = 1.04,
+        beta: float = 0.99,
+        warmup_steps: int = 100,
+        max_norm: float = 1.0,
+        scope: str = "tensor",
+        gamma_init: str = "min",
+        eps: float = 1e-6,
+    ) -> None:
+        self.lambda_rel, self.beta, self.warmup_steps, self.max_norm = lambda_rel, beta, warmup_steps, max_norm
+        self.scope, self.gamma_init, self.eps = scope, gamma_init, eps
+        self.t = 0
+        self.record: dict[str, list[float]] = {}
+        self.gamma: dict[str, float] = {}
+
+    def step(self, norms: Norms) -> Scales:
+        self.t += 1
+        if self.scope == "global":
+            s = self.rule({"": total(norms)}, total(norms))[""]
+            return dict.fromkeys(norms, s)
+        return self.rule(norms, total(norms))
+
+    def rule(self, norms: Norms, global_norm: float) -> Scales:
+        scales = {}
+        for name, n in norms.items():
+            if self.t <= self.warmup_steps:
+                s = shrink(self.max_norm, global_norm, 1e-6)
+                if observed(n * s):
+                    self.record.setdefault(name, []).append(n * s)
+                    self.gamma[name] = self.initial(self.record[name])
+            elif name not in self.gamma:
+                s = 1.0 if math.isfinite(n) else math.nan
+                if observed(n):
+                    self.gamma[name] = as_fp32(n)
+            elif n == 0.0:
+                s = 1.0
+            else:
+                threshold = self.lambda_rel * self.gamma[name]
+                s = shrink(threshold, n, self.eps)
+                if observed(n):
+                    self.gamma[name] = as_fp32(self.beta * self.gamma[name] + (1 - self.beta) * min(n, threshold))
+            scales[name] = s
+        return scales
+
+    def initial(self, record: list[float]) -> float:
+        return {
+            "min": min,
+            "median": statistics.median,
+            "mean": statistics.fmean,
+            "last": lambda r: r[-1],
+        }[self.gamma_init](record)
+
+    def state(self) -> dict[str, float]:
+        return {f"gamma:{name}": g for name, g in self.gamma.items()}
+
+
+class RefZClip:
+    def __init__(
+        self,
+        alpha: float = 0.97,
+        z_thresh: float = 2.5,
+        warmup_steps: int = 25,
+        mode: str = "zscore",
+        clip_option: str = "adaptive_scaling",
+        clip_factor: float = 1.0,
+        max_norm: float | None = 1.0,
+        skip_update_on_spike: bool = False,
+        eps: float = 1e-6,
+    ) -> None:
+        self.alpha, self.z_thresh, self.warmup_steps, self.mode, self.clip_option = alpha, z_thresh, warmup_steps, mode, clip_option
+        self.clip_factor, self.max_norm, self.skip, self.eps = clip_factor, max_norm, skip_update_on_spike, eps
+        self.record: list[float] = []
+        self.mean = self.var = math.nan
+
+    @property
+    def warm(self) -> bool:
+        return len(self.record) >= self.warmup_steps
+
+    def step(self, norms: Norms) -> Scales:
+        n = total(norms)
+        limit = math.inf if self.max_norm is None else self.max_norm
+        if not self.warm:
+            s = shrink(limit, n, 1e-6) if math.isfinite(n) or self.max_norm is not None else math.nan
+            if observed(n):
+                self.record.append(n)
+                if self.warm:
+                    self.mean, self.var = statistics.fmean(self.record), statistics.pvariance(self.record)
+            return dict.fromkeys(norms, s)
+        std = math.sqrt(self.var)
+        threshold = None
+        z = (n - self.mean) / (std + self.eps)
+        if self.mode == "percentile" and n > self.mean + self.z_thresh * std:
+            threshold = self.mean + self.z_thresh * std
+        elif self.mode == "zscore" and z > self.z_thresh:
+            adaptive = self.clip_factor * (self.mean + self.z_thresh * std / (z / self.z_thresh))
+            threshold = adaptive if self.clip_option == "adaptive_scaling" else self.mean
+        applied = min(n if threshold is None else threshold, limit)
+        s = applied / (n + 1e-6) if n > applied else (1.0 if math.isfinite(n) else math.nan)
+        if observed(n) and not (self.skip and threshold is not None):
+            x = n if threshold is None else threshold
+            self.mean = self.alpha * self.mean + (1 - self.alpha) * x
+            self.var = self.alpha * self.var + (1 - self.alpha) * (x - self.mean) ** 2
+        return dict.fromkeys(norms, s)
+
+    def state(self) -> dict[str, float]:
+        return {"mean": self.mean, "var": self.var} if self.warm else {}
+
+
+# ---- gradients set by hand -------------------------------------------------------------------------------------------
+
+Draw = Callable[[random.Random, int], str]
+
+
+def mild(rng: random.Random, step: int) -> str:
+    """Spikes, zeros and missing gradients at any time; very small and very large ones once the warm-up is over."""
+    kinds, weights = ["usual", "spike", "zero", "none"], [80, 6, 5, 5]
+    if step > WARMUP + 8:
+        kinds, weights = [*kinds, "tiny", "huge"], [*weights, 2, 2]
+    return rng.choices(kinds, weights)[0]
+
+
+def extreme(rng: random.Random, step: int) -> str:
+    return rng.choices(["usual", "spike", "zero", "none", "tiny", "huge"], [70, 6, 6, 6, 6, 6])[0]
+
+
+def dirty(rng: random.Random, step: int) -> str:
+    if rng.random() < 0.03:
+        return rng.choice(["nan", "inf", "-inf"])
+    return mild(rng, step)
+
+
+WHOLE_STEP = {5: "zero", 11: "none", 44: "none", 52: "zero", 61: "tiny", 75: "huge"}
+WHOLE_STEP_DIRTY = {**WHOLE_STEP, 9: "nan", 66: "inf", 90: "nan"}
+
+
+def make_grad(kind: str, shape: tuple[int, ...], gen: torch.Generator, rng: random.Random) -> Tensor | None:
+    if kind == "none":
+        return None
+    if kind == "zero":
+        return torch.zeros(shape)
+    direction = torch.randn(shape, generator=gen)
+    norm = rng.lognormvariate(-0.5, 0.6)
+    if kind == "spike":
+        norm *= 10 ** rng.uniform(1, 4)
+    grad = direction / direction.norm() * norm
+    if kind == "tiny":
+        return grad * 1e-30
+    if kind == "huge":
+        return grad * 1e30
+    if kind in ("nan", "inf", "-inf"):
+        grad.view(-1)[rng.randrange(grad.numel())] = float(kind)
+    return grad
+
+
+def exact_norm(grad: Tensor) -> float:
+    return math.hypot(*grad.double().flatten().tolist())
+
+
+class Trial:
+    """A clipper and its reference, fed the same gradients step by step, and compared after each."""
+
+    def __init__(self, policy: Any, reference: Any, nonfinite: str = "propagate", seed: int = 0) -> None:
+        self.params = {name: nn.Parameter(torch.zeros(shape)) for name, shape in SHAPES.items()}
+        self.clipper = dist_clip.GradClipper(list(self.params.items()), policy, nonfinite=nonfinite)
+        self.reference = reference
+        self.nonfinite = nonfinite
+        self.t = 0
+        self.rng, self.gen = random.Random(seed), torch.Generator().manual_seed(seed)
+
+    def kinds(self, step: int, draw: Draw, whole: dict[int, str]) -> dict[str, str]:
+        return {name: whole.get(step) or draw(self.rng, step) for name in self.params}
+
+    def step(self, kinds: dict[str, str]) -> Any:
+        grads = {n: make_grad(k, SHAPES[n], self.gen, self.rng) for n, k in kinds.items()}
+        for name, grad in grads.items():
+            self.params[name].grad = None if grad is None else grad.clone()
+        report = self.clipper.clip_()
+        norms = {n: exact_norm(g) for n, g in grads.items() if g is not None}
+        self.check(report, grads, norms)
+        return report
+
+    def expected(self, norms: Norms) -> Scales:
+        bad = {n for n, x in norms.items() if not math.isfinite(x)}
+        if bad and self.nonfinite == "skip":
+            return {}
+        self.t += 1
+        if self.nonfinite == "zero":
+            scales = self.reference.step({n: x for n, x in norms.items() if n not in bad})
+            return {**scales, **dict.fromkeys(bad, 0.0)}
+        return self.reference.step(norms)
+
+    def check(self, report: Any, grads: dict[str, Tensor | None], norms: Norms) -> None:
+        scales = self.expected(norms)
+        where = f"step {self.t}"
+        names = list(report.names)
+        assert names == list(SHAPES)
+        assert report.num_grads == len(norms) and report.empty == (not norms)
+        assert bool(report.nonfinite) == any(not math.isfinite(x) for x in norms.values()), where
+        assert report.scales.dtype == report.tensor_norms.dtype == torch.float32
+        for name, grad in grads.items():
+            if grad is None:
+                assert self.params[name].grad is None
+                continue
+            got_norm, n = report.tensor_norms[names.index(name)].item(), norms[name]
+            assert got_norm == pytest.approx(n, rel=RTOL, nan_ok=True), f"{where}: norm of {name}"
+            after = self.params[name].grad
+            assert after is not None
+            if not scales:  # skipped: bit for bit what it was, NaN included
+                assert torch.equal(after.view(torch.int32), grad.view(torch.int32)), f"{where}: {name} was touched"
+                continue
+            if not math.isfinite(n) and self.nonfinite == "zero":
+                assert torch.count_nonzero(after) == 0 and after.isfinite().all(), f"{where}: {name} is not exactly 0"
+                continue
+            s = scales[name]
+            if not math.isfinite(n):
+                assert not after.isfinite().all(), f"{where}: {name} hides its NaN or Inf"
+                continue
+            if n > 0.0:
+                assert report.scales[names.index(name)].item() == pytest.approx(s, rel=RTOL, abs=SUBNORMAL, nan_ok=True), (
+                    f"{where}: scale of {name}"
+                )
+            if not math.isnan(s):
+                atol = SUBNORMAL * max(1.0, n)  # a scale below 1e-38 has few bits itself
+                torch.testing.assert_close(
+                    after.double(), grad.double() * s, rtol=GRAD_RTOL, atol=atol, msg=lambda m: f"{where}: {name}: {m}"
+                )
+        finite = {n: x for n, x in norms.items() if math.isfinite(x) or self.nonfinite != "zero"}
+        assert report.global_norm is not None
+        assert report.global_norm.item() == pytest.approx(total(finite), rel=RTOL, nan_ok=True), f"{where}: global norm"
+        state = self.clipper.state_dict()
+        assert state["step"] == self.t
+        want = self.reference.state()
+        got = flat_state(state, self.global_gamma)
+        if not getattr(self.reference, "warm", True):  # how ZClip keeps its record is its own affair
+            got = {}
+        assert got.keys() == want.keys(), f"{where}: {got} {want}"
+        for key, value in want.items():
+            rel, floor = (4 * RTOL, 4 * RTOL * self.reference.mean**2) if key == "var" else (RTOL, SUBNORMAL)
+            assert got[key] == pytest.approx(value, rel=rel, abs=floor), f"{where}: {key}"
+
+    @property
+    def global_gamma(self) -> bool:
+        return getattr(self.reference, "scope", "") == "global"
+
+
+def leaves(tree: Any, key: str) -> list[float]:
+    """Every value under `key` in nested dicts and lists: where a policy keeps its global state is its own affair."""
+    found: list[float] = []
+    if isinstance(tree, dict):
+        for k, v in tree.items():
+            found += [float(v)] if k == key and not isinstance(v, dict | list) and v is not None else leaves(v, key)
+    elif isinstance(tree, list | tuple):
+        for v in tree:
+            found += leaves(v, key)
+    return found
+
+
+def is_set(x: float) -> bool:
+    """A gamma that holds an observation; a clipper may leave an unseen tensor out, or store 0 or NaN for it."""
+    return math.isfinite(x) and x != 0.0
+
+
+def flat_state(state: dict[str, Any], global_gamma: bool) -> dict[str, float]:
+    out = {}
+    for name, entry in state["tensors"].items():
+        if "gamma" in entry and is_set(float(entry["gamma"])):
+            out[f"gamma:{name}"] = float(entry["gamma"])
+    if global_gamma:
+        out |= {"gamma:": g for g in leaves(state["global"], "gamma") if is_set(g)}
+    mean, var = leaves(state["global"], "mean"), leaves(state["global"], "var")
+    if mean and is_set(mean[0]):
+        out |= {"mean": mean[0], "var": var[0]}
+    return out
+
+
+def run(policy: Any, reference: Any, draw: Draw, whole: dict[int, str], nonfinite: str = "propagate", seed: int = 0) -> None:
+    trial = Trial(policy, reference, nonfinite, seed)
+    for step in range(1, STEPS + 1):
+        trial.step(trial.kinds(step, draw, whole))
+
+
+STREAMS = {"mild": (mild, WHOLE_STEP), "extreme": (extreme, WHOLE_STEP)}
+MODES = ["propagate", "zero", "skip"]
+
+
+@pytest.mark.parametrize("stream", STREAMS)
+@pytest.mark.parametrize("max_norm", [1.0, 0.3, 50.0])
+def test_global_norm(max_norm: float, stream: str) -> None:
+    run(dist_clip.GlobalNorm(max_norm=max_norm), RefGlobalNorm(max_norm), *STREAMS[stream])
+
+
+@pytest.mark.parametrize("nonfinite", MODES)
+def test_global_norm_nonfinite(nonfinite: str) -> None:
+    run(dist_clip.GlobalNorm(max_norm=0.5), RefGlobalNorm(0.5), dirty, WHOLE_STEP_DIRTY, nonfinite)
+
+
+@pytest.mark.parametrize("stream", STREAMS)
+@pytest.mark.parametrize("gamma_init", ["min", "median", "mean", "last"])
+@pytest.mark.parametrize("scope", ["tensor", "shard", "global"])
+def test_adagc(scope: str, gamma_init: str, stream: str) -> None:
+    settings = {"warmup_steps": WARMUP, "scope": scope, "gamma_init": gamma_init}
+    run(dist_clip.AdaGC(**settings), RefAdaGC(**settings), *STREAMS[stream], seed=1)
+
+
+@pytest.mark.parametrize("nonfinite", MODES)
+@pytest.mark.parametrize("gamma_init", ["min", "median", "mean", "last"])
+@pytest.mark.parametrize("scope", ["tensor", "shard", "global"])
+def test_adagc_nonfinite(scope: str, gamma_init: str, nonfinite: str) -> None:
+    settings = {"warmup_steps": WARMUP, "scope": scope, "gamma_init": gamma_init}
+    run(dist_clip.AdaGC(**settings), RefAdaGC(**settings), dirty, WHOLE_STEP_DIRTY, nonfinite, seed=2)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"lambda_rel": 2.0, "beta": 0.9, "max_norm": 5.0},
+        {"lambda_rel": 0.8, "beta": 0.5, "max_norm": 0.1},
+        {"eps": 1e-2, "beta": 0.95},
+        {"warmup_steps": 1},
+        {"warmup_steps": 0},
+        {"warmup_steps": STEPS + 10},
+        {"warmup_steps": 31, "gamma_init": "median"},
+    ],
+    ids=str,
+)
+def test_adagc_settings(settings: dict[str, Any]) -> None:
+    settings = {"warmup_steps": WARMUP, **settings}
+    run(dist_clip.AdaGC(**settings), RefAdaGC(**settings), *STREAMS["mild"], seed=3)
+
+
+def test_adagc_defaults_are_the_papers() -> None:
+    run(dist_clip.AdaGC(), RefAdaGC(), *STREAMS["mild"], seed=4)
+
+
+ZCLIP_MODES = [
+    {"mode": "zscore", "clip_option": "adaptive_scaling"},
+    {"mode": "zscore", "clip_option": "mean"},
+    {"mode": "percentile"},
+]
+
+
+@pytest.mark.parametrize("stream", STREAMS)
+@pytest.mark.parametrize("extra", [{}, {"skip_update_on_spike": True}, {"max_norm": None}, {"max_norm": 4.0, "z_thresh": 1.5}], ids=str)
+@pytest.mark.parametrize("mode", ZCLIP_MODES, ids=lambda m: "-".join(m.values()))
+def test_zclip(mode: dict[str, Any], extra: dict[str, Any], stream: str) -> None:
+    settings = {**mode, **extra}
+    run(dist_clip.ZClip(**settings), RefZClip(**settings), *STREAMS[stream], seed=5)
+
+
+@pytest.mark.parametrize("settings", [{"clip_factor": 0.7}, {"clip_factor": 1.3, "max_norm": None}, {"alpha": 0.8, "warmup_steps": 7, "eps": 0.1}], ids=str)
+def test_zclip_settings(settings: dict[str, Any]) -> None:
+    run(dist_clip.ZClip(**settings), RefZClip(**settings), *STREAMS["mild"], seed=6)
+
+
+@pytest.mark.parametrize("nonfinite", MODES)
+@pytest.mark.parametrize("mode", ZCLIP_MODES, ids=lambda m: "-".join(m.values()))
+def test_zclip_nonfinite(mode: dict[str, Any], nonfinite: str) -> None:
+    settings = {**mode, "warmup_steps": WARMUP}
+    run(dist_clip.ZClip(**settings), RefZClip(**settings), dirty, WHOLE_STEP_DIRTY, nonfinite, seed=7)
+
+
+# ---- the traps, one by one -------------------------------------------------------------------------------------------
+
+
+def two_tensors(policy: Any, **kwargs: Any) -> tuple[nn.Parameter, nn.Parameter, dist_clip.GradClipper]:
+    a, b = nn.Parameter(torch.zeros(4)), nn.Parameter(torch.zeros(9))
+    return a, b, dist_clip.GradClipper([("a", a), ("b", b)], policy, **kwargs)
+
+
+def gamma(clipper: dist_clip.GradClipper, name: str) -> float:
+    entry = clipper.state_dict()["tensors"].get(name, {})
+    return float(entry.get("gamma", math.nan))
+
+
+@pytest.mark.parametrize("gamma_init", ["min", "median", "mean", "last"])
+@pytest.mark.parametrize("scope", ["tensor", "shard"])
+@pytest.mark.parametrize("zero_steps", [1, 5, 12])
+def test_zero_first_gradients_never_freeze_a_tensor(zero_steps: int, scope: Any, gamma_init: Any) -> None:
+    """The paper's code sets gamma to the first norm; a zero there makes the threshold zero for ever."""
+    a, b, clipper = two_tensors(dist_clip.AdaGC(warmup_steps=8, scope=scope, gamma_init=gamma_init))
+    for t in range(1, 41):
+        a.grad = torch.zeros(4) if t <= zero_steps else torch.full((4,), 0.05)
+        b.grad = torch.full((9,), 0.01)
+        report = clipper.clip_()
+        assert (report.scales > 0).all(), f"step {t}: {report.scales}"
+        if t <= zero_steps:
+            assert not is_set(gamma(clipper, "a")), "a zero norm is no observation"
+        else:
+            assert gamma(clipper, "a") == pytest.approx(0.1, rel=1e-6)
+            assert report.scales[0].item() == 1.0
+            torch.testing.assert_close(a.grad, torch.full((4,), 0.05))
+
+
+def test_zero_first_gradients_never_freeze_a_global_gamma() -> None:
+    a, b, clipper = two_tensors(dist_clip.AdaGC(warmup_steps=3, scope="global"))
+    for t in range(1, 12):
+        a.grad, b.grad = (torch.zeros(4), torch.zeros(9)) if t <= 6 else (torch.full((4,), 0.05), torch.zeros(9))
+        assert clipper.clip_().scales[0].item() == 1.0
+    torch.testing.assert_close(a.grad, torch.full((4,), 0.05))
+
+
+@pytest.mark.parametrize("mode", ["zscore", "percentile"])
+def test_zero_first_gradients_never_freeze_zclip(mode: Any) -> None:
+    """A warm-up of nothing but zeros records nothing: mean 0 and variance 0 would clip every later gradient to 0."""
+    a, b, clipper = two_tensors(dist_clip.ZClip(warmup_steps=4, mode=mode))
+    for t in range(1, 30):
+        a.grad = torch.zeros(4) if t <= 9 else torch.full((4,), 0.05)
+        b.grad = torch.zeros(9)
+        report = clipper.clip_()
+        if t > 9:
+            assert report.scales[0].item() == 1.0, f"step {t}"
+            torch.testing.assert_close(a.grad, torch.full((4,), 0.05))
+
+
+def test_a_zero_norm_in_the_middle_leaves_gamma_alone() -> None:
+    a, b, clipper = two_tensors(dist_clip.AdaGC(warmup_steps=2))
+    for t in range(1, 8):
+        a.grad, b.grad = torch.zeros(4) if t > 3 else torch.full((4,), 0.05), torch.full((9,), 0.01)
+        report = clipper.clip_()
+    assert gamma(clipper, "a") == pytest.approx(0.1, rel=1e-6)
+    assert report.scales[0].item() == 1.0 and not a.grad.any()
+
+
+def test_a_missing_gradient_leaves_gamma_alone() -> None:
+    a, b, clipper = two_tensors(dist_clip.AdaGC(warmup_steps=2))
+    for t in range(1, 8):
+        a.grad, b.grad = None if t > 3 else torch.full((4,), 0.05), torch.full((9,), 0.01)
+        report = clipper.clip_()
+        assert report.num_grads == (2 if t <= 3 else 1)
+    assert gamma(clipper, "a") == pytest.approx(0.1, rel=1e-6)
+
+
+@pytest.mark.parametrize("scope", ["tensor", "shard"])
+def test_first_seen_after_warmup_is_unclipped_and_sets_gamma(scope: Any) -> None:
+    a, b, clipper = two_tensors(dist_clip.AdaGC(warmup_steps=3, scope=scope))
+    for t in range(1, 6):
+        b.grad = torch.full((9,), 0.01)
+        clipper.clip_()
+    a.grad = torch.full((4,), 50.0)
+    report = clipper.clip_()
+    assert report.scales[0].item() == 1.0
+    torch.testing.assert_close(a.grad, torch.full((4,), 50.0))
+    assert gamma(clipper, "a") == pytest.approx(100.0, rel=1e-6)
+    a.grad = torch.full((4,), 100.0)  # from now on it is clipped like any other
+    report = clipper.clip_()
+    assert report.scales[0].item() == pytest.approx(1.04 * 100 / 200, rel=1e-6)
+    assert gamma(clipper, "a") == pytest.approx(0.99 * 100 + 0.01 * 104, rel=1e-6)
+
+
+def test_a_warmup_observation_that_underflows_is_none() -> None:
+    """A neighbour's norm of 1e30 scales 1e-30 down to 1e-60, which fp32 can only store as 0: gamma must not become 0."""
+    a, b, clipper = two_tensors(dist_clip.AdaGC(warmup_steps=2))
+    a.grad, b.grad = torch.full((4,), 1e-30), torch.full((9,), 1e30)
+    clipper.clip_()
+    assert not is_set(gamma(clipper, "a"))
+    for _ in range(4):
+        a.grad, b.grad = torch.full((4,), 0.05), torch.full((9,), 0.01)
+        report = clipper.clip_()
+    assert report.scales[0].item() == 1.0
+    assert gamma(clipper, "a") == pytest.approx(0.1, rel=1e-6)
+
+
+@pytest.mark.parametrize("gamma_init", ["min", "median", "mean", "last"])
+def test_an_underflowed_observation_does_not_erase_earlier_ones(gamma_init: Any) -> None:
+    a, b, clipper = two_tensors(dist_clip.AdaGC(warmup_steps=10, gamma_init=gamma_init))
+    for step in range(4):
+        tiny = step == 2
+        a.grad, b.grad = torch.full((4,), 1e-30 if tiny else 0.05), torch.full((9,), 1e30 if tiny else 0.01)
+        clipper.clip_()
+        assert gamma(clipper, "a") == pytest.approx(0.1, rel=1e-6), f"step {step}"
+
+
+BAD = [float("nan"), float("inf"), float("-inf")]
+ALL_POLICIES = {
+    "GlobalNorm": lambda w: dist_clip.GlobalNorm(),
+    "AdaGC-tensor": lambda w: dist_clip.AdaGC(warmup_steps=w),
+    "AdaGC-shard": lambda w: dist_clip.AdaGC(warmup_steps=w, scope="shard"),
+    "AdaGC-global": lambda w: dist_clip.AdaGC(warmup_steps=w, scope="global", gamma_init="median"),
+    "ZClip": lambda w: dist_clip.ZClip(warmup_steps=w),
+    "ZClip-percentile": lambda w: dist_clip.ZClip(warmup_steps=w, mode="percentile", max_norm=None),
+}
+
+
+def states_equal(a: Any, b: Any) -> bool:
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() == b.keys() and all(states_equal(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(states_equal(x, y) for x, y in zip(a, b, strict=True))
+    if isinstance(a, Tensor):
+        return a.dtype == b.dtype and a.shape == b.shape and torch.equal(torch.nan_to_num(a), torch.nan_to_num(b)) and torch.equal(
+            a.isnan(), b.isnan()
+        )
+    return bool(a == b) or (a != a and b != b)
+
+
+@pytest.mark.parametrize("bad", BAD)
+@pytest.mark.parametrize("warmup", [2, 30], ids=["after", "within"])
+@pytest.mark.parametrize("policy", ALL_POLICIES)
+def test_raise_names_the_tensor_and_touches_nothing(policy: str, warmup: int, bad: float) -> None:
+    a, b, clipper = two_tensors(ALL_POLICIES[policy](warmup), nonfinite="raise")
+    for _ in range(6):
+        a.grad, b.grad = torch.randn(4), torch.randn(9)
+        clipper.clip_()
+    before = clipper.state_dict()
+    a.grad, b.grad = torch.full((4,), 7.0), torch.full((9,), 7.0)
+    b.grad[3] = bad
+    grads = a.grad.clone(), b.grad.clone()
+    with pytest.raises(dist_clip.NonFiniteGradError, match=r"\bb\b") as error:
+        clipper.clip_()
+    assert isinstance(error.value, RuntimeError)
+    assert torch.equal(a.grad, grads[0]) and torch.equal(b.grad.nan_to_num(), grads[1].nan_to_num())
+    assert states_equal(clipper.state_dict(), before)
+    b.grad = torch.randn(9)
+    clipper.clip_()  # and it goes on
+
+
+@pytest.mark.parametrize("bad", BAD)
+@pytest.mark.parametrize("warmup", [2, 30], ids=["after", "within"])
+@pytest.mark.parametrize("policy", ALL_POLICIES)
+def test_skip_leaves_the_whole_state_untouched(policy: str, warmup: int, bad: float) -> None:
+    a, b, clipper = two_tensors(ALL_POLICIES[policy](warmup), nonfinite="skip")
+    for _ in range(6):
+        a.grad, b.grad = torch.randn(4), torch.randn(9)
+        assert not clipper.clip_().nonfinite
+    before = clipper.state_dict()
+    a.grad, b.grad = torch.full((4,), 7.0), torch.full((9,), 7.0)
+    b.grad[3] = bad
+    report = clipper.clip_()
+    assert bool(report.nonfinite)
+    assert torch.equal(a.grad, torch.full((4,), 7.0))
+    assert states_equal(clipper.state_dict(), before)
+
+
+@pytest.mark.parametrize("nonfinite", ["propagate", "zero"])
+@pytest.mark.parametrize("bad", BAD)
+def test_a_bad_tensor_leaves_the_others_alone_after_warmup(bad: float, nonfinite: Any) -> None:
+    a, b, clipper = two_tensors(dist_clip.AdaGC(warmup_steps=2), nonfinite=nonfinite)
+    for _ in range(6):
+        a.grad, b.grad = torch.full((4,), 0.05), torch.full((9,), 0.01)
+        clipper.clip_()
+    gamma_b = gamma(clipper, "b")
+    a.grad, b.grad = torch.full((4,), 0.2), torch.full((9,), 0.01)
+    b.grad[3] = bad
+    report = clipper.clip_()
+    assert bool(report.nonfinite)
+    assert report.scales[0].item() == pytest.approx(1.04 * 0.1 / (0.4 + 1e-6), rel=1e-6)
+    torch.testing.assert_close(a.grad, torch.full((4,), 0.2) * 1.04 * 0.1 / 0.4, rtol=5e-6, atol=0.0)
+    assert gamma(clipper, "b") == gamma_b
+    if nonfinite == "zero":
+        assert torch.equal(b.grad, torch.zeros(9)) and report.scales[1].item() == 0.0
+    else:
+        assert not b.grad.isfinite().all()
+        s = report.scales[1].item()
+        assert math.isnan(s) if math.isnan(bad) else s == 0.0
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_propagate_is_torchs_own_behaviour(bad: float) -> None:
+    a, b, clipper = two_tensors(dist_clip.GlobalNorm(0.5))
+    twins = [nn.Parameter(torch.zeros(4)), nn.Parameter(torch.zeros(9))]
+    for p, twin in zip((a, b), twins, strict=True):
+        p.grad, twin.grad = torch.ones_like(p), torch.ones_like(p)
+    b.grad[3] = twins[1].grad[3] = bad
+    clipper.clip_()
+    torch.nn.utils.clip_grad_norm_(twins, 0.5)
+    for p, twin in zip((a, b), twins, strict=True):
+        torch.testing.assert_close(p.grad, twin.grad, equal_nan=True)
+
+
+def test_the_step_counter_counts_calls() -> None:
+    a, b, clipper = two_tensors(dist_clip.AdaGC(warmup_steps=5))
+    clipper.clip_()  # nothing to clip is still a call
+    a.grad = torch.full((4,), math.nan)
+    clipper.clip_()  # NaN under "propagate" is still a step
+    assert clipper.state_dict()["step"] == 2
