@@ -178,14 +178,14 @@ class GradClipper:
         if self.nonfinite == "raise" and bool(flag):
             raise_nonfinite(self.layout, measured.local, measured.norms, self.pp_group)
 
-        scales = self._decide(measured, totals, flag)
+        scales, uniform_scales = self._decide(measured, totals, flag)
         self._calls += 1
         scales32 = scales.float()
         uniform = len(self._domains) == 1 and self._domains[0].policy.rule_scope == "global"
         kernels.scale_(shards, scales32, uniform=uniform)
         if self.nonfinite == "zero":
             kernels.zero_where_(shards, measured.bad)
-        global_norm, clipped_global_norm = self._global_norms(measured, totals, scales)
+        global_norm, clipped_global_norm = self._global_norms(measured, totals, scales, uniform_scales)
         self.last_report = ClipReport(
             names=self.layout.names,
             tensor_norms=measured.norms.float(),
@@ -253,8 +253,11 @@ class GradClipper:
             flag = flags > 0
         return [total.sqrt() if need else None for total, need in zip(squared, needed, strict=True)], flag
 
-    def _decide(self, measured: Measured, totals: list[Tensor | None], flag: Tensor) -> Tensor:
-        """Run the policies: scales, float64 [n], and the state updated in place."""
+    def _decide(
+        self, measured: Measured, totals: list[Tensor | None], flag: Tensor
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        """Run the policies: scales, float64 [n], and the one scale of each domain that has one; updates the state."""
+        uniform: list[Tensor | None] = []
         ok = torch.logical_not(flag) if self.nonfinite == "skip" else None
         t = self._t + 1
         scales = torch.ones(len(self.layout), dtype=torch.float64, device=self.device)
@@ -267,6 +270,8 @@ class GradClipper:
                 elements = measured.clean.index_select(0, domain.index)
             domain_scales, new_state = domain.policy.step(domain.state, elements, total, t)
             scales.index_copy_(0, domain.index, domain_scales.expand(len(domain.indices)))
+            alike = domain.policy.rule_scope == "global" or (total is not None and self.nonfinite != "skip")
+            uniform.append(domain_scales.unbind()[0] if alike and domain_scales.numel() else None)
             olds += domain.state.values()
             news += [new_state[name] for name in domain.state]
         if ok is not None:
@@ -275,29 +280,33 @@ class GradClipper:
         torch._foreach_copy_(olds, news)
         if ok is not None:
             scales = torch.where(ok, scales, 1.0)
+            uniform = [None if scale is None else torch.where(ok, scale, 1.0) for scale in uniform]
         if self.nonfinite == "zero":
             scales = torch.where(measured.bad, 0.0, scales)
-        return scales
+        return scales, uniform
 
     def _global_norms(
-        self, measured: Measured, totals: list[Tensor | None], scales: Tensor
+        self, measured: Measured, totals: list[Tensor | None], scales: Tensor, uniform: list[Tensor | None]
     ) -> tuple[Tensor | None, Tensor | None]:
         """Global norm before and after clipping, where known without a collective of their own or asked for."""
-        if self._pipeline is not None and not self.log_global_norm:
-            known = [total.square() for total in totals if total is not None]
-            return (torch.stack(known).sum().sqrt().float() if len(known) == len(totals) else None), None
-        if measured.whole is None:
-            return None, None
-        before = torch.where(self._counts, measured.whole.square(), 0.0)
-        if self._any_shard_scope and self._plan.stages:
+        sharded_scales = self._any_shard_scope and bool(self._plan.stages)
+        if not self.log_global_norm and (self._pipeline is not None or sharded_scales):
+            # Other ranks' scales are not known here, but where a domain has one scale it is the same everywhere.
+            pairs = [(total, scale) for total, scale in zip(totals, uniform, strict=True) if total is not None]
+            if len(pairs) < len(totals):
+                return None, None
+            before = torch.stack([total.square() for total, _ in pairs]).sum().sqrt().float()
+            after = [(total * scale).square() for total, scale in pairs if scale is not None]
+            return before, torch.stack(after).sum().sqrt().float() if len(after) == len(pairs) else None
+        assert measured.whole is not None
+        squares = torch.where(self._counts, measured.whole.square(), 0.0)
+        if sharded_scales:
             # Shards of one tensor have scales of their own: the clipped norm needs one more reduction.
-            if not self.log_global_norm:
-                return before.sum().sqrt().float(), None
-            clean_local = torch.where(measured.bad, 0.0, measured.local) if self.nonfinite == "zero" else measured.local
-            after = torch.where(self._counts, self._plan.reduce(clean_local * scales.square()), 0.0)
+            local = torch.where(measured.bad, 0.0, measured.local) if self.nonfinite == "zero" else measured.local
+            clipped = torch.where(self._counts, self._plan.reduce(local * scales.square()), 0.0)
         else:
-            after = torch.where(self._counts, (measured.whole * scales).square(), 0.0)
-        sums = torch.stack([before.sum(), after.sum()])
+            clipped = torch.where(self._counts, (measured.whole * scales).square(), 0.0)
+        sums = torch.stack([squares.sum(), clipped.sum()])
         if self._pipeline is not None:
             sums = self._pipeline.sum(sums)
         norm, clipped_norm = sums.sqrt().float().unbind()
