@@ -23,6 +23,7 @@ class Announcement:
     patterns: frozenset[str] = frozenset()
     matched: frozenset[str] = frozenset()
     names: tuple[str, ...] = ()
+    shapes: tuple[tuple[int, ...], ...] = ()
 
 
 def agree(mine: Announcement, process_group: Any, pp_group: Any) -> list[tuple[int, Announcement]]:
@@ -39,10 +40,12 @@ def agree(mine: Announcement, process_group: Any, pp_group: Any) -> list[tuple[i
         everyone = [(0, mine)]
     else:
         group = process_group if process_group is not None else dist.group.WORLD
-        digests: list[Any] = [None] * dist.get_world_size(group)
-        dist.all_gather_object(digests, (mine.error is None, mine.stage, _digest(mine)), group=group)
-        stages = {stage for _, stage, _ in digests}
-        if not all(fine for fine, _, _ in digests) or len(set(digests)) > len(stages):
+        brief: list[Any] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(brief, (mine.error is None, mine.stage, mine.config, _digest(mine)), group=group)
+        stages = {stage for _, stage, _, _ in brief}
+        # Which exchange follows may only depend on what all ranks have just seen, or some would wait for the others.
+        failed = not all(fine for fine, _, _, _ in brief)
+        if failed or len({config for _, _, config, _ in brief}) > 1 or len(set(brief)) > len(stages):
             everyone = _gather(mine, group)
         elif pp_group is not None:
             everyone = _gather(mine, pp_group)
@@ -59,7 +62,7 @@ def _gather(mine: Announcement, group: Any) -> list[tuple[int, Announcement]]:
 
 
 def _digest(mine: Announcement) -> str:
-    content = repr((mine.tensors, mine.config, sorted(mine.patterns), sorted(mine.matched)))
+    content = repr((mine.tensors, sorted(mine.patterns), sorted(mine.matched)))
     return hashlib.sha256(content.encode()).hexdigest()
 
 
@@ -74,7 +77,7 @@ def _check(everyone: list[tuple[int, Announcement]]) -> None:
     for rank, announced in everyone:
         if announced.config != first.config:
             raise LayoutError(
-                f"rank {rank} is configured differently from rank {first_rank}: {announced.config} against {first.config}"
+                f"rank {rank} is configured differently from rank {first_rank}: ({announced.config}), not ({first.config})"
             )
         if announced.patterns != first.patterns:
             raise LayoutError(
@@ -89,6 +92,15 @@ def _check(everyone: list[tuple[int, Announcement]]) -> None:
                     f"the layouts{stage} differ: tensor {i} is {ours or 'missing'!r} on rank {rank} but "
                     f"{theirs or 'missing'!r} on rank {ref_rank}. Every rank must pass the same parameters in the same "
                     "order, sharded alike; under pipeline parallelism pass pp_group="
+                )
+    held: dict[str, tuple[int, tuple[int, ...]]] = {}
+    for rank, announced in reference.values():
+        for name, shape in zip(announced.names, announced.shapes, strict=True):
+            other_rank, other = held.setdefault(name, (rank, shape))
+            if other != shape:
+                raise LayoutError(
+                    f"{name!r} has shape {list(shape)} on rank {rank} but {list(other)} on rank {other_rank}, in another "
+                    "pipeline stage: one name means one tensor, counted once; give different tensors different names"
                 )
     if len(reference) > 1 and first.names and len({a.names for _, a in everyone}) == 1:
         raise LayoutError(

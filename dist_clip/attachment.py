@@ -23,9 +23,13 @@ class Attachment:
         for optimizer in optimizers:
             if not hasattr(optimizer, "register_step_pre_hook"):
                 raise TypeError(f"attach() needs torch optimizers, got {type(optimizer).__name__}: {optimizer!r}")
+        if len({id(optimizer) for optimizer in optimizers}) < len(optimizers):
+            raise RuntimeError("attach() got the same optimizer twice: gradients would be clipped twice a step")
         self._clipper = clipper
         self._stepped: set[int] = set()
-        self._check_parameters(optimizers)
+        self._sizes: dict[int, list[int]] = {}
+        for optimizer in optimizers:
+            self._check_parameters(optimizer)
         self._handles = [optimizer.register_step_pre_hook(self._before_step) for optimizer in optimizers]
         clipper.attachment = self
 
@@ -36,17 +40,17 @@ class Attachment:
         self._handles = []
         self._clipper.attachment = None
 
-    def _check_parameters(self, optimizers: tuple[torch.optim.Optimizer, ...]) -> None:
+    def _check_parameters(self, optimizer: torch.optim.Optimizer) -> None:
         known = self._clipper.known_parameters
-        for optimizer in optimizers:
-            for g, group in enumerate(optimizer.param_groups):
-                for i, param in enumerate(group["params"]):
-                    if id(param) not in known:
-                        raise LayoutError(
-                            f"{type(optimizer).__name__} holds a parameter the clipper does not know (param_groups[{g}], "
-                            f"number {i}, shape {list(param.shape)}): it would not be clipped. Construct the clipper from "
-                            "the same parameters after the model was parallelised, or name it in exclude="
-                        )
+        for g, group in enumerate(optimizer.param_groups):
+            for i, param in enumerate(group["params"]):
+                if id(param) not in known:
+                    raise LayoutError(
+                        f"{type(optimizer).__name__} holds a parameter the clipper does not know (param_groups[{g}], "
+                        f"number {i}, shape {list(param.shape)}): it would not be clipped. Construct the clipper from "
+                        "the same parameters after the model was parallelised, or name it in exclude="
+                    )
+        self._sizes[id(optimizer)] = [len(group["params"]) for group in optimizer.param_groups]
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         closure = kwargs.get("closure") if kwargs else None
@@ -62,6 +66,8 @@ class Attachment:
                 "the gradients are still multiplied by the GradScaler's scale (a fused optimizer unscales inside its "
                 "step): call scaler.unscale_(optimizer) before scaler.step(optimizer)"
             )
+        if [len(group["params"]) for group in optimizer.param_groups] != self._sizes[id(optimizer)]:
+            self._check_parameters(optimizer)  # parameters were added since
         if not self._stepped or id(optimizer) in self._stepped:
             self._stepped = set()
             self._clip(optimizer)

@@ -78,6 +78,8 @@ class GradClipper:
         log_global_norm: bool = False,
     ) -> None:
         rules = _checked_rules(policy, nonfinite, groups, exclude)
+        if not isinstance(log_global_norm, bool):
+            raise TypeError(f"log_global_norm must be a bool, got {log_global_norm!r}")
         self.policy = policy
         self.nonfinite: NonFinite = nonfinite
         self.log_global_norm = log_global_norm
@@ -136,7 +138,11 @@ class GradClipper:
             return None, Announcement(error=str(error), stage=0)
         patterns = frozenset(self._exclude) | {pattern for pattern, _ in rules[:-1]}
         matched = excluded | {p for p in patterns for name in layout.names if fnmatch.fnmatchcase(name, p)}
-        config = repr(([(p, r.config()) for p, r in rules], self.nonfinite, self.log_global_norm, pp_group is not None))
+        policies = ", ".join(f"{pattern!r}: {rule!r}" for pattern, rule in rules)
+        config = (
+            f"{policies}; nonfinite={self.nonfinite!r}, log_global_norm={self.log_global_norm}, "
+            f"pp_group={'given' if pp_group is not None else None}"
+        )
         return layout, Announcement(
             error=None,
             stage=stage,
@@ -145,6 +151,7 @@ class GradClipper:
             patterns=patterns,
             matched=frozenset(matched),
             names=layout.names,
+            shapes=tuple(t.shape for t in layout),
         )
 
     def _make_domains(self, rules: list[tuple[str, Policy]]) -> list[Domain]:

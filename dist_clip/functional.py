@@ -52,6 +52,10 @@ def clip_grad_norm_(
         TypeError, ValueError: a bad argument, shown in the message.
     """
     max_norm, p = _checked(max_norm, norm_type)
+    if not isinstance(error_if_nonfinite, bool):
+        raise TypeError(f"error_if_nonfinite must be a bool, got {error_if_nonfinite!r}")
+    if foreach is not None and not isinstance(foreach, bool):
+        raise TypeError(f"foreach must be True, False or None, got {foreach!r}")
     pp_group = checked_group(pp_group, "pp_group")
     if isinstance(parameters, Tensor):
         params = [parameters]

@@ -15,6 +15,7 @@ from dist_clip.policies.base import (
     State,
     check_choice,
     check_count,
+    check_finite,
     check_fraction,
     check_number,
     global_clip_scale,
@@ -60,15 +61,13 @@ class AdaGC(Policy):
     eps: float = 1e-6
 
     def __post_init__(self) -> None:
-        check_number("AdaGC", "lambda_rel", self.lambda_rel, 0.0, open_low=True)
-        if math.isinf(self.lambda_rel):
-            raise ValueError(f"AdaGC: lambda_rel must be finite, got {self.lambda_rel!r}")
+        check_finite("AdaGC", "lambda_rel", self.lambda_rel, 0.0, open_low=True)
         check_fraction("AdaGC", "beta", self.beta)
         check_count("AdaGC", "warmup_steps", self.warmup_steps, 0)
         check_number("AdaGC", "max_norm", self.max_norm, 0.0, open_low=True)
         check_choice("AdaGC", "scope", self.scope, get_args(Scope))
         check_choice("AdaGC", "gamma_init", self.gamma_init, get_args(GammaInit))
-        check_number("AdaGC", "eps", self.eps, 0.0)
+        check_finite("AdaGC", "eps", self.eps, 0.0)
 
     @property
     def rule_scope(self) -> Scope:

@@ -86,6 +86,13 @@ def check_number(
         raise ValueError(f"{owner}: {name} must be {'above' if open_low else 'at least'} {low:g}{upper}, got {value!r}")
 
 
+def check_finite(owner: str, name: str, value: object, low: float, *, open_low: bool = False) -> None:
+    """Raise unless `value` is a finite real number of at least `low` (above it with `open_low`)."""
+    check_number(owner, name, value, low, open_low=open_low)
+    if math.isinf(float(value)):  # type: ignore[arg-type]
+        raise ValueError(f"{owner}: {name} must be finite, got {value!r}")
+
+
 def check_fraction(owner: str, name: str, value: object) -> None:
     """Raise unless `value` is a real number in [0, 1), as the decay of a moving average has to be."""
     check_number(owner, name, value, 0.0, 1.0)

@@ -13,6 +13,7 @@ from dist_clip.policies.base import (
     State,
     check_choice,
     check_count,
+    check_finite,
     check_fraction,
     check_number,
     global_clip_scale,
@@ -71,7 +72,7 @@ class ZClip(Policy):
             check_number("ZClip", "max_norm", self.max_norm, 0.0, open_low=True)
         if not isinstance(self.skip_update_on_spike, bool):
             raise TypeError(f"ZClip: skip_update_on_spike must be a bool, got {self.skip_update_on_spike!r}")
-        check_number("ZClip", "eps", self.eps, 0.0)
+        check_finite("ZClip", "eps", self.eps, 0.0)
 
     def init_state(self, n: int, device: torch.device) -> State:
         return {

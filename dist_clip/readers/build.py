@@ -18,8 +18,15 @@ from dist_clip.readers.naming import modules_of, named_parameters
 
 def build_layout(target: Any, *, allow_empty: bool = False, skip: Callable[[str], bool] = lambda name: False) -> Layout:
     """Read and check the layout of `target` (see `named_parameters`), without the names that `skip` matches."""
+    sparse = set()
     for module in modules_of(target):
-        _check_module(module)
+        if type(module).__name__ == "FullyShardedDataParallel":
+            raise LayoutError(
+                "the model is wrapped in FullyShardedDataParallel (FSDP1), whose per-tensor norms cannot be read yet: use "
+                "fully_shard (FSDP2)"
+            )
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.sparse:
+            sparse.add(id(module.weight))
     pairs = named_parameters(target)
     if not pairs and not allow_empty:
         raise LayoutError("there are no parameters to clip: the module or list passed has none")
@@ -29,6 +36,12 @@ def build_layout(target: Any, *, allow_empty: bool = False, skip: Callable[[str]
     kept = [(name, p) for name, p in floating if not skip(name)]
     if not kept and not allow_empty:
         raise LayoutError(f"all {len(pairs)} parameters are excluded: there is nothing to clip")
+    for name, param in kept:
+        if id(param) in sparse:
+            raise LayoutError(
+                f"rank {_rank()}: {name!r} belongs to an embedding that makes sparse gradients, which cannot be clipped: "
+                "construct it with sparse=False, or exclude this tensor"
+            )
     return layout_of_parameters(kept)
 
 
@@ -73,16 +86,6 @@ def _read_plain(name: str, param: Tensor) -> LogicalTensor:
         device=param.device,
         placement="whole",
     )
-
-
-def _check_module(module: nn.Module) -> None:
-    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.sparse:
-        raise LayoutError(f"{module} makes sparse gradients, which cannot be clipped: construct it with sparse=False")
-    if type(module).__name__ == "FullyShardedDataParallel":
-        raise LayoutError(
-            "the model is wrapped in FullyShardedDataParallel (FSDP1), whose per-tensor norms cannot be read yet: use "
-            "fully_shard (FSDP2)"
-        )
 
 
 def _rank() -> int:

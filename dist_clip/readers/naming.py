@@ -22,11 +22,11 @@ def named_parameters(target: Any) -> list[tuple[str, Tensor]]:
     if isinstance(target, nn.Module):
         return _unique(_module_parameters(target))
     if isinstance(target, torch.optim.Optimizer):
-        return _unique(_param_group_parameters(target.param_groups))
+        return _unique(_unwrapped(_param_group_parameters(target.param_groups)))
     if isinstance(target, Tensor):
         raise LayoutError("pass a list of parameters or a module, not a single tensor")
     if isinstance(target, Mapping):
-        return _unique(list(target.items()))
+        return _unique(_unwrapped(list(target.items())))
     try:
         items = list(target)
     except TypeError:
@@ -37,9 +37,9 @@ def named_parameters(target: Any) -> list[tuple[str, Tensor]]:
     if items and all(isinstance(item, nn.Module) for item in items):
         return _unique([pair for module in items for pair in _module_parameters(module)])
     if items and all(isinstance(item, Mapping) for item in items):
-        return _unique(_param_group_parameters(items))
+        return _unique(_unwrapped(_param_group_parameters(items)))
     if all(isinstance(item, tuple) and len(item) == 2 for item in items):
-        return _unique(items)
+        return _unique(_unwrapped(items))
     return _unique([(f"param_{i}", item) for i, item in enumerate(items)])
 
 
@@ -75,6 +75,17 @@ def _param_group_parameters(groups: Iterable[Mapping[str, Any]]) -> list[tuple[s
                 name, param = param
             pairs.append((name if name is not None else f"param_{len(pairs)}", param))
     return pairs
+
+
+def _unwrapped(pairs: list[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
+    """Names as they would be without wrappers. DDP's ``module.`` can only be told from an attribute of that name when it
+    leads every name."""
+    if not all(isinstance(name, str) for name, _ in pairs):
+        return pairs  # _unique says what is wrong
+    names = [".".join(part for part in name.split(".") if part not in _WRAPPER_NAMES) for name, _ in pairs]
+    if names and all(name.startswith("module.") for name in names):
+        names = [name.removeprefix("module.") for name in names]
+    return [(name, param) for name, (_, param) in zip(names, pairs, strict=True)]
 
 
 def _unique(pairs: Iterable[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:

@@ -1,7 +1,7 @@
-"""Norms and scales where fp32 is not enough: very many elements, squares that overflow or underflow, and low-precision gradients.
+"""Norms and scales where fp32 is not enough: many elements, squares that overflow or underflow, low-precision gradients.
 
-The oracle sums squares in float64, a block at a time. torch's own fp32 norm on CPU is off by 2.7e-3 at 39 million elements, so the
-tests of large tensors also show that they would notice.
+The oracle sums squares in float64, a block at a time. torch's own fp32 norm on CPU is off by 2.7e-3 at 39 million
+elements; a test of the large tensor shows that the others would notice.
 """
 
 from __future__ import annotations
@@ -95,8 +95,10 @@ def test_many_small_tensors_beside_a_large_one(large: Tensor) -> None:
 @pytest.mark.parametrize("numel", [1000, 4096, 10_000, MILLION])
 @pytest.mark.parametrize("value", [0.1, 0.7, 3.3])
 def test_constant_gradients(value: float, numel: int, contiguous: bool, dtype: torch.dtype) -> None:
-    """The worst case of fp32 partial sums: every addend is rounded the same way, so the errors add up instead of averaging out.
-    Such gradients are real: the bias of a last layer under a summed loss, a tensor that a broadcast feeds."""
+    """The worst case of fp32 partial sums: every addend rounds the same way, so errors add up instead of averaging out.
+
+    Such gradients are real: the bias of a last layer under a summed loss, a tensor that a broadcast feeds.
+    """
     grad = torch.full((numel, 1 if contiguous else 2), value, dtype=dtype)[:, 0]
     assert grad.is_contiguous() == contiguous
     assert measure_with_clipper(grad) == pytest.approx(oracle(grad), rel=1e-6)
@@ -129,7 +131,9 @@ def test_squares_outside_the_range(measure: str, case: str) -> None:
 def test_each_norm_has_its_own_range() -> None:
     """A large neighbour does not cost a small tensor its norm."""
     small, large = torch.randn(100) * 1e-30, torch.randn(100) * 1e30
-    clipper = dist_clip.GradClipper([("small", holder(small)), ("large", holder(large))], dist_clip.GlobalNorm(NO_LIMIT))
+    clipper = dist_clip.GradClipper(
+        [("small", holder(small)), ("large", holder(large))], dist_clip.GlobalNorm(NO_LIMIT)
+    )
     norms = clipper.clip_().tensor_norms.tolist()
     assert norms == [pytest.approx(oracle(small), rel=1e-6), pytest.approx(oracle(large), rel=1e-6)]
 
@@ -170,14 +174,17 @@ def test_memory_layouts(view: str, dtype: torch.dtype) -> None:
     grad = VIEWS[view](base)
     want = grad.double().clone()
     norm = oracle(grad)
-    limit = NO_LIMIT if view == "expanded" else 0.25  # an expanded gradient shares memory: it can be measured, not scaled in place
+    limit = (
+        NO_LIMIT if view == "expanded" else 0.25
+    )  # an expanded gradient shares memory: it can be measured, not scaled in place
     p = nn.Parameter(torch.zeros(grad.shape, dtype=dtype))
     p.grad = grad
     report = dist_clip.GradClipper([("p", p)], dist_clip.GlobalNorm(limit)).clip_()
     assert report.tensor_norms[0].item() == pytest.approx(norm, rel=1e-6)
     s = min(1.0, limit / (norm + 1e-6))
     assert report.scales[0].item() == pytest.approx(s, rel=1e-6)
-    assert p.grad.data_ptr() == grad.data_ptr() and p.grad.stride() == grad.stride(), "scaled in place"
+    assert p.grad.data_ptr() == grad.data_ptr(), "scaled in place"
+    assert p.grad.stride() == grad.stride()
     rtol = {torch.bfloat16: 2**-8, torch.float16: 2**-10}.get(dtype, 2e-6)
     torch.testing.assert_close(grad.double(), want * s, rtol=rtol, atol=1e-7)
 
@@ -231,4 +238,5 @@ def test_scale_one_touches_nothing() -> None:
         grad = torch.tensor([-0.0, 1e-40, 1e-3, -0.25]).to(dtype)
         p = holder(grad.clone())
         assert dist_clip.GradClipper([p], dist_clip.GlobalNorm(100.0)).clip_().scales[0].item() == 1.0
-        assert torch.equal(p.grad, grad) and torch.equal(torch.signbit(p.grad), torch.signbit(grad))
+        assert torch.equal(p.grad, grad)
+        assert torch.equal(torch.signbit(p.grad), torch.signbit(grad))

@@ -1,7 +1,7 @@
-"""clip_grad_norm_ is torch.nn.utils.clip_grad_norm_ wherever torch's works: norm types, foreach, what may be passed, what comes back.
+"""clip_grad_norm_ is torch's own wherever torch's works: norm types, foreach, what may be passed, what comes back.
 
-Tolerance 1e-6 (fp32 sums in another order) for the norm, 2e-6 for gradients; bf16 and fp16 gradients, which torch scales by a rounded
-scale, are compared with float64 instead.
+Tolerance 1e-6 (fp32 sums in another order) for the norm, 2e-6 for gradients; bf16 and fp16 gradients, which torch
+scales by a rounded scale, are compared with float64 instead.
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ def params(scale: float = 1.0, dtype: torch.dtype = torch.float32, missing: bool
 
 
 def compare(ours: Tensor, theirs: Tensor, mine: list[nn.Parameter], twins: list[nn.Parameter]) -> None:
-    assert type(ours) is Tensor and ours.dim() == 0 and not ours.requires_grad
+    assert type(ours) is Tensor
+    assert ours.dim() == 0
+    assert not ours.requires_grad
     torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0.0, equal_nan=True)
     for p, q in zip(mine, twins, strict=True):
         assert (p.grad is None) == (q.grad is None)
@@ -58,7 +60,10 @@ def test_equals_torch(norm_type: float, max_norm: float, foreach: bool | None, m
 def test_norm_types_as_torch_takes_them(norm_type: Any) -> None:
     mine, twins = params(), params()
     compare(
-        dist_clip.clip_grad_norm_(mine, 0.5, norm_type), torch.nn.utils.clip_grad_norm_(twins, 0.5, norm_type), mine, twins
+        dist_clip.clip_grad_norm_(mine, 0.5, norm_type),
+        torch.nn.utils.clip_grad_norm_(twins, 0.5, norm_type),
+        mine,
+        twins,
     )
 
 
@@ -70,7 +75,10 @@ def test_nonfinite_gradients_propagate_as_in_torch(bad: float, norm_type: float)
         assert p.grad is not None
         p.grad[2, 1] = bad
     compare(
-        dist_clip.clip_grad_norm_(mine, 0.5, norm_type), torch.nn.utils.clip_grad_norm_(twins, 0.5, norm_type), mine, twins
+        dist_clip.clip_grad_norm_(mine, 0.5, norm_type),
+        torch.nn.utils.clip_grad_norm_(twins, 0.5, norm_type),
+        mine,
+        twins,
     )
 
 
@@ -116,7 +124,9 @@ def test_a_single_tensor_of_several_rows_is_one_tensor() -> None:
     assert p.grad.norm().item() == pytest.approx(1.0, rel=1e-5)
 
 
-@pytest.mark.parametrize("container", [tuple, list, iter, lambda ps: (p for p in ps), lambda ps: dict(enumerate(ps)).values()])
+@pytest.mark.parametrize(
+    "container", [tuple, list, iter, lambda ps: (p for p in ps), lambda ps: dict(enumerate(ps)).values()]
+)
 def test_any_iterable(container: Any) -> None:
     mine, twins = params(), params()
     compare(dist_clip.clip_grad_norm_(container(mine), 0.5), torch.nn.utils.clip_grad_norm_(twins, 0.5), mine, twins)
@@ -137,7 +147,7 @@ def test_module_parameters() -> None:
 
 
 def test_an_empty_generator_warns_as_torch_does() -> None:
-    with pytest.warns(UserWarning) as theirs:
+    with pytest.warns(UserWarning, match="empty generator") as theirs:
         torch.nn.utils.clip_grad_norm_((p for p in []), 1.0)
     with pytest.warns(UserWarning, match="empty generator") as ours:
         total = dist_clip.clip_grad_norm_((p for p in []), 1.0)
@@ -159,14 +169,18 @@ def test_an_empty_list_is_no_warning() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         total = dist_clip.clip_grad_norm_([], 1.0)
-    assert total.item() == 0.0 and total.dtype == torch.float32 and total.dim() == 0
+    assert total.item() == 0.0
+    assert total.dtype == torch.float32
+    assert total.dim() == 0
 
 
 @pytest.mark.parametrize("norm_type", NORM_TYPES)
 def test_no_gradients(norm_type: float) -> None:
     mine = [nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(2))]
     total = dist_clip.clip_grad_norm_(mine, 1.0, norm_type)
-    assert total.item() == 0.0 and total.dtype == torch.float32 and type(total) is Tensor
+    assert total.item() == 0.0
+    assert total.dtype == torch.float32
+    assert type(total) is Tensor
     assert all(p.grad is None for p in mine)
     assert dist_clip.clip_grad_norm_(mine, 1.0, norm_type, error_if_nonfinite=True).item() == 0.0
 
@@ -184,7 +198,8 @@ def test_mixed_dtypes(norm_type: float, foreach: bool | None) -> None:
     assert total.dtype == torch.float32
     assert total.item() == pytest.approx(want.item(), rel=1e-6)
     for p, g in zip(mine, before, strict=True):
-        assert p.grad is not None and p.grad.dtype == p.dtype
+        assert p.grad is not None
+        assert p.grad.dtype == p.dtype
         ulp = {torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-10}[p.dtype]
         torch.testing.assert_close(p.grad.double(), g * (0.5 / (want + 1e-6)), rtol=ulp, atol=1e-6)
 
@@ -195,7 +210,8 @@ def test_low_precision_gives_an_fp32_norm(norm_type: float, dtype: torch.dtype) 
     mine = params(dtype=dtype)
     want = torch.linalg.vector_norm(torch.cat([p.grad.double().flatten() for p in mine]), norm_type)  # type: ignore[union-attr]
     total = dist_clip.clip_grad_norm_(mine, 0.5, norm_type)
-    assert total.dtype == torch.float32 and total.item() == pytest.approx(want.item(), rel=1e-6)
+    assert total.dtype == torch.float32
+    assert total.item() == pytest.approx(want.item(), rel=1e-6)
 
 
 @pytest.mark.parametrize("norm_type", NORM_TYPES)
@@ -233,18 +249,20 @@ def test_gradients_stay_where_they_are() -> None:
     assert [p.grad.data_ptr() for p in mine] == where  # type: ignore[union-attr]
 
 
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True")
 def test_under_autograd() -> None:
     """A call outside no_grad must not record the scaling, nor fail on a gradient that requires grad (create_graph=True)."""
     p = nn.Parameter(torch.ones(3))
     (p**2).sum().backward(create_graph=True)
     total = dist_clip.clip_grad_norm_([p], 1.0)
     assert not total.requires_grad
-    assert p.grad is not None and p.grad.norm().item() == pytest.approx(1.0, rel=1e-5)
+    assert p.grad is not None
+    assert p.grad.norm().item() == pytest.approx(1.0, rel=1e-5)
     p.grad = None
 
 
 def test_the_same_tensor_twice_is_scaled_once() -> None:
-    """torch would count and scale it twice; a tied weight passed under two names is one gradient."""
+    """torch counts and scales it twice; a tied weight that is passed under two names is one gradient."""
     p = nn.Parameter(torch.zeros(4))
     p.grad = torch.ones(4)
     assert dist_clip.clip_grad_norm_([p, p], 1.0).item() == pytest.approx(2.0)
@@ -256,4 +274,5 @@ def test_the_signature_is_torchs() -> None:
     theirs = list(inspect.signature(torch.nn.utils.clip_grad_norm_).parameters.values())
     assert [(p.name, p.default, p.kind) for p in ours[: len(theirs)]] == [(p.name, p.default, p.kind) for p in theirs]
     extra = {p.name: p for p in ours[len(theirs) :]}
-    assert set(extra) == {"pp_group"} and extra["pp_group"].kind is inspect.Parameter.KEYWORD_ONLY
+    assert set(extra) == {"pp_group"}
+    assert extra["pp_group"].kind is inspect.Parameter.KEYWORD_ONLY

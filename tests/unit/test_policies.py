@@ -1,11 +1,13 @@
 """Every policy through GradClipper on plain parameters, against references in plain Python floats.
 
 Covers: GlobalNorm, AdaGC (three scopes, four gamma_init) and ZClip (its modes, with and without max_norm, clip_factor,
-skip_update_on_spike) over 160 steps of gradients set by hand: random norms, spikes, zeros, missing gradients, NaN, Inf, values of
-1e-30 and 1e30; each way to treat non-finite gradients; tensors that start with zero gradients; tensors first seen late.
+skip_update_on_spike) over 160 steps of gradients set by hand: random norms, spikes, zeros, missing gradients, NaN, Inf,
+values of 1e-30 and 1e30; each way to treat non-finite gradients; tensors that start with zero gradients; tensors first
+seen late.
 
-Tolerances: 1e-6 relative for norms, scales and state, which are fp32 scalars (half an ulp is 6e-8). AdaGC's reference rounds gamma to
-fp32 after each step, as its one fp32 scalar of state demands: without that the EMA itself wanders by up to 1e-6 in 100 steps. Gradients get 2e-6, because a scale within 1e-6 meets two more fp32 roundings.
+Tolerances: 1e-6 relative for norms, scales and state, which are fp32 scalars (half an ulp is 6e-8). AdaGC's reference
+rounds gamma to fp32 after each step, as one fp32 scalar of state demands: without that the EMA itself wanders by up to
+1e-6 in 100 steps. Gradients get 2e-6, because a scale within 1e-6 meets two more fp32 roundings.
 """
 
 from __future__ import annotations
@@ -137,7 +139,13 @@ class RefZClip:
         skip_update_on_spike: bool = False,
         eps: float = 1e-6,
     ) -> None:
-        self.alpha, self.z_thresh, self.warmup_steps, self.mode, self.clip_option = alpha, z_thresh, warmup_steps, mode, clip_option
+        self.alpha, self.z_thresh, self.warmup_steps, self.mode, self.clip_option = (
+            alpha,
+            z_thresh,
+            warmup_steps,
+            mode,
+            clip_option,
+        )
         self.clip_factor, self.max_norm, self.skip, self.eps = clip_factor, max_norm, skip_update_on_spike, eps
         self.record: list[float] = []
         self.mean = self.var = math.nan
@@ -222,6 +230,10 @@ def make_grad(kind: str, shape: tuple[int, ...], gen: torch.Generator, rng: rand
     return grad
 
 
+def label(what: str) -> Callable[[str], str]:
+    return lambda message: f"{what}: {message}"
+
+
 def exact_norm(grad: Tensor) -> float:
     return math.hypot(*grad.double().flatten().tolist())
 
@@ -264,7 +276,8 @@ class Trial:
         where = f"step {self.t}"
         names = list(report.names)
         assert names == list(SHAPES)
-        assert report.num_grads == len(norms) and report.empty == (not norms)
+        assert report.num_grads == len(norms)
+        assert report.empty == (not norms)
         assert bool(report.nonfinite) == any(not math.isfinite(x) for x in norms.values()), where
         assert report.scales.dtype == report.tensor_norms.dtype == torch.float32
         for name, grad in grads.items():
@@ -279,20 +292,20 @@ class Trial:
                 assert torch.equal(after.view(torch.int32), grad.view(torch.int32)), f"{where}: {name} was touched"
                 continue
             if not math.isfinite(n) and self.nonfinite == "zero":
-                assert torch.count_nonzero(after) == 0 and after.isfinite().all(), f"{where}: {name} is not exactly 0"
+                assert torch.equal(after, torch.zeros_like(after)), f"{where}: {name} is not exactly 0"
                 continue
             s = scales[name]
             if not math.isfinite(n):
                 assert not after.isfinite().all(), f"{where}: {name} hides its NaN or Inf"
                 continue
             if n > 0.0:
-                assert report.scales[names.index(name)].item() == pytest.approx(s, rel=RTOL, abs=SUBNORMAL, nan_ok=True), (
-                    f"{where}: scale of {name}"
-                )
+                assert report.scales[names.index(name)].item() == pytest.approx(
+                    s, rel=RTOL, abs=SUBNORMAL, nan_ok=True
+                ), f"{where}: scale of {name}"
             if not math.isnan(s):
                 atol = SUBNORMAL * max(1.0, n)  # a scale below 1e-38 has few bits itself
                 torch.testing.assert_close(
-                    after.double(), grad.double() * s, rtol=GRAD_RTOL, atol=atol, msg=lambda m: f"{where}: {name}: {m}"
+                    after.double(), grad.double() * s, rtol=GRAD_RTOL, atol=atol, msg=label(f"{where}: {name}")
                 )
         finite = {n: x for n, x in norms.items() if math.isfinite(x) or self.nonfinite != "zero"}
         assert report.global_norm is not None
@@ -336,14 +349,17 @@ def flat_state(state: dict[str, Any], global_gamma: bool) -> dict[str, float]:
         if "gamma" in entry and is_set(float(entry["gamma"])):
             out[f"gamma:{name}"] = float(entry["gamma"])
     if global_gamma:
-        out |= {"gamma:": g for g in leaves(state["global"], "gamma") if is_set(g)}
+        [gamma] = leaves(state["global"], "gamma")
+        out |= {"gamma:": gamma} if is_set(gamma) else {}
     mean, var = leaves(state["global"], "mean"), leaves(state["global"], "var")
     if mean and is_set(mean[0]):
         out |= {"mean": mean[0], "var": var[0]}
     return out
 
 
-def run(policy: Any, reference: Any, draw: Draw, whole: dict[int, str], nonfinite: str = "propagate", seed: int = 0) -> None:
+def run(
+    policy: Any, reference: Any, draw: Draw, whole: dict[int, str], nonfinite: str = "propagate", seed: int = 0
+) -> None:
     trial = Trial(policy, reference, nonfinite, seed)
     for step in range(1, STEPS + 1):
         trial.step(trial.kinds(step, draw, whole))
@@ -410,14 +426,20 @@ ZCLIP_MODES = [
 
 
 @pytest.mark.parametrize("stream", STREAMS)
-@pytest.mark.parametrize("extra", [{}, {"skip_update_on_spike": True}, {"max_norm": None}, {"max_norm": 4.0, "z_thresh": 1.5}], ids=str)
+@pytest.mark.parametrize(
+    "extra", [{}, {"skip_update_on_spike": True}, {"max_norm": None}, {"max_norm": 4.0, "z_thresh": 1.5}], ids=str
+)
 @pytest.mark.parametrize("mode", ZCLIP_MODES, ids=lambda m: "-".join(m.values()))
 def test_zclip(mode: dict[str, Any], extra: dict[str, Any], stream: str) -> None:
     settings = {**mode, **extra}
     run(dist_clip.ZClip(**settings), RefZClip(**settings), *STREAMS[stream], seed=5)
 
 
-@pytest.mark.parametrize("settings", [{"clip_factor": 0.7}, {"clip_factor": 1.3, "max_norm": None}, {"alpha": 0.8, "warmup_steps": 7, "eps": 0.1}], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [{"clip_factor": 0.7}, {"clip_factor": 1.3, "max_norm": None}, {"alpha": 0.8, "warmup_steps": 7, "eps": 0.1}],
+    ids=str,
+)
 def test_zclip_settings(settings: dict[str, Any]) -> None:
     run(dist_clip.ZClip(**settings), RefZClip(**settings), *STREAMS["mild"], seed=6)
 
@@ -488,7 +510,8 @@ def test_a_zero_norm_in_the_middle_leaves_gamma_alone() -> None:
         a.grad, b.grad = torch.zeros(4) if t > 3 else torch.full((4,), 0.05), torch.full((9,), 0.01)
         report = clipper.clip_()
     assert gamma(clipper, "a") == pytest.approx(0.1, rel=1e-6)
-    assert report.scales[0].item() == 1.0 and not a.grad.any()
+    assert report.scales[0].item() == 1.0
+    assert not a.grad.any()
 
 
 def test_a_missing_gradient_leaves_gamma_alone() -> None:
@@ -503,7 +526,7 @@ def test_a_missing_gradient_leaves_gamma_alone() -> None:
 @pytest.mark.parametrize("scope", ["tensor", "shard"])
 def test_first_seen_after_warmup_is_unclipped_and_sets_gamma(scope: Any) -> None:
     a, b, clipper = two_tensors(dist_clip.AdaGC(warmup_steps=3, scope=scope))
-    for t in range(1, 6):
+    for _t in range(1, 6):
         b.grad = torch.full((9,), 0.01)
         clipper.clip_()
     a.grad = torch.full((4,), 50.0)
@@ -557,8 +580,11 @@ def states_equal(a: Any, b: Any) -> bool:
     if isinstance(a, list | tuple):
         return len(a) == len(b) and all(states_equal(x, y) for x, y in zip(a, b, strict=True))
     if isinstance(a, Tensor):
-        return a.dtype == b.dtype and a.shape == b.shape and torch.equal(torch.nan_to_num(a), torch.nan_to_num(b)) and torch.equal(
-            a.isnan(), b.isnan()
+        return (
+            a.dtype == b.dtype
+            and a.shape == b.shape
+            and torch.equal(torch.nan_to_num(a), torch.nan_to_num(b))
+            and torch.equal(a.isnan(), b.isnan())
         )
     return bool(a == b) or (a != a and b != b)
 
@@ -578,7 +604,8 @@ def test_raise_names_the_tensor_and_touches_nothing(policy: str, warmup: int, ba
     with pytest.raises(dist_clip.NonFiniteGradError, match=r"\bb\b") as error:
         clipper.clip_()
     assert isinstance(error.value, RuntimeError)
-    assert torch.equal(a.grad, grads[0]) and torch.equal(b.grad.nan_to_num(), grads[1].nan_to_num())
+    assert torch.equal(a.grad, grads[0])
+    assert torch.equal(b.grad.nan_to_num(), grads[1].nan_to_num())
     assert states_equal(clipper.state_dict(), before)
     b.grad = torch.randn(9)
     clipper.clip_()  # and it goes on
@@ -617,7 +644,8 @@ def test_a_bad_tensor_leaves_the_others_alone_after_warmup(bad: float, nonfinite
     torch.testing.assert_close(a.grad, torch.full((4,), 0.2) * 1.04 * 0.1 / 0.4, rtol=5e-6, atol=0.0)
     assert gamma(clipper, "b") == gamma_b
     if nonfinite == "zero":
-        assert torch.equal(b.grad, torch.zeros(9)) and report.scales[1].item() == 0.0
+        assert torch.equal(b.grad, torch.zeros(9))
+        assert report.scales[1].item() == 0.0
     else:
         assert not b.grad.isfinite().all()
         s = report.scales[1].item()
@@ -638,7 +666,7 @@ def test_propagate_is_torchs_own_behaviour(bad: float) -> None:
 
 
 def test_the_step_counter_counts_calls() -> None:
-    a, b, clipper = two_tensors(dist_clip.AdaGC(warmup_steps=5))
+    a, _b, clipper = two_tensors(dist_clip.AdaGC(warmup_steps=5))
     clipper.clip_()  # nothing to clip is still a call
     a.grad = torch.full((4,), math.nan)
     clipper.clip_()  # NaN under "propagate" is still a step

@@ -1,13 +1,14 @@
 """ZClip against the zclip 1.0.0 package, step by step: parameters, returned norm, mean and variance.
 
-200 SGD steps on two small models fed the same gradients, with spikes, in every mode of the package. Tolerances: the package measures
-the norm in fp32 (about 1e-7 relative) and keeps its statistics in float64. Norms, means and parameters agree to 1e-6; the variance is a sum of
-squared differences of nearby numbers, which magnifies those 1e-7: 1e-5.
+200 SGD steps on two small models fed the same gradients, with spikes, in every mode of the package. Tolerances: the
+package measures the norm in fp32 (about 1e-7 relative) and keeps its statistics in float64. Norms, means and parameters
+agree to 1e-6; the variance sums squared differences of nearby numbers, which magnifies those 1e-7: 1e-5.
 """
 
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -41,6 +42,10 @@ def model() -> nn.Module:
     return nn.Sequential(nn.Linear(6, 16), nn.LayerNorm(16), nn.Tanh(), nn.Linear(16, 3, bias=False))
 
 
+def labels(step: int) -> Callable[[str], Callable[[str], str]]:
+    return lambda what: lambda message: f"step {step}: {what}: {message}"
+
+
 def find(tree: Any, key: str) -> Any:
     """The first value under `key` in nested dicts and lists, or None."""
     if isinstance(tree, dict) and key in tree:
@@ -72,11 +77,12 @@ def test_equals_the_package(name: str) -> None:
         assert report.global_norm is not None
         assert report.global_norm.item() == pytest.approx(norm, rel=1e-6), f"step {step}"
         clipped += int((report.scales < 1).any())
+        label = labels(step)
         opt_ours.step()
         opt_theirs.step()
         for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
-            torch.testing.assert_close(p.grad, q.grad, rtol=2e-6, atol=1e-9, msg=lambda m: f"step {step}: gradient: {m}")
-            torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7, msg=lambda m: f"step {step}: parameter: {m}")
+            torch.testing.assert_close(p.grad, q.grad, rtol=2e-6, atol=1e-9, msg=label("gradient"))
+            torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7, msg=label("parameter"))
         if package.initialized:
             state = clipper.state_dict()["global"]
             assert float(find(state, "mean")) == pytest.approx(package.mean, rel=1e-6), f"step {step}"
