@@ -183,7 +183,8 @@ class GradClipper:
         measured = self._measure(shards)
         totals, flag = self._totals(measured)
         if self.nonfinite == "raise" and bool(flag):
-            raise_nonfinite(self.layout, measured.local, measured.norms, self.pp_group)
+            assert measured.whole is not None  # "raise" always reduces: all ranks of a tensor must come here
+            raise_nonfinite(self.layout, measured.local, measured.whole, self.pp_group)
 
         scales, uniform_scales = self._decide(measured, totals, flag)
         self._calls += 1

@@ -13,6 +13,9 @@ from torch import Tensor
 
 from dist_clip.layout import Layout, group_label
 
+# torch 2.13 renamed it and warns about the old name.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 Collective = Literal["all_reduce", "all_gather"]
 
 
@@ -120,7 +123,7 @@ class ReductionPlan:
         packed = stage.take(sums)
         if stage.collective == "all_gather":
             gathered = packed.new_empty(stage.group.size() * packed.numel())
-            return stage, gathered, dist.all_gather_into_tensor(gathered, packed, group=stage.group, async_op=True)
+            return stage, gathered, _all_gather(gathered, packed, group=stage.group, async_op=True)
         if self.union is not None:
             # where, not a product: a silent copy's NaN must not be multiplied in (its own copy sends it anyway).
             packed = torch.where(self._sends, packed, 0.0)
@@ -146,7 +149,7 @@ class PipelineReducer:
     def sum(self, values: Tensor, p: float = 2.0) -> Tensor:
         """float64 [k] on each stage -> their sum (maximum for ``p = inf``) over the stages."""
         gathered = values.new_empty(self.group.size() * values.numel())
-        dist.all_gather_into_tensor(gathered, values.contiguous(), group=self.group)
+        _all_gather(gathered, values.contiguous(), group=self.group)
         rows = gathered.view(self.group.size(), values.numel())
         return rows.amax(dim=0) if math.isinf(p) else rows.sum(dim=0)
 

@@ -1,0 +1,1 @@
+"""Torchrun entry points that train for real."""

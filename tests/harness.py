@@ -1,0 +1,180 @@
+"""Owns the gloo worker processes of the multi-process tests: pools that outlive a test, with timeouts instead of hangs.
+
+`pool(4).run(fn, *args)` calls `fn(*args)` in four processes that share one default process group, and returns the four
+results in rank order. A pool is kept for the following tests, so that starting processes is paid for once per world
+size. When a rank raises, or a rank is still busy at the deadline, every rank's error (or the stack it hangs in) is put
+into one `WorkerError`, and the pool is thrown away: its collectives may no longer be in step.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import datetime
+import faulthandler
+import multiprocessing
+import os
+import pickle
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+TIMEOUT = 120.0
+"""Seconds a call may take; generous, for the ranks share few cores with other tests."""
+GRACE = 10.0
+"""Seconds that the other ranks get to finish once one rank has raised; they may be waiting for it in a collective."""
+
+_PRELOAD = [
+    "torch",
+    "torch.distributed.fsdp",
+    "torch.distributed.pipelining",
+    "torch.distributed.tensor.debug",
+    "torch.distributed.tensor.parallel",
+    "torch.nn.parallel",
+]
+
+
+class WorkerError(AssertionError):
+    """What went wrong on which rank; `.timed_out` says that some rank had to be killed."""
+
+    def __init__(self, message: str, *, timed_out: bool = False) -> None:
+        super().__init__(message)
+        self.timed_out = timed_out
+
+
+def _worker(rank: int, world_size: int, port: int, path: list[str], stacks: str, pipe: Connection) -> None:
+    """Serve calls until the parent closes the pipe."""
+    sys.path[:] = path
+    torch.set_num_threads(1)
+    with open(stacks, "w") as stack_file:
+        faulthandler.register(signal.SIGUSR1, stack_file, all_threads=True)
+        store = dist.TCPStore("127.0.0.1", port, world_size + 1, is_master=False)
+        # Shorter than the parent's timeout, so that a collective that nobody joins says where it was called.
+        timeout = datetime.timedelta(seconds=TIMEOUT / 2)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timeout)
+        while True:
+            try:
+                function, args, kwargs = pickle.loads(pipe.recv_bytes())
+            except EOFError:
+                break
+            try:
+                reply = pickle.dumps((True, function(*args, **kwargs)))
+            except BaseException:
+                reply = pickle.dumps((False, traceback.format_exc()))
+            pipe.send_bytes(reply)
+    os._exit(0)  # destroying gloo groups whose peers have gone can take until their timeout
+
+
+class Pool:
+    """`world_size` processes in one gloo process group that run functions on demand."""
+
+    def __init__(self, world_size: int) -> None:
+        context = multiprocessing.get_context("forkserver")
+        # The server imports torch once; workers forked from it start in milliseconds.
+        context.set_forkserver_preload(_PRELOAD)
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        self.world_size = world_size
+        self._stacks = tempfile.TemporaryDirectory(prefix="dist_clip_stacks_")
+        # Port 0 and the store's server in this process: no port is ever guessed, so parallel runs cannot collide.
+        self._store = dist.TCPStore("127.0.0.1", 0, world_size + 1, is_master=True, wait_for_workers=False)
+        self._pipes: list[Connection] = []
+        self._processes = []
+        for rank in range(world_size):
+            ours, theirs = context.Pipe()
+            arguments = (rank, world_size, self._store.port, list(sys.path), str(self._stack_file(rank)), theirs)
+            process = context.Process(target=_worker, args=arguments, daemon=True)
+            process.start()
+            theirs.close()
+            self._pipes.append(ours)
+            self._processes.append(process)
+
+    def _stack_file(self, rank: int) -> Path:
+        return Path(self._stacks.name) / f"rank{rank}"
+
+    @property
+    def alive(self) -> bool:
+        return bool(self._processes) and all(process.is_alive() for process in self._processes)
+
+    def run(self, function: Callable[..., Any], *args: Any, timeout: float = TIMEOUT, **kwargs: Any) -> list[Any]:
+        """Call `function(*args, **kwargs)` on every rank; return the results in rank order or raise WorkerError."""
+        call = pickle.dumps((function, args, kwargs))
+        for pipe in self._pipes:
+            pipe.send_bytes(call)
+        results: dict[int, Any] = {}
+        errors: dict[int, str] = {}
+        pending = dict(enumerate(self._pipes))
+        deadline = time.monotonic() + timeout
+        while pending and time.monotonic() < deadline:
+            for pipe in wait(list(pending.values()), timeout=max(0.0, deadline - time.monotonic())):
+                rank = next(r for r, p in pending.items() if p is pipe)
+                del pending[rank]
+                try:
+                    good, value = pickle.loads(pipe.recv_bytes())
+                except (EOFError, ConnectionError):
+                    self._processes[rank].join(1)
+                    good, value = False, f"the process died with exit code {self._processes[rank].exitcode}\n"
+                if good:
+                    results[rank] = value
+                else:
+                    errors[rank] = value
+                    deadline = min(deadline, time.monotonic() + GRACE)
+        if not errors and not pending:
+            return [results[rank] for rank in range(self.world_size)]
+        for rank in pending:
+            errors[rank] = f"still busy when the time was up, in\n{self._stack_of(rank)}"
+        self.close()
+        text = "\n".join(f"--- rank {rank} of {self.world_size} ---\n{errors[rank]}" for rank in sorted(errors))
+        fine = sorted(results)
+        raise WorkerError(f"{function.__name__} failed (fine on ranks {fine})\n{text}", timed_out=bool(pending))
+
+    def _stack_of(self, rank: int) -> str:
+        """The Python stacks of a worker that does not answer."""
+        process = self._processes[rank]
+        if process.pid is None or not process.is_alive():
+            return f"a dead process (exit code {process.exitcode})"
+        os.kill(process.pid, signal.SIGUSR1)
+        path = self._stack_file(rank)
+        for _ in range(20):
+            time.sleep(0.05)
+            if path.stat().st_size:
+                break
+        return path.read_text()
+
+    def close(self) -> None:
+        for process in self._processes:
+            process.kill()
+        for process in self._processes:
+            process.join(5)
+        for pipe in self._pipes:
+            with contextlib.suppress(OSError):
+                pipe.close()
+        self._processes, self._pipes = [], []
+        self._stacks.cleanup()
+
+
+_pools: dict[int, Pool] = {}
+
+
+def pool(world_size: int) -> Pool:
+    """The pool of that world size, started now if there is none or if the last test broke it."""
+    if world_size not in _pools or not _pools[world_size].alive:
+        if world_size in _pools:
+            _pools.pop(world_size).close()
+        _pools[world_size] = Pool(world_size)
+    return _pools[world_size]
+
+
+@atexit.register
+def _close_pools() -> None:
+    for each in _pools.values():
+        each.close()

@@ -1,0 +1,356 @@
+"""launch/: the same training under every parallel layout, every clipping rule, both faults, and what the logs tell.
+
+The parity tests train 8 steps on 1, 2 and 4 gloo ranks, AdaGC's warm-up ending at step 4 and the fault at steps 6 and 7,
+and compare losses and gradient norms with a single process. Tolerances: 1e-4 in loss and 1e-4 relative in norms; fp32 sums
+are made in another order under each layout, and training carries those differences from step to step (measured: 1e-6 in
+loss, 2e-7 in norms).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("tyro")
+pytest.importorskip("tqdm")
+pytest.importorskip("matplotlib")
+pytest.importorskip("tensorboard")
+
+from launch.clipping import ClipConfig
+from launch.compare import load_runs, render, tabulate
+from launch.data import DataConfig, load_corpus
+from launch.faults import FaultConfig, corrupt_batch
+from launch.metrics import LogConfig, Run, read_run
+from launch.model import ModelConfig, build_model, stage_of
+from launch.parallel import ParallelConfig
+from launch.train import Config, OptimConfig, lr_share, train
+from tests.harness import WorkerError, pool
+
+ROOT = Path(__file__).parents[1]
+STEPS = 8
+GARBAGE = FaultConfig(fault="grad", fault_step=6, fault_steps=2)
+
+Part = dict[str, Any]
+
+
+def config(out: Path, *, optim: Part | None = None, log: Part | None = None, **parts: Any) -> Config:
+    """A short run that writes nothing but its log."""
+    optim = {"steps": STEPS, "lr_warmup_steps": 4, "validation_batches": 2, **(optim or {})}
+    log = {
+        "out": out,
+        "log_every": 3,
+        "tensors_every": 4,
+        "tensorboard": False,
+        "plot": False,
+        "progress": False,
+        **(log or {}),
+    }
+    parts.setdefault("clip", ClipConfig(clip="adagc", clip_warmup_steps=4))
+    return Config(optim=OptimConfig(**optim), log=LogConfig(**log), **parts)
+
+
+def run(ranks: int, cfg: Config) -> Run:
+    pool(ranks).run(train, cfg, torch.device("cpu"))
+    return read_run(cfg.log.out)
+
+
+def assert_same_training(got: Run, want: Run, *, loss: float = 1e-4, norm: float = 1e-4) -> None:
+    assert got.series("step") == want.series("step")
+    assert got.series("loss") == pytest.approx(want.series("loss"), abs=loss)
+    assert got.series("grad_norm") == pytest.approx(want.series("grad_norm"), rel=norm)
+    assert got.series("grad_norm_clipped") == pytest.approx(want.series("grad_norm_clipped"), rel=norm)
+    assert got.series("clipped_fraction") == want.series("clipped_fraction")
+    assert got.series("smallest_scale") == pytest.approx(want.series("smallest_scale"), rel=norm)
+    assert got.validation[-1]["loss"] == pytest.approx(want.validation[-1]["loss"], abs=loss)
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return run(1, config(tmp_path_factory.mktemp("single"), fault=GARBAGE))
+
+
+LAYOUTS = [
+    (2, ParallelConfig("ddp")),
+    (2, ParallelConfig("fsdp")),
+    (2, ParallelConfig("hsdp", shard_degree=1)),
+    (2, ParallelConfig("tp")),
+    (2, ParallelConfig("tp-fsdp")),
+    (2, ParallelConfig("pp")),
+    (2, ParallelConfig("pp-fsdp")),
+    (4, ParallelConfig("hsdp")),
+    (4, ParallelConfig("tp-fsdp")),
+    (4, ParallelConfig("pp-fsdp")),
+]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "parallel"), LAYOUTS, ids=lambda v: v.parallel if isinstance(v, ParallelConfig) else str(v)
+)
+def test_every_layout_trains_as_a_single_process(
+    ranks: int, parallel: ParallelConfig, single: Run, tmp_path: Path
+) -> None:
+    got = run(ranks, config(tmp_path, parallel=parallel, fault=GARBAGE))
+    assert_same_training(got, single)
+    assert got.header["ranks"] == ranks
+    # Every tensor of the model is there, once, with its norm, whichever rank holds it.
+    assert got.tensors[0]["norms"].keys() == single.tensors[0]["norms"].keys()
+    for record, wanted in zip(got.tensors, single.tensors, strict=True):
+        for name, norm in wanted["norms"].items():
+            assert record["norms"][name] == pytest.approx(norm, rel=1e-3), name
+
+
+def test_the_fault_of_the_parity_runs_shows(single: Run) -> None:
+    norms = single.series("grad_norm")
+    assert min(norms[5:7]) > 1e5 > 100 > max(norms[:5] + norms[7:])
+    assert [record["fault"] for record in single.steps] == [False] * 5 + [True] * 2 + [False]
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp", "pp"])
+def test_a_corrupted_batch_is_the_same_under_every_layout(parallel: Any, tmp_path: Path) -> None:
+    fault = FaultConfig(fault="batch", fault_step=3, fault_steps=2)
+    want = run(1, config(tmp_path / "single", fault=fault))
+    assert_same_training(run(2, config(tmp_path / "got", fault=fault, parallel=ParallelConfig(parallel))), want)
+    inputs, targets = corrupt_batch(torch.zeros(4, 16, dtype=torch.long), 3, 0)
+    assert inputs.min() >= 128
+    assert torch.equal(inputs[:, 1:], targets[:, :-1])
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp", "tp", "pp"])
+def test_accumulation_changes_nothing(parallel: Any, single: Run, tmp_path: Path) -> None:
+    got = run(2, config(tmp_path, parallel=ParallelConfig(parallel), fault=GARBAGE, optim={"accumulate": 4}))
+    assert_same_training(got, single)
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp", "tp", "pp"])
+def test_bf16_autocast_trains_close_to_fp32(parallel: Any, single: Run, tmp_path: Path) -> None:
+    got = run(2, config(tmp_path, parallel=ParallelConfig(parallel), optim={"bf16": True}))
+    # Until the fault that `single` has. bf16 has 8 bits; the losses are near 5.
+    assert got.series("loss")[:5] == pytest.approx(single.series("loss")[:5], abs=0.03)
+    assert got.series("loss")[:5] != single.series("loss")[:5]
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp", "pp"])
+@pytest.mark.parametrize("clip", ["none", "global", "adagc", "adagc-shard", "adagc-global", "zclip"])
+def test_every_rule_runs_through_the_fault(clip: Any, parallel: Any, tmp_path: Path) -> None:
+    rule = ClipConfig(clip=clip, clip_warmup_steps=4, max_norm=0.5, gamma_init="median")
+    got = run(2, config(tmp_path, clip=rule, parallel=ParallelConfig(parallel), fault=GARBAGE))
+    assert all(math.isfinite(loss) for loss in got.series("loss"))
+    before, after = got.series("grad_norm"), got.series("grad_norm_clipped")
+    assert before[5] > 1e5
+    if clip == "none":
+        assert after == pytest.approx(before)
+        assert set(got.series("smallest_scale")) == {1.0}
+    else:
+        assert max(after[5:7]) < 1.0
+        assert max(after[:4]) <= 0.5001
+    if clip == "adagc":  # one tensor is clipped hard, and the others are let through or nearly so
+        scales = got.tensors[-1]["scales"]
+        assert set(scales) == {name for name, _ in build_model(ModelConfig(), 0).named_parameters()}
+
+
+def test_nonfinite_skip_leaves_the_weights_alone(tmp_path: Path) -> None:
+    fault = dataclasses.replace(GARBAGE, fault_scale=math.inf)
+    clip = ClipConfig(clip="global", nonfinite="skip")
+    got = run(2, config(tmp_path, clip=clip, fault=fault))
+    assert [record["nonfinite"] for record in got.steps] == [False] * 5 + [True] * 2 + [False]
+    assert all(math.isfinite(loss) for loss in got.series("loss"))
+
+
+# ---- what a user may get wrong ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ({"optim": {"batch_size": 3}}, "--batch-size must be a multiple"),
+        ({"optim": {"accumulate": 3}}, "--batch-size must be a multiple"),
+        ({"parallel": ParallelConfig("tp-fsdp", tp_degree=3)}, "--tp-degree must divide"),
+        ({"parallel": ParallelConfig("hsdp", shard_degree=4)}, "--shard-degree must divide"),
+        ({"parallel": ParallelConfig("tp"), "model": ModelConfig(heads=1)}, "multiples of the TP degree 2"),
+        ({"parallel": ParallelConfig("pp"), "model": ModelConfig(layers=1)}, "2 pipeline stages need as many layers"),
+        ({"fault": FaultConfig(fault="grad", fault_tensor="nowhere")}, "no tensor 'nowhere'; the model has embed.weight"),
+        ({"clip": ClipConfig(lambda_rel=-1.0)}, "lambda_rel must be above 0, got -1.0"),
+        ({"data": DataConfig(Path("/nonexistent"))}, "does not exist"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_named_on_every_rank(parts: Part, message: str, tmp_path: Path) -> None:
+    with pytest.raises(WorkerError) as caught:
+        pool(2).run(train, config(tmp_path, **parts), torch.device("cpu"))
+    assert not caught.value.timed_out
+    assert str(caught.value).count(message) >= 2
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: ModelConfig(dim=30), "even whole number"),
+        (lambda: ModelConfig(layers=0), "layers must be at least 1, got 0"),
+        (lambda: OptimConfig(steps=0), "steps must be at least 1, got 0"),
+        (lambda: FaultConfig(fault_step=0), "got 0 and 20"),
+        (lambda: LogConfig(log_every=0), "--log-every 0"),
+    ],
+)
+def test_bad_values_are_named(make: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+# ---- data, model, schedule -------------------------------------------------------------------------------------------
+
+
+def test_data_default_is_the_standard_library_split_by_file() -> None:
+    corpus = load_corpus(DataConfig(), 128)
+    again = load_corpus(DataConfig(), 128)
+    assert corpus.digest == again.digest
+    assert corpus.files > 100
+    share = len(corpus.validation) / (len(corpus.train) + len(corpus.validation))
+    assert 0.02 < share < 0.3
+    inputs, targets = corpus.batch(7, 8, 128, 0)
+    assert inputs.shape == targets.shape == (8, 128)
+    assert torch.equal(inputs[:, 1:], targets[:, :-1])
+    assert torch.equal(inputs, again.batch(7, 8, 128, 0)[0])
+    assert not torch.equal(inputs, corpus.batch(8, 8, 128, 0)[0])
+    assert not torch.equal(inputs, corpus.batch(7, 8, 128, 1)[0])
+
+
+def test_data_from_a_file_and_from_a_folder(tmp_path: Path) -> None:
+    text = bytes(range(256)) * 20
+    (tmp_path / "a.txt").write_bytes(text)
+    corpus = load_corpus(DataConfig(tmp_path / "a.txt"), 16)
+    assert bytes(torch.cat([corpus.train, corpus.validation]).tolist()) == text  # no file to hold out: the end is
+    assert len(corpus.validation) == len(text) // 10
+    (tmp_path / "deeper").mkdir()
+    for i in range(30):
+        (tmp_path / "deeper" / f"{i}.txt").write_bytes(bytes([i]) * 100)
+    folder = load_corpus(DataConfig(tmp_path), 16)
+    assert folder.files == 31
+    assert folder.digest != corpus.digest
+    # Each small file, a run of one byte value, is on one side only.
+    sides = [
+        {i for i in range(30) if bytes([i]) * 50 in bytes(side.tolist())} for side in (folder.train, folder.validation)
+    ]
+    assert sides[0] | sides[1] == set(range(30))
+    assert sides[1]
+    assert not sides[0] & sides[1]
+    (tmp_path / ".git").mkdir()
+    (tmp_path / ".git" / "index").write_bytes(b"no text")
+    assert load_corpus(DataConfig(tmp_path), 16).digest == folder.digest
+    (tmp_path / "a.txt").write_bytes(b"short")
+    with pytest.raises(ValueError, match="holds 5 bytes, too few for sequences of 16"):
+        load_corpus(DataConfig(tmp_path / "a.txt"), 16)
+
+
+def test_pipeline_stages_share_out_the_model_under_its_own_names() -> None:
+    cfg = ModelConfig(layers=5, dim=16, heads=2)
+    whole = [name for name, _ in build_model(cfg, 0).named_parameters()]
+    stages = [[name for name, _ in stage_of(build_model(cfg, 0), s, 3).named_parameters()] for s in range(3)]
+    assert [name for names in stages for name in names] == whole
+
+
+def test_learning_rate_schedule() -> None:
+    cfg = OptimConfig(steps=100, lr_warmup_steps=10, min_lr=0.1)
+    shares = [lr_share(cfg, done) for done in range(101)]
+    assert shares[0] == 0.1
+    assert max(shares) == shares[9] == shares[10] == 1.0
+    assert shares[10:] == sorted(shares[10:], reverse=True)
+    assert shares[100] == pytest.approx(0.1)
+    assert lr_share(dataclasses.replace(cfg, schedule="constant"), 90) == 1.0
+
+
+# ---- logs, plots, comparison -----------------------------------------------------------------------------------------
+
+
+def test_torchrun_command_line_writes_everything(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "launch.train",
+    ]
+    options = "--device cpu --bf16 --parallel fsdp --clip zclip --z-thresh 3 --steps 4 --validate-every 2"
+    done = subprocess.run(
+        [*command, *options.split(), "--validation-batches", "1", "--tensors-every", "2", "--out", str(tmp_path)],
+        cwd=ROOT, capture_output=True, text=True, timeout=240, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "step 4: validation loss" in done.stdout + done.stderr
+    kinds = [json.loads(line)["kind"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [kinds.count(kind) for kind in ("run", "step", "tensors", "validation", "end")] == [1, 4, 2, 2, 1]
+    got = read_run(tmp_path)
+    assert got.header["policy"]["z_thresh"] == 3
+    assert got.header["versions"]["torch"] == torch.__version__
+    assert len(got.header["data"]["digest"]) == 16
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    assert list(tmp_path.glob("events.out.tfevents.*"))
+
+
+def write_run(folder: Path, losses: list[float], *, clip: str, fault: bool, validation: float) -> None:
+    policy = {"policy": "GlobalNorm", "max_norm": 1.0} if clip == "global" else {"policy": "AdaGC", "scope": "tensor"}
+    policy |= {} if clip == "global" else {"gamma_init": "min", "warmup_steps": 2}
+    kind = FaultConfig(fault="grad" if fault else "none", fault_step=5, fault_steps=2)
+    settings = {
+        "clip": {"clip": clip}, "fault": dataclasses.asdict(kind), "log": {"out": str(folder)},
+        "parallel": {"parallel": "ddp"}, "seed": 3,
+    }  # fmt: skip
+    header = {
+        "config": settings,
+        "policy": policy,
+        "ranks": 2,
+        "parameters": 10,
+        "data": {"digest": "d"},
+        "versions": {},
+    }
+    records: list[dict[str, Any]] = [{"kind": "run", **header}]
+    for step, loss in enumerate(losses, start=1):
+        numbers = {"loss": loss, "grad_norm": 1.0, "grad_norm_clipped": 0.5, "clipped_fraction": 0.25}
+        records.append(
+            {"kind": "step", "step": step, "fault": fault and step in (5, 6), "smallest_scale": 1.0, **numbers}
+        )
+    records.append({"kind": "validation", "step": len(losses), "loss": validation})
+    records.append({"kind": "end", "seconds": 1.0, "error": None})
+    folder.mkdir()
+    (folder / "log.jsonl").write_text("\n".join(map(json.dumps, records)))
+
+
+def test_comparison_is_computed_from_the_logs(tmp_path: Path) -> None:
+    flat = [3.0] * 16
+    hit = [3.0] * 5 + [4.0, 3.5] + [3.0] * 9
+    write_run(tmp_path / "g", flat, clip="global", fault=False, validation=2.0)
+    write_run(tmp_path / "gf", hit, clip="global", fault=True, validation=2.5)
+    write_run(tmp_path / "a", [3.1] * 16, clip="adagc", fault=False, validation=2.125)
+    write_run(tmp_path / "af", [3.1] * 15 + [3.6], clip="adagc", fault=True, validation=2.0)
+    runs = load_runs(tmp_path)
+    rows = {row.name: row for row in tabulate(runs)}
+    assert rows["g"].over_baseline == 0
+    assert rows["gf"].over_baseline == rows["gf"].over_twin == 1.0
+    # The mean over 5 steps first exceeds 0.05 at step 6 and last at step 11 (3.5 of step 7): 7 steps after step 5.
+    assert rows["gf"].recovery == "7"
+    assert rows["a"].over_baseline == pytest.approx(0.1)
+    assert rows["af"].over_twin == pytest.approx(0.5)
+    assert rows["af"].recovery == "not in 12"
+    assert rows["af"].clipped == 0.25
+    table = render(list(rows.values()), runs)
+    assert "chosen for this demonstration" in table
+    assert "Without any fault, AdaGC (min) ends 0.125 worse than GlobalGC" in table
+
+
+def test_comparison_refuses_unfinished_runs_and_lone_ones(tmp_path: Path) -> None:
+    write_run(tmp_path / "gf", [3.0] * 8, clip="global", fault=True, validation=2.0)
+    with pytest.raises(ValueError, match="no fault-free"):
+        tabulate(load_runs(tmp_path))
+    log = tmp_path / "gf" / "log.jsonl"
+    log.write_text("\n".join(log.read_text().splitlines()[:-1]))
+    with pytest.raises(ValueError, match="did not finish"):
+        load_runs(tmp_path)
