@@ -1,0 +1,225 @@
+"""A NaN or inf in one shard on one rank, in each `nonfinite` mode: all ranks agree, and the state is as it was.
+
+One element of one rank's gradient is poisoned, once within the warm-up and once after it (copies of that very shard
+are poisoned alike, as the framework's own reduction would have it). The reference is handed the same gradients.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import dist_clip
+from tests import reference
+from tests.harness import pool
+
+from . import training
+from .layouts import LAYOUTS
+from .training import POLICIES, WARMUP
+
+WORLD = 4
+POISONED = 1  # the rank
+AT = (3, 8)  # steps within and after the warm-up
+STEPS = 10
+MODES = ["propagate", "zero", "skip", "raise"]
+NAMES = {"pp": "blocks.1.up.weight", "pp-fsdp": "blocks.0.up.weight"}
+LAYOUT_NAMES = ["ddp", "fsdp-uneven", "hsdp", "tp", "tp-fsdp", "ep", "fsdp-mixed-plain", "pp", "pp-fsdp"]
+
+
+def poison(layout: str, setup: Any, name: str, value: float) -> None:
+    """Write `value` into the first element of rank POISONED's piece, wherever that piece is held."""
+    mine = training.held(layout).get(name)
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, None if mine is None else mine.tolist())
+    if mine is not None and mine.numel() and mine.tolist() == everyone[POISONED]:
+        grad = dict(setup.named)[name].grad
+        with torch.no_grad():
+            training.local(grad).view(-1)[0] = value
+
+
+def run_poisoned(layout: str, policy: str, mode: str, value: float) -> dict[str, Any]:
+    """Ten clippings without an optimizer (so that a NaN stays where it was put), recorded as training.train does."""
+    index = training.held(layout)
+    setup = training.build(layout, torch.float32)
+    names, params = zip(*setup.named, strict=True)
+    clipper = training.make_clipper(setup, POLICIES[policy].ours(), nonfinite=mode)
+    records = []
+    for step in range(1, STEPS + 1):
+        for module in setup.modules:
+            module.zero_grad(set_to_none=True)
+        setup.backward(step)
+        if step in AT:
+            poison(layout, setup, NAMES.get(layout, "blocks.0.up.weight"), value)
+        before = [training.local_grad(param) for param in params]
+        record: dict[str, Any] = {"present": [grad is not None for grad in before], "before": training.flat(before)}
+        record["state_before"] = clipper.state_dict()
+        try:
+            record["report"] = training.plain_report(clipper.clip_())
+        except dist_clip.NonFiniteGradError as error:
+            record["error"] = str(error)
+        record["after"] = training.flat([training.local_grad(param) for param in params])
+        record["state"] = clipper.state_dict()
+        record["gamma"], record["global"] = training.state_of(clipper)
+        records.append(record)
+    dtypes = [training.local(param).dtype for param in params]
+    return {"names": names, "index": index, "grad_dtypes": dtypes, "records": records}
+
+
+def same_state(a: Any, b: Any) -> bool:
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a.nan_to_num(nan=-1.0), b.nan_to_num(nan=-1.0))
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same_state(a[key], b[key]) for key in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(same_state(x, y) for x, y in zip(a, b, strict=True))
+    return bool(a == b)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("policy", ["global_norm", "adagc", "adagc-shard", "adagc-global", "zclip"])
+@pytest.mark.parametrize("layout", LAYOUT_NAMES)
+def test_mode(layout: str, policy: str, mode: str) -> None:
+    # Each value meets each mode and policy; not every one meets every layout.
+    value = (math.nan, math.inf, -math.inf)[(LAYOUT_NAMES.index(layout) + MODES.index(mode)) % 3]
+    ranks = pool(WORLD).run(run_poisoned, layout, policy, mode, value)
+    check(training.Run(ranks, LAYOUTS[layout]), layout, policy, mode)
+
+
+def check(run: training.Run, layout: str, policy_name: str, mode: str) -> None:
+    policy = POLICIES[policy_name]
+    rule = policy.theirs()
+    name = NAMES.get(layout, "blocks.0.up.weight")
+    for step in range(1, STEPS + 1):
+        for rank, entry in enumerate(run.ranks):
+            record = entry["records"][step - 1]
+            where = f"rank {rank}, step {step}"
+            assert_finite_state(record["state"], where)
+            if step not in AT:
+                assert "error" not in record, f"{where}: {record.get('error')}"
+                assert not record["report"]["nonfinite"], where
+            elif mode == "raise":
+                check_error(record, name, holders(run, name), where)
+            elif mode == "skip" or name in entry["names"]:
+                holds_it = policy.scope != "shard" or rank in holders(run, name)
+                if mode == "skip" or holds_it:
+                    assert record["report"]["nonfinite"], f"{where}: report.nonfinite"
+            if step in AT and mode in ("skip", "raise"):
+                assert torch.equal(record["before"].nan_to_num(7.0), record["after"].nan_to_num(7.0)), where
+                assert same_state(record["state_before"], record["state"]), f"{where}: the state has changed"
+        if step in AT and mode in ("skip", "raise"):
+            assert len({r["records"][step - 1].get("error") for r in run.ranks}) == 1, "ranks tell different stories"
+            continue
+        whole = join_with_nan(run, step)
+        grads: dict[Any, Any] = dict(run.cut(whole)) if policy.scope == "shard" else dict(whole)
+        outcome = reference.clip(rule, grads, mode)
+        for rank in range(len(run.ranks)):
+            check_clipped(run, rank, step, policy, outcome)
+            training.check_gammas(run, rank, step, policy, rule)
+        if step not in AT:
+            training.check_agreement(run, step, policy)
+
+
+def join_with_nan(run: training.Run, step: int) -> dict[str, torch.Tensor]:
+    """Run.join insists on equal copies, and NaN equals nothing: hide the non-finite values from it."""
+    parts = run.local_grads(step, "before")
+    codes = {math.nan: 12345.0, math.inf: 23456.0, -math.inf: 34567.0}
+    hidden = []
+    for part in parts:
+        hidden.append(
+            {
+                n: None if t is None else t.nan_to_num(codes[math.nan], codes[math.inf], codes[-math.inf])
+                for n, t in part.items()
+            }
+        )
+    whole = run.join(hidden)
+    for tensor in whole.values():
+        for value, code in ((math.nan, 12345.0), (math.inf, 23456.0), (-math.inf, 34567.0)):
+            tensor[tensor == code] = value
+    return whole
+
+
+def check_clipped(run: training.Run, rank: int, step: int, policy: Any, outcome: reference.Outcome) -> None:
+    entry = run.ranks[rank]
+    for name, tensor in run.split(rank, entry["records"][step - 1], "after").items():
+        key: Any = run.piece_of[rank].get(name)
+        if tensor is None or key is None:
+            continue
+        expected = outcome.grads[key] if policy.scope == "shard" else outcome.grads[name].flatten()[run.pieces[key]]
+        where = f"rank {rank}, step {step}, {name}"
+        rtol = training.CLIPPED_RTOL[torch.float32]
+        training.assert_close(tensor, expected.double(), where, rtol=rtol, atol=1e-30, equal_nan=True)
+
+
+def holders(run: training.Run, name: str) -> set[int]:
+    """The ranks with a copy of the poisoned shard."""
+    piece = run.piece_of[POISONED][name]
+    return {rank for rank, pieces in enumerate(run.piece_of) if pieces.get(name) == piece}
+
+
+def check_error(record: dict[str, Any], name: str, ranks: set[int], where: str) -> None:
+    """The error names the tensor, and one at least of the ranks that hold the bad shard, and none that does not."""
+    assert "error" in record, f"{where}: nothing was raised"
+    assert name in record["error"], f"{where}: {record['error']}"
+    named = re.search(r"\branks?\b ([\d, and]+)", record["error"])
+    assert named, f"{where}: {record['error']}"
+    assert set(map(int, re.findall(r"\d+", named[1]))) <= ranks, f"{where}: {record['error']}, not on {ranks}"
+
+
+def assert_finite_state(state: dict[str, Any], where: str) -> None:
+    for kind in ("tensors", "global"):
+        for name, entry in state[kind].items():
+            for key, value in entry.items():
+                if key != "history":  # slots of the warm-up's record that hold nothing yet may be anything
+                    assert torch.isfinite(torch.as_tensor(value)).all(), f"{where}, {name}: {key} = {value}"
+
+
+def everybody_lacks(layout: str, policy: str, ranks: tuple[int, ...], mode: str) -> dict[str, Any]:
+    """All gradients are None on some ranks, from the first step on."""
+    setup = training.build(layout, torch.float32)
+    clipper = training.make_clipper(setup, POLICIES[policy].ours(), nonfinite=mode)
+    reports = []
+    for step in range(1, WARMUP + 3):
+        for module in setup.modules:
+            module.zero_grad(set_to_none=True)
+        setup.backward(step)
+        if dist.get_rank() in ranks:
+            for module in setup.modules:
+                module.zero_grad(set_to_none=True)
+        reports.append(training.plain_report(clipper.clip_()))
+        if dist.get_rank() in ranks:
+            assert all(param.grad is None for _, param in setup.named)
+    return {"reports": reports, "state": clipper.state_dict()}
+
+
+@pytest.mark.parametrize("mode", ["propagate", "skip", "raise"])
+@pytest.mark.parametrize("policy", ["global_norm", "adagc", "adagc-shard", "zclip"])
+@pytest.mark.parametrize("layout", ["fsdp-uneven", "tp-fsdp", "pp", "pp-fsdp"])
+def test_a_rank_without_any_gradient(layout: str, policy: str, mode: str) -> None:
+    results = pool(WORLD).run(everybody_lacks, layout, policy, (2,), mode)
+    if not layout.startswith("pp") and policy != "adagc-shard":
+        for reports in zip(*(result["reports"] for result in results), strict=True):
+            assert all(torch.equal(report["scales"], reports[0]["scales"]) for report in reports), "ranks disagree"
+    for rank, result in enumerate(results):
+        for report in result["reports"]:
+            assert report["empty"] == (rank == 2)
+            assert (report["num_grads"] == 0) == (rank == 2)
+            assert not report["nonfinite"]
+            assert torch.isfinite(report["scales"]).all()
+
+
+@pytest.mark.parametrize("policy", ["global_norm", "adagc", "adagc-shard", "adagc-global", "zclip"])
+@pytest.mark.parametrize("layout", ["ddp", "fsdp-uneven", "tp-fsdp", "pp"])
+def test_no_gradient_anywhere(layout: str, policy: str) -> None:
+    """A clip before any backward clips nothing, observes nothing, and says so."""
+    for result in pool(WORLD).run(everybody_lacks, layout, policy, tuple(range(WORLD)), "propagate"):
+        for report in result["reports"]:
+            assert report["empty"]
+            assert report["num_grads"] == 0
+            assert float(report["clipped_fraction"]) == 0
+            assert not report["nonfinite"]
+        assert all(float(entry["gamma"]) == 0 for entry in result["state"]["tensors"].values())

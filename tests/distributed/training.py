@@ -1,0 +1,475 @@
+"""Owns the comparison of a distributed training run with the single-process reference.
+
+`train` runs on every rank and records, step by step, the local gradients before and after clipping and the report.
+`check` runs in the test's process, puts the shards together by their recorded flat indices, and compares twice:
+- step by step, the reference is fed the very gradients that the ranks had before clipping; what differs can only be
+  the clipping. Norms, scales, gamma, clipped gradients.
+- as a whole, a single process trains the same model on the whole batch with the reference's clipping. Parameters.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+import dist_clip
+from tests import reference
+
+from .layouts import LAYOUTS, Layout, Setup
+from .model import backward, make_index_net, make_net
+
+WARMUP = 5
+STEPS = 30
+RTOL = 1e-6  # of norms, scales and gamma: a few roundings of float32, in which they are reported
+PARAM_TOL = 1e-5
+CLIPPED_RTOL = {torch.float64: 2e-6, torch.float32: 2e-6, torch.bfloat16: 8e-3}
+"""Of clipped gradients: the scale's RTOL and the rounding of the product to the gradient's dtype."""
+
+
+@dataclass(frozen=True)
+class Policy:
+    """One policy under test next to its reference."""
+
+    ours: Callable[[], Any]
+    theirs: Callable[[], Any]
+    scope: str = "tensor"
+
+
+def _adagc(scope: str = "tensor", gamma_init: str = "min") -> Policy:
+    rule = reference.AdaGCGlobal if scope == "global" else reference.AdaGC
+    return Policy(
+        lambda: dist_clip.AdaGC(warmup_steps=WARMUP, scope=scope, gamma_init=gamma_init),
+        lambda: rule(warmup_steps=WARMUP, gamma_init=gamma_init),
+        scope,
+    )
+
+
+POLICIES: dict[str, Policy] = {
+    "global_norm": Policy(lambda: dist_clip.GlobalNorm(1.0), lambda: reference.GlobalGC(1.0)),
+    "adagc": _adagc(),
+    "adagc-median": _adagc(gamma_init="median"),
+    "adagc-mean": _adagc(gamma_init="mean"),
+    "adagc-last": _adagc(gamma_init="last"),
+    "adagc-shard": _adagc("shard"),
+    "adagc-global": _adagc("global"),
+    "zclip": Policy(
+        lambda: dist_clip.ZClip(warmup_steps=WARMUP, max_norm=5.0),
+        lambda: reference.ZClip(warmup_steps=WARMUP, max_norm=5.0),
+    ),
+    "zclip-percentile": Policy(
+        lambda: dist_clip.ZClip(warmup_steps=WARMUP, mode="percentile", max_norm=None, skip_update_on_spike=True),
+        lambda: reference.ZClip(warmup_steps=WARMUP, mode="percentile", max_norm=None, skip_update_on_spike=True),
+    ),
+}
+
+OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "adamw": lambda params: torch.optim.AdamW(params, lr=3e-3, foreach=True),
+    "sgd": lambda params: torch.optim.SGD(params, lr=3e-2, momentum=0.9, foreach=False),
+}
+
+
+# ---------------------------------------------------------------- on every rank
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this rank holds of a plain tensor or DTensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def local_grad(param: nn.Parameter) -> Tensor | None:
+    """A copy of the gradient of this rank's piece; sums over ranks that are still due are made.
+
+    DTensor leaves some gradients Partial, and some whole on every rank though the parameter is sharded.
+    """
+    grad = param.grad
+    if grad is None:
+        return None
+    if isinstance(grad, DTensor) and grad.placements != param.placements:
+        grad = grad.redistribute(placements=param.placements)
+    return local(grad).detach().clone()
+
+
+@functools.cache
+def held(layout: str) -> dict[str, Tensor]:
+    """FQN -> flat indices, within the logical tensor, of the elements that this rank holds."""
+    chosen = LAYOUTS[layout]
+    setup = chosen.build(make_index_net(chosen.config), chosen.config)
+    return {name: local(param).detach().flatten().long() for name, param in setup.named}
+
+
+def build(layout: str, dtype: torch.dtype) -> Setup:
+    chosen = LAYOUTS[layout]
+    return chosen.build(make_net(chosen.config, chosen.dtype or dtype), chosen.config)
+
+
+def make_clipper(setup: Setup, policy: Any, **kwargs: Any) -> Any:
+    target = setup.modules if len(setup.modules) > 1 else setup.modules[0]
+    return dist_clip.GradClipper(target, policy, pp_group=setup.pp_group, **kwargs)
+
+
+def flat(tensors: list[Tensor | None]) -> Tensor:
+    """All tensors in one float64 vector: cheap to send, and exact."""
+    return torch.cat([torch.empty(0, dtype=torch.float64)] + [t.double().flatten() for t in tensors if t is not None])
+
+
+def train(layout: str, policy: str | None, optimizer: str, dtype: torch.dtype, steps: int = STEPS) -> dict[str, Any]:
+    """Train on this rank; everything that happened, as plain data."""
+    index = held(layout)
+    setup = build(layout, dtype)
+    names, params = zip(*setup.named, strict=True)
+    clipper = make_clipper(setup, POLICIES[policy].ours()) if policy else None
+    # AdamW is elementwise: on the local tensors it is the same, and without DTensor's dispatch for each of its many
+    # operations. SGD runs on what users hand to their optimizer.
+    owned = [nn.Parameter(local(param.detach())) for param in params] if optimizer == "adamw" else params
+    optim = OPTIMIZERS[optimizer](owned)
+    records = []
+    for step in range(1, steps + 1):
+        for param in params:
+            param.grad = None
+        setup.backward(step)
+        before = [local_grad(param) for param in params]
+        record: dict[str, Any] = {"present": [grad is not None for grad in before], "before": flat(before)}
+        if clipper is not None:
+            record["report"] = plain_report(clipper.clip_())
+            record["after"] = flat([local_grad(param) for param in params])
+            if step >= WARMUP:
+                record["gamma"], record["global"] = state_of(clipper)
+        records.append(record)
+        if owned is not params:
+            for mine, param in zip(owned, params, strict=True):
+                mine.grad = local_grad(param)
+        optim.step()
+    return {
+        "names": names,
+        "index": index,
+        "grad_dtypes": [None if p.grad is None else local(p.grad).dtype for p in params],
+        "records": records,
+        "params": {name: local(param).detach().clone() for name, param in setup.named},
+    }
+
+
+def plain_report(report: Any) -> dict[str, Any]:
+    fields = ("names", "tensor_norms", "scales", "global_norm", "clipped_global_norm", "clipped_fraction")
+    fields += ("nonfinite", "num_grads", "empty")
+    return {field: getattr(report, field) for field in fields}
+
+
+def state_of(clipper: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Per-tensor gammas, and the state of the one domain that these tests have."""
+    state = clipper.state_dict()
+    gammas = {name: entry["gamma"] for name, entry in state["tensors"].items()}
+    return gammas, next(iter(state["global"].values()), {})
+
+
+# ---------------------------------------------------------------- in the test's process
+
+
+def assert_close(actual: Tensor, expected: Tensor, where: str, **tolerances: Any) -> None:
+    torch.testing.assert_close(actual, expected, msg=lambda text: f"{where}: {text}", **tolerances)
+
+
+def close(actual: float, expected: float, rtol: float = RTOL) -> bool:
+    return math.isclose(actual, expected, rel_tol=rtol, abs_tol=1e-12)
+
+
+class Run:
+    """The ranks' records of one run, put together."""
+
+    def __init__(self, ranks: list[dict[str, Any]], layout: Layout) -> None:
+        self.ranks, self.layout = ranks, layout
+        self.shapes = {name: p.shape for name, p in make_net(layout.config).named_parameters()}
+        # Distinct pieces of each tensor, empty ones left out: key -> flat indices.
+        self.pieces: dict[tuple[str, int], Tensor] = {}
+        self.piece_of: list[dict[str, tuple[str, int]]] = []
+        numbers: dict[tuple[str, tuple[int, ...]], int] = {}
+        for rank in ranks:
+            mine = {}
+            for name, index in rank["index"].items():
+                if index.numel():
+                    number = numbers.setdefault((name, tuple(index.tolist())), len(numbers))
+                    mine[name] = (name, number)
+                    self.pieces[(name, number)] = index
+            self.piece_of.append(mine)
+
+    def verify_cover(self) -> None:
+        """The layout under test holds every element of every tensor; a mistake in the test would show here."""
+        for name, shape in self.shapes.items():
+            index = torch.cat([rank["index"][name] for rank in self.ranks if name in rank["index"]])
+            assert index.unique().numel() == shape.numel(), f"{name}: not every element is held by some rank"
+
+    def split(self, rank: int, record: dict[str, Any], key: str) -> dict[str, Tensor | None]:
+        """One rank's flat gradient vector back as tensors, by name; None where there was no gradient."""
+        out: dict[str, Tensor | None] = {}
+        offset = 0
+        entry = self.ranks[rank]
+        for name, present in zip(entry["names"], record["present"], strict=True):
+            size = entry["index"][name].numel()
+            out[name] = record[key][offset : offset + size] if present else None
+            offset += size if present else 0
+        return out
+
+    def local_grads(self, step: int, key: str) -> list[dict[str, Tensor | None]]:
+        return [self.split(i, rank["records"][step - 1], key) for i, rank in enumerate(self.ranks)]
+
+    def join(self, parts: list[dict[str, Tensor | None]]) -> dict[str, Tensor]:
+        """Whole tensors from all ranks' pieces; names without any piece are left out, a piece that lacks is zero."""
+        whole: dict[str, Tensor] = {}
+        seen: dict[tuple[str, int], Tensor] = {}
+        for rank, tensors in enumerate(parts):
+            for name, tensor in tensors.items():
+                if tensor is None:
+                    continue
+                full = whole.setdefault(name, torch.zeros(self.shapes[name].numel(), dtype=torch.float64))
+                piece = self.piece_of[rank].get(name)
+                if piece is None:
+                    continue
+                full[self.pieces[piece]] = tensor.double().flatten()
+                assert torch.equal(seen.setdefault(piece, tensor), tensor), f"copies of {name} differ on rank {rank}"
+        return whole
+
+    def whole_grads(self, step: int, key: str = "before") -> dict[str, Tensor]:
+        return self.join(self.local_grads(step, key))
+
+    def cut(self, whole: dict[str, Tensor]) -> dict[tuple[str, int], Tensor]:
+        """The distinct pieces of whole tensors."""
+        return {key: whole[key[0]].flatten()[index] for key, index in self.pieces.items() if key[0] in whole}
+
+
+@functools.lru_cache(maxsize=64)
+def whole_batch_run(
+    layout: str, policy: str | None, optimizer: str, dtype: torch.dtype, steps: int = STEPS
+) -> dict[str, Any]:
+    """A single process trains on the whole batch with the reference's clipping of whole tensors."""
+    return train_alone(LAYOUTS[layout], policy, optimizer, dtype, steps, None)
+
+
+def train_alone(
+    layout: Layout, policy: str | None, optimizer: str, dtype: torch.dtype, steps: int, run: Run | None
+) -> dict[str, Any]:
+    net = make_net(layout.config, dtype)
+    named = dict(net.named_parameters())
+    optim = OPTIMIZERS[optimizer](list(named.values()))
+    rule = POLICIES[policy].theirs() if policy else None
+    records = []
+    for step in range(1, steps + 1):
+        optim.zero_grad(set_to_none=True)
+        backward(net, layout.config, step)
+        grads = {name: param.grad for name, param in named.items() if param.grad is not None}
+        records.append({"grads": {name: grad.clone() for name, grad in grads.items()}})
+        if rule is not None:
+            if run is None:
+                outcome = reference.clip(rule, grads)
+                for name, grad in outcome.grads.items():
+                    named[name].grad = grad
+            else:
+                outcome = reference.clip(rule, run.cut(grads))
+                for (name, number), grad in outcome.grads.items():
+                    named[name].grad.view(-1)[run.pieces[(name, number)]] = grad
+            records[-1]["outcome"] = outcome
+        optim.step()
+    return {"records": records, "params": {name: param.detach() for name, param in named.items()}}
+
+
+def check_gradients(run: Run, layout: str, dtype: torch.dtype) -> None:
+    """Without any clipping: the layout's gradients are the single process's. This tests the tests."""
+    run.verify_cover()
+    alone = whole_batch_run(layout, None, "sgd", dtype, len(run.ranks[0]["records"]))
+    for step, record in enumerate(alone["records"], start=1):
+        whole = run.whole_grads(step)
+        assert whole.keys() == record["grads"].keys(), f"step {step}"
+        for name, grad in record["grads"].items():
+            scale = float(grad.double().abs().max())
+            assert_close(whole[name], grad.double().flatten(), f"step {step}, {name}", rtol=1e-4, atol=1e-5 * scale)
+
+
+def check(run: Run, layout_name: str, policy_name: str, optimizer: str, dtype: torch.dtype) -> None:
+    layout, policy = LAYOUTS[layout_name], POLICIES[policy_name]
+    run.verify_cover()
+    rule = policy.theirs()
+    shadow = Shadow(layout, optimizer, dtype) if layout.same_params and not layout.trajectory else None
+    clipped_something = False
+    for step in range(1, len(run.ranks[0]["records"]) + 1):
+        whole = run.whole_grads(step)
+        grads: dict[Any, Tensor] = dict(run.cut(whole)) if policy.scope == "shard" else dict(whole)
+        outcome = reference.clip(rule, grads)
+        clipped_something |= step > WARMUP and min(outcome.scales.values()) < 1
+        for rank in range(len(run.ranks)):
+            check_report(run, rank, step, policy, outcome, rule)
+            check_global_norms(run, rank, step, outcome)
+            check_clipped(run, rank, step, policy, outcome)
+        check_agreement(run, step, policy)
+        if shadow is not None:
+            shadow.step(run, outcome, policy)
+    assert clipped_something, "the test is to blame: nothing was clipped after the warm-up"
+
+    if layout.trajectory:
+        # Pieces differ between world sizes, so only whole-tensor runs can be shared between tests.
+        if policy.scope == "shard":
+            alone = train_alone(layout, policy_name, optimizer, dtype, len(run.ranks[0]["records"]), run)
+        else:
+            alone = whole_batch_run(layout_name, policy_name, optimizer, dtype)
+        check_trajectory(run, alone, dtype)
+        check_params(run, alone["params"])
+    elif shadow is not None:
+        check_params(run, shadow.params)
+
+
+class Shadow:
+    """A single process that is handed the ranks' own gradients: the oracle where low precision hides the true path."""
+
+    def __init__(self, layout: Layout, optimizer: str, dtype: torch.dtype) -> None:
+        self.params = dict(make_net(layout.config, layout.dtype or dtype).named_parameters())
+        self.optim = OPTIMIZERS[optimizer](list(self.params.values()))
+
+    def step(self, run: Run, outcome: reference.Outcome, policy: Policy) -> None:
+        self.optim.zero_grad(set_to_none=True)
+        for key, grad in outcome.grads.items():
+            if policy.scope != "shard":
+                self.params[key].grad = grad.view(run.shapes[key]).to(self.params[key].dtype)
+                continue
+            param = self.params[key[0]]
+            if param.grad is None:
+                param.grad = torch.zeros_like(param)
+            param.grad.view(-1)[run.pieces[key]] = grad.to(param.dtype)
+        self.optim.step()
+
+
+def check_report(run: Run, rank: int, step: int, policy: Policy, outcome: reference.Outcome, rule: Any) -> None:
+    entry = run.ranks[rank]
+    record = entry["records"][step - 1]
+    report = record["report"]
+    where = f"rank {rank}, step {step}"
+    names = report["names"]
+    assert set(names) == set(entry["names"]), where
+    assert len(names) == len(entry["names"]), where
+    present = dict(zip(entry["names"], record["present"], strict=True))
+    for vector in ("tensor_norms", "scales"):
+        assert report[vector].dtype == torch.float32, where
+        assert report[vector].shape == (len(names),), where
+    for i, name in enumerate(names):
+        norm, scale = float(report["tensor_norms"][i]), float(report["scales"][i])
+        key = run.piece_of[rank].get(name) if policy.scope == "shard" else name
+        here = f"{where}, {name}"
+        if key not in outcome.norms:  # no gradient anywhere, or an empty shard
+            assert norm == 0, f"{here}: norm {norm} where there is no gradient"
+            continue
+        if not present[name]:
+            continue  # this rank's piece is missing while others have theirs
+        assert close(norm, outcome.norms[key]), f"{here}: norm {norm}, not {outcome.norms[key]}"
+        if outcome.norms[key] > 0:
+            assert close(scale, outcome.scales[key]), f"{here}: scale {scale}, not {outcome.scales[key]}"
+    check_gammas(run, rank, step, policy, rule)
+    assert report["num_grads"] == sum(record["present"]), where
+    assert report["empty"] == (not any(record["present"])), where
+    assert not report["nonfinite"], where
+    # A tensor has a gradient where any rank has a piece of it; a shard that is a tensor of its own, where this one has.
+    counted = present if policy.scope == "shard" else {name: name in outcome.norms for name in names}
+    with_grad = [float(s) for name, s in zip(names, report["scales"], strict=True) if counted[name]]
+    fraction = sum(s < 1 for s in with_grad) / max(1, len(with_grad))
+    assert close(float(report["clipped_fraction"]), fraction), f"{where}: {report['clipped_fraction']} {fraction}"
+
+
+def check_global_norms(run: Run, rank: int, step: int, outcome: reference.Outcome) -> None:
+    """N before and after clipping, wherever they are reported; where they must be is tested in test_collectives.py."""
+    report = run.ranks[rank]["records"][step - 1]["report"]
+    where = f"rank {rank}, step {step}"
+    if report["global_norm"] is None:
+        return
+    actual = float(report["global_norm"])
+    assert close(actual, outcome.global_norm), f"{where}: global norm {actual}, not {outcome.global_norm}"
+    expected = math.sqrt(sum((outcome.scales[k] * n) ** 2 for k, n in outcome.norms.items()))
+    if report["clipped_global_norm"] is None:
+        # It needs no communication where every scale is the same.
+        different = len({outcome.scales[k] for k, n in outcome.norms.items() if n > 0})
+        assert different > 1, f"{where}: no clipped global norm, though it is the scale times the global norm"
+        return
+    actual = float(report["clipped_global_norm"])
+    assert close(actual, expected, 2 * RTOL), f"{where}: clipped global norm {actual}, not {expected}"
+
+
+def check_gammas(run: Run, rank: int, step: int, policy: Policy, rule: Any) -> None:
+    """State from the end of the warm-up on; a tensor that has none in the reference has none (or 0) here."""
+    if step < WARMUP or isinstance(rule, reference.GlobalGC):
+        return
+    record = run.ranks[rank]["records"][step - 1]
+    expected_global = {}
+    if isinstance(rule, reference.ZClip):
+        expected_global = {"mean": rule.mean, "var": rule.var}
+    elif policy.scope == "global":
+        expected_global = {"gamma": rule.gamma["N"]}
+    for name, value in expected_global.items():
+        # The variance is that of norms that agree to RTOL: a difference of nearly equal numbers, squared.
+        actual, rtol = float(record["global"][name]), 1e-4 if name == "var" else RTOL
+        assert close(actual, value, rtol), f"rank {rank}, step {step}: {name} {actual}, not {value}"
+    if expected_global:
+        return
+    gamma = record["gamma"]
+    for name in run.ranks[rank]["names"]:
+        key: Any = run.piece_of[rank].get(name) if policy.scope == "shard" else name
+        expected = rule.gamma.get(key, 0.0)
+        actual = float(gamma.get(name, torch.tensor(0.0)))
+        assert close(actual, expected), f"rank {rank}, step {step}, {name}: gamma {actual}, not {expected}"
+
+
+def check_clipped(run: Run, rank: int, step: int, policy: Policy, outcome: reference.Outcome) -> None:
+    entry = run.ranks[rank]
+    clipped = run.split(rank, entry["records"][step - 1], "after")
+    for name, tensor, dtype in zip(clipped, clipped.values(), entry["grad_dtypes"], strict=True):
+        key: Any = run.piece_of[rank].get(name)
+        if tensor is None or key is None:
+            continue
+        expected = outcome.grads[key] if policy.scope == "shard" else outcome.grads[name].flatten()[run.pieces[key]]
+        rtol = CLIPPED_RTOL[dtype] if dtype is not None else 8e-3
+        # Partial gradients are sums over ranks in an order of their own, which shows where terms cancel.
+        atol = 2e-7 * float(expected.abs().max()) if run.layout.partial else 1e-30
+        assert_close(tensor, expected, f"rank {rank}, step {step}, {name}", rtol=rtol, atol=atol)
+
+
+def check_agreement(run: Run, step: int, policy: Policy) -> None:
+    """Ranks that hold the same tensor agree bitwise on its scale and state, and ranks with the same piece on that."""
+    seen: dict[Any, tuple[int, Any]] = {}
+    for rank, entry in enumerate(run.ranks):
+        record = entry["records"][step - 1]
+        report = record["report"]
+        for i, name in enumerate(report["names"]):
+            key = run.piece_of[rank].get(name) if policy.scope == "shard" else name
+            if key is None:
+                continue
+            mine = [report["scales"][i].item(), report["tensor_norms"][i].item()]
+            mine += [record["gamma"][name].item()] if name in record.get("gamma", {}) else []
+            mine += [value.item() for value in record.get("global", {}).values()]
+            first, theirs = seen.setdefault(key, (rank, mine))
+            assert mine == theirs, f"step {step}, {name}: {theirs} on rank {first}, {mine} on rank {rank}"
+
+
+def check_trajectory(run: Run, alone: dict[str, Any], dtype: torch.dtype) -> None:
+    """The single process's own norms, scales and N along its own path."""
+    # In float32 the two paths drift apart by rounding, step by step; in float64 that stays far below the tolerance.
+    rtol = RTOL if dtype == torch.float64 else 1e-3
+    scope_shard = any(isinstance(key, tuple) for key in alone["records"][0]["outcome"].norms)
+    for step, expected in enumerate(alone["records"], start=1):
+        outcome = expected["outcome"]
+        for rank, entry in enumerate(run.ranks):
+            report = entry["records"][step - 1]["report"]
+            for i, name in enumerate(report["names"]):
+                key = run.piece_of[rank].get(name) if scope_shard else name
+                if key not in outcome.norms or outcome.norms[key] == 0:
+                    continue
+                here = f"rank {rank}, step {step}, {name}, on its own path"
+                norm, scale = report["tensor_norms"][i].item(), report["scales"][i].item()
+                assert close(norm, outcome.norms[key], rtol), f"{here}: norm {norm}, not {outcome.norms[key]}"
+                assert close(scale, outcome.scales[key], rtol), f"{here}: scale {scale}, not {outcome.scales[key]}"
+
+
+def check_params(run: Run, params: dict[str, Tensor]) -> None:
+    whole = run.join([dict(entry["params"]) for entry in run.ranks])  # asserts that copies are bitwise equal
+    for name, param in params.items():
+        expected = param.detach().double().flatten()
+        assert_close(whole[name], expected, f"{name} after the last step", rtol=PARAM_TOL, atol=PARAM_TOL)

@@ -1,0 +1,208 @@
+"""Single-process reference of the clipping rules, in plain Python floats; reads like the algorithms' description.
+
+A rule turns a dict of norms into a dict of scales and keeps its state in plain attributes. `clip` measures whole
+tensors, asks the rule, and scales them. For AdaGC-Shard the tensors handed in are the pieces that the ranks hold, each
+distinct piece once, under whatever keys. Nothing here knows of ranks, nothing here is fast, nothing is shared with
+dist_clip.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+Norms = Mapping[Hashable, float]
+Scales = dict[Hashable, float]
+
+
+def l2_norm(tensor: torch.Tensor) -> float:
+    """L2 norm of a whole tensor, in float64."""
+    return math.sqrt(float(tensor.detach().double().square().sum()))
+
+
+def total_norm(norms: Norms) -> float:
+    """N = sqrt(sum_i n_i^2)."""
+    return math.sqrt(sum(norm * norm for norm in norms.values()))
+
+
+def at_most_one(value: float) -> float:
+    """min(1, value), except that NaN stays NaN, as with torch.clamp."""
+    return value if math.isnan(value) else min(1.0, value)
+
+
+def observable(norm: float) -> bool:
+    """Zero and non-finite norms say nothing about a tensor's usual norm: they never enter a rule's state."""
+    return math.isfinite(norm) and norm > 0
+
+
+class Rule(Protocol):
+    def scales(self, norms: Norms) -> Scales: ...
+
+
+@dataclass
+class GlobalGC:
+    """s = min(1, max_norm / (N + 1e-6)) for every tensor."""
+
+    max_norm: float = 1.0
+
+    def scales(self, norms: Norms) -> Scales:
+        scale = at_most_one(self.max_norm / (total_norm(norms) + 1e-6))
+        return dict.fromkeys(norms, scale)
+
+
+GAMMA_INITS = {"min": min, "median": statistics.median, "mean": statistics.fmean, "last": lambda seen: seen[-1]}
+
+
+class AdaGC:
+    """AdaGC over the tensors handed in: whole tensors (scope "tensor"), or the ranks' pieces (scope "shard")."""
+
+    def __init__(
+        self,
+        lambda_rel: float = 1.04,
+        beta: float = 0.99,
+        warmup_steps: int = 100,
+        max_norm: float = 1.0,
+        gamma_init: str = "min",
+        eps: float = 1e-6,
+    ) -> None:
+        self.lambda_rel, self.beta, self.warmup_steps = lambda_rel, beta, warmup_steps
+        self.max_norm, self.gamma_init, self.eps = max_norm, gamma_init, eps
+        self.t = 0
+        self.gamma: dict[Hashable, float] = {}
+        self.seen: dict[Hashable, list[float]] = {}
+
+    def scales(self, norms: Norms) -> Scales:
+        self.t += 1
+        if self.t <= self.warmup_steps:
+            return self._warmup(norms)
+        return {name: self._scale(name, norm) for name, norm in norms.items()}
+
+    def _warmup(self, norms: Norms) -> Scales:
+        """GlobalGC; gamma_i summarises the norms that it lets through."""
+        scales = GlobalGC(self.max_norm).scales(norms)
+        for name, norm in norms.items():
+            after = norm * scales[name]
+            if observable(after):
+                self.seen.setdefault(name, []).append(after)
+                self.gamma[name] = GAMMA_INITS[self.gamma_init](self.seen[name])
+        return scales
+
+    def _scale(self, name: Hashable, norm: float) -> float:
+        """h_i = min(1, lambda_rel * gamma_i / (n_i + eps)) with gamma_i from before this step; then gamma_i moves."""
+        if norm == 0:
+            return 1.0
+        if name not in self.gamma:
+            if not observable(norm):
+                return math.nan if math.isnan(norm) else 0.0
+            self.gamma[name] = norm
+            return 1.0
+        limit = self.lambda_rel * self.gamma[name]
+        scale = at_most_one(limit / (norm + self.eps))
+        if observable(norm):
+            self.gamma[name] = self.beta * self.gamma[name] + (1 - self.beta) * min(norm, limit)
+        return scale
+
+
+class AdaGCGlobal(AdaGC):
+    """AdaGC-Global: the rule applied once, to N."""
+
+    def scales(self, norms: Norms) -> Scales:
+        scale = super().scales({"N": total_norm(norms)})["N"]
+        return dict.fromkeys(norms, scale)
+
+
+class ZClip:
+    """Z-score clipping of the global norm."""
+
+    def __init__(
+        self,
+        alpha: float = 0.97,
+        z_thresh: float = 2.5,
+        warmup_steps: int = 25,
+        mode: str = "zscore",
+        clip_option: str = "adaptive_scaling",
+        clip_factor: float = 1.0,
+        max_norm: float | None = 1.0,
+        skip_update_on_spike: bool = False,
+        eps: float = 1e-6,
+    ) -> None:
+        self.alpha, self.z_thresh, self.warmup_steps, self.mode = alpha, z_thresh, warmup_steps, mode
+        self.clip_option, self.clip_factor, self.max_norm = clip_option, clip_factor, max_norm
+        self.skip_update_on_spike, self.eps = skip_update_on_spike, eps
+        self.record: list[float] = []
+        self.mean = self.var = math.nan
+
+    def scales(self, norms: Norms) -> Scales:
+        scale = self._scale(total_norm(norms))
+        return dict.fromkeys(norms, scale)
+
+    def _scale(self, norm: float) -> float:
+        if len(self.record) < self.warmup_steps:  # a norm that says nothing is not recorded and prolongs the warm-up
+            if observable(norm):
+                self.record.append(norm)
+                self.mean, self.var = statistics.fmean(self.record), statistics.pvariance(self.record)
+            return 1.0 if self.max_norm is None else at_most_one(self.max_norm / (norm + 1e-6))
+        if math.isnan(norm):
+            return math.nan
+        threshold = self._threshold(norm)
+        applied = norm if threshold is None else threshold
+        if self.max_norm is not None:
+            applied = min(applied, self.max_norm)
+        scale = applied / (norm + 1e-6) if norm > applied else 1.0
+        if observable(norm) and not (threshold is not None and self.skip_update_on_spike):
+            x = norm if threshold is None else threshold
+            self.mean = self.alpha * self.mean + (1 - self.alpha) * x
+            self.var = self.alpha * self.var + (1 - self.alpha) * (x - self.mean) ** 2
+        return scale
+
+    def _threshold(self, norm: float) -> float | None:
+        """The norm to clip to, or None when this norm is no spike."""
+        std = math.sqrt(self.var)
+        if self.mode == "percentile":
+            limit = self.mean + self.z_thresh * std
+            return limit if norm > limit else None
+        z = (norm - self.mean) / (std + self.eps)
+        if z <= self.z_thresh:
+            return None
+        if self.clip_option == "mean":
+            return self.mean
+        return self.clip_factor * (self.mean + self.z_thresh * std / (z / self.z_thresh))
+
+
+@dataclass
+class Outcome:
+    """What one clipping did: norms before it, scales, the scaled gradients (same dtypes as before), and N."""
+
+    norms: dict[Hashable, float]
+    scales: Scales
+    grads: dict[Hashable, torch.Tensor]
+    global_norm: float
+    nonfinite: bool = False
+    skipped: bool = False
+
+
+def clip(rule: Rule, grads: Mapping[Hashable, torch.Tensor | None], nonfinite: str = "propagate") -> Outcome:
+    """Clip whole gradients by `rule`; a gradient that is None takes no part. The inputs are left as they are."""
+    present = {name: grad for name, grad in grads.items() if grad is not None}
+    norms: dict[Hashable, float] = {name: l2_norm(grad) for name, grad in present.items()}
+    bad = {name for name, norm in norms.items() if not math.isfinite(norm)}
+    if bad and nonfinite == "raise":
+        raise FloatingPointError(f"non-finite gradients: {sorted(map(str, bad))}")
+    if bad and nonfinite == "skip":
+        ones = dict.fromkeys(norms, 1.0)
+        return Outcome(norms, ones, dict(present), total_norm(norms), nonfinite=True, skipped=True)
+    # A tensor whose gradient is set to zero is an absent one to the rule: out of N, and no observation.
+    measured = {name: norm for name, norm in norms.items() if not (nonfinite == "zero" and name in bad)}
+    scales = rule.scales(measured)
+    clipped: dict[Hashable, torch.Tensor] = {}
+    for name, grad in present.items():
+        if name in measured:
+            clipped[name] = (grad.double() * scales[name]).to(grad.dtype)
+        else:
+            scales[name], clipped[name] = 0.0, torch.zeros_like(grad)
+    return Outcome(norms, scales, clipped, total_norm(measured), nonfinite=bool(bad))
