@@ -28,16 +28,15 @@ def test_layout_itself(layout: str, world: int) -> None:
     training.check_gradients(training.Run(ranks, LAYOUTS[layout]), layout, dtype)
 
 
-@pytest.mark.parametrize("policy", ["global_norm", "adagc", "adagc-median", "adagc-shard", "adagc-global", "zclip"])
+@pytest.mark.parametrize("policy", ["global_norm", "adagc", "adagc-shard", "adagc-global", "zclip"])
 @pytest.mark.parametrize(("layout", "world"), CASES, ids=IDS)
 def test_adamw(layout: str, world: int, policy: str) -> None:
     run(layout, world, policy, "adamw", torch.float32)
 
 
-@pytest.mark.parametrize("policy", ["adagc", "zclip"])
-@pytest.mark.parametrize(("layout", "world"), CASES, ids=IDS)
-def test_sgd(layout: str, world: int, policy: str) -> None:
-    run(layout, world, policy, "sgd", torch.float64)
+@pytest.mark.parametrize("layout", sorted({name for name, world in EXACT if world == 4}))
+def test_sgd(layout: str) -> None:
+    run(layout, 4, "adagc-median", "sgd", torch.float64)
 
 
 @pytest.mark.parametrize("policy", ["adagc-mean", "adagc-last", "zclip-percentile"])

@@ -70,7 +70,8 @@ POLICIES: dict[str, Policy] = {
 }
 
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
-    "adamw": lambda params: torch.optim.AdamW(params, lr=3e-3, foreach=True),
+    # With the usual eps of 1e-8, AdamW turns the rounding of gradients that all but cancel into steps of full size.
+    "adamw": lambda params: torch.optim.AdamW(params, lr=3e-3, eps=1e-5, foreach=True),
     "sgd": lambda params: torch.optim.SGD(params, lr=3e-2, momentum=0.9, foreach=False),
 }
 
@@ -158,14 +159,18 @@ def train(layout: str, policy: str | None, optimizer: str, dtype: torch.dtype, s
 def plain_report(report: Any) -> dict[str, Any]:
     fields = ("names", "tensor_norms", "scales", "global_norm", "clipped_global_norm", "clipped_fraction")
     fields += ("nonfinite", "num_grads", "empty")
-    return {field: getattr(report, field) for field in fields}
+    values = {field: getattr(report, field) for field in fields}
+    assert values["tensor_norms"].dtype == values["scales"].dtype == torch.float32
+    # Numbers are much cheaper to send than tensors; every float32 is exactly one Python float.
+    return {field: value.tolist() if isinstance(value, Tensor) else value for field, value in values.items()}
 
 
-def state_of(clipper: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def state_of(clipper: Any) -> tuple[dict[str, float], dict[str, float]]:
     """Per-tensor gammas, and the state of the one domain that these tests have."""
     state = clipper.state_dict()
-    gammas = {name: entry["gamma"] for name, entry in state["tensors"].items()}
-    return gammas, next(iter(state["global"].values()), {})
+    gammas = {name: entry["gamma"].item() for name, entry in state["tensors"].items()}
+    domain = next(iter(state["global"].values()), {})
+    return gammas, {key: value.item() for key, value in domain.items() if value.numel() == 1}
 
 
 # ---------------------------------------------------------------- in the test's process
@@ -350,11 +355,7 @@ def check_report(run: Run, rank: int, step: int, policy: Policy, outcome: refere
     assert set(names) == set(entry["names"]), where
     assert len(names) == len(entry["names"]), where
     present = dict(zip(entry["names"], record["present"], strict=True))
-    for vector in ("tensor_norms", "scales"):
-        assert report[vector].dtype == torch.float32, where
-        assert report[vector].shape == (len(names),), where
-    for i, name in enumerate(names):
-        norm, scale = float(report["tensor_norms"][i]), float(report["scales"][i])
+    for name, norm, scale in zip(names, report["tensor_norms"], report["scales"], strict=True):
         key = run.piece_of[rank].get(name) if policy.scope == "shard" else name
         here = f"{where}, {name}"
         if key not in outcome.norms:  # no gradient anywhere, or an empty shard
@@ -370,10 +371,13 @@ def check_report(run: Run, rank: int, step: int, policy: Policy, outcome: refere
     assert report["empty"] == (not any(record["present"])), where
     assert not report["nonfinite"], where
     # A tensor has a gradient where any rank has a piece of it; a shard that is a tensor of its own, where this one has.
-    counted = present if policy.scope == "shard" else {name: name in outcome.norms for name in names}
-    with_grad = [float(s) for name, s in zip(names, report["scales"], strict=True) if counted[name]]
-    fraction = sum(s < 1 for s in with_grad) / max(1, len(with_grad))
-    assert close(float(report["clipped_fraction"]), fraction), f"{where}: {report['clipped_fraction']} {fraction}"
+    if policy.scope == "shard":
+        counted = {name for name in run.piece_of[rank] if present[name]}
+    else:
+        counted = {name for name in names if name in outcome.norms}
+    clipped = sum(scale < 1 for name, scale in zip(names, report["scales"], strict=True) if name in counted)
+    fraction = clipped / max(1, len(counted))
+    assert close(report["clipped_fraction"], fraction), f"{where}: {report['clipped_fraction']} {fraction}"
 
 
 def check_global_norms(run: Run, rank: int, step: int, outcome: reference.Outcome) -> None:
@@ -382,7 +386,7 @@ def check_global_norms(run: Run, rank: int, step: int, outcome: reference.Outcom
     where = f"rank {rank}, step {step}"
     if report["global_norm"] is None:
         return
-    actual = float(report["global_norm"])
+    actual = report["global_norm"]
     assert close(actual, outcome.global_norm), f"{where}: global norm {actual}, not {outcome.global_norm}"
     expected = math.sqrt(sum((outcome.scales[k] * n) ** 2 for k, n in outcome.norms.items()))
     if report["clipped_global_norm"] is None:
@@ -390,7 +394,7 @@ def check_global_norms(run: Run, rank: int, step: int, outcome: reference.Outcom
         different = len({outcome.scales[k] for k, n in outcome.norms.items() if n > 0})
         assert different > 1, f"{where}: no clipped global norm, though it is the scale times the global norm"
         return
-    actual = float(report["clipped_global_norm"])
+    actual = report["clipped_global_norm"]
     assert close(actual, expected, 2 * RTOL), f"{where}: clipped global norm {actual}, not {expected}"
 
 
@@ -406,7 +410,7 @@ def check_gammas(run: Run, rank: int, step: int, policy: Policy, rule: Any) -> N
         expected_global = {"gamma": rule.gamma["N"]}
     for name, value in expected_global.items():
         # The variance is that of norms that agree to RTOL: a difference of nearly equal numbers, squared.
-        actual, rtol = float(record["global"][name]), 1e-4 if name == "var" else RTOL
+        actual, rtol = record["global"][name], 1e-4 if name == "var" else RTOL
         assert close(actual, value, rtol), f"rank {rank}, step {step}: {name} {actual}, not {value}"
     if expected_global:
         return
@@ -414,7 +418,7 @@ def check_gammas(run: Run, rank: int, step: int, policy: Policy, rule: Any) -> N
     for name in run.ranks[rank]["names"]:
         key: Any = run.piece_of[rank].get(name) if policy.scope == "shard" else name
         expected = rule.gamma.get(key, 0.0)
-        actual = float(gamma.get(name, torch.tensor(0.0)))
+        actual = gamma.get(name, 0.0)
         assert close(actual, expected), f"rank {rank}, step {step}, {name}: gamma {actual}, not {expected}"
 
 
@@ -429,7 +433,8 @@ def check_clipped(run: Run, rank: int, step: int, policy: Policy, outcome: refer
         rtol = CLIPPED_RTOL[dtype] if dtype is not None else 8e-3
         # Partial gradients are sums over ranks in an order of their own, which shows where terms cancel.
         atol = 2e-7 * float(expected.abs().max()) if run.layout.partial else 1e-30
-        assert_close(tensor, expected, f"rank {rank}, step {step}, {name}", rtol=rtol, atol=atol)
+        if not torch.allclose(tensor, expected, rtol=rtol, atol=atol):  # ten times as fast as the next line
+            assert_close(tensor, expected, f"rank {rank}, step {step}, {name}", rtol=rtol, atol=atol)
 
 
 def check_agreement(run: Run, step: int, policy: Policy) -> None:
@@ -442,9 +447,8 @@ def check_agreement(run: Run, step: int, policy: Policy) -> None:
             key = run.piece_of[rank].get(name) if policy.scope == "shard" else name
             if key is None:
                 continue
-            mine = [report["scales"][i].item(), report["tensor_norms"][i].item()]
-            mine += [record["gamma"][name].item()] if name in record.get("gamma", {}) else []
-            mine += [value.item() for value in record.get("global", {}).values()]
+            mine = [report["scales"][i], report["tensor_norms"][i], record.get("gamma", {}).get(name)]
+            mine += record.get("global", {}).values()
             first, theirs = seen.setdefault(key, (rank, mine))
             assert mine == theirs, f"step {step}, {name}: {theirs} on rank {first}, {mine} on rank {rank}"
 
@@ -463,7 +467,7 @@ def check_trajectory(run: Run, alone: dict[str, Any], dtype: torch.dtype) -> Non
                 if key not in outcome.norms or outcome.norms[key] == 0:
                     continue
                 here = f"rank {rank}, step {step}, {name}, on its own path"
-                norm, scale = report["tensor_norms"][i].item(), report["scales"][i].item()
+                norm, scale = report["tensor_norms"][i], report["scales"][i]
                 assert close(norm, outcome.norms[key], rtol), f"{here}: norm {norm}, not {outcome.norms[key]}"
                 assert close(scale, outcome.scales[key], rtol), f"{here}: scale {scale}, not {outcome.scales[key]}"
 

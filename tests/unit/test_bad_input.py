@@ -129,7 +129,9 @@ def test_group_patterns_must_be_strings() -> None:
 
 
 @pytest.mark.parametrize(
-    "target", [3, None, "model", [1, 2], ["weight"], [("weight", 3)], [linear(), 3], object()], ids=str
+    "target",
+    [3, None, "model", [1, 2], ["weight"], [("weight", 3)], [linear(), 3], object()],
+    ids=lambda target: type(target).__name__,
 )
 def test_targets_that_are_none(target: Any) -> None:
     with pytest.raises(BAD_ARGUMENT):
@@ -139,7 +141,11 @@ def test_targets_that_are_none(target: Any) -> None:
 # ---- tensors ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("target", [[], iter([]), nn.ReLU(), nn.ModuleList(), [nn.ReLU(), nn.GELU()]], ids=str)
+@pytest.mark.parametrize(
+    "target",
+    [[], iter([]), nn.ReLU(), nn.ModuleList(), [nn.ReLU(), nn.GELU()]],
+    ids=lambda target: type(target).__name__,
+)
 def test_no_parameters(target: Any) -> None:
     with pytest.raises(dist_clip.LayoutError, match=r"(?i)no .*param"):
         dist_clip.GradClipper(target, dist_clip.GlobalNorm())
