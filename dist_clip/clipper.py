@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import fnmatch
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,28 +13,16 @@ from torch import Tensor
 from dist_clip import kernels, state
 from dist_clip.agreement import Announcement, agree
 from dist_clip.attachment import Attachment
+from dist_clip.domains import Domain, Measured, NonFinite, checked_rules, make_domains
 from dist_clip.errors import LayoutError
 from dist_clip.explain import explain_table
 from dist_clip.faults import raise_nonfinite
 from dist_clip.groups import checked_group, stage_of
 from dist_clip.layout import Layout
-from dist_clip.policies.base import Policy, State, is_finite, is_nonfinite
+from dist_clip.policies.base import Policy, is_finite, is_nonfinite
 from dist_clip.readers import PartialReducer, build_layout, named_parameters
 from dist_clip.reduction import PipelineReducer, ReductionPlan
 from dist_clip.report import ClipReport
-
-NonFinite = Literal["propagate", "zero", "skip", "raise"]
-
-
-@dataclasses.dataclass
-class Domain:
-    """The tensors one policy rules, and its state. Its global norm is the norm of these tensors together."""
-
-    policy: Policy
-    pattern: str
-    indices: tuple[int, ...]
-    index: Tensor
-    state: State
 
 
 class GradClipper:
@@ -77,7 +64,7 @@ class GradClipper:
         exclude: Sequence[str] = (),
         log_global_norm: bool = False,
     ) -> None:
-        rules = _checked_rules(policy, nonfinite, groups, exclude)
+        rules = checked_rules(policy, nonfinite, groups, exclude)
         if not isinstance(log_global_norm, bool):
             raise TypeError(f"log_global_norm must be a bool, got {log_global_norm!r}")
         self.policy = policy
@@ -110,7 +97,7 @@ class GradClipper:
         self._counts = torch.tensor(self._counted, dtype=torch.bool, device=self.device)
         self._t = torch.zeros((), dtype=torch.int64, device=self.device)
         self._calls = 0
-        self._domains = self._make_domains(rules)
+        self._domains = make_domains(rules, layout, staged=self._pipeline is not None)
         shard_scope = {i for d in self._domains if d.policy.rule_scope == "shard" for i in d.indices}
         self._any_shard_scope = bool(shard_scope)
         self._shard_scope = torch.tensor(
@@ -153,21 +140,6 @@ class GradClipper:
             names=layout.names,
             shapes=tuple(t.shape for t in layout),
         )
-
-    def _make_domains(self, rules: list[tuple[str, Policy]]) -> list[Domain]:
-        owner = [
-            next(k for k, (pattern, _) in enumerate(rules) if fnmatch.fnmatchcase(name, pattern))
-            for name in self.layout.names
-        ]
-        domains = []
-        for k, (pattern, policy) in enumerate(rules):
-            indices = tuple(i for i, o in enumerate(owner) if o == k)
-            if k == len(rules) - 1 and not indices and len(rules) > 1 and self._pipeline is None:
-                continue  # the groups cover everything
-            n = 1 if policy.rule_scope == "global" else len(indices)
-            index = torch.tensor(indices, dtype=torch.int64, device=self.device)
-            domains.append(Domain(policy, pattern, indices, index, policy.init_state(n, self.device)))
-        return domains
 
     # -------------------------------------------------------------------------------------------------------- a step
 
@@ -385,42 +357,6 @@ class GradClipper:
     def counts(self, index: int) -> bool:
         """Whether this stage's copy of tensor `index` counts in the global norm."""
         return self._counted[index]
-
-
-@dataclasses.dataclass(frozen=True)
-class Measured:
-    """What one step measured, float64 [n] each: the shards' squared norms `local`; the tensors' norms `whole` (None if
-    not reduced); `norms`, per tensor or shard as the scope says; `clean`, `norms` as the policies see them; `bad`, bool,
-    which norms are NaN or Inf."""
-
-    local: Tensor
-    whole: Tensor | None
-    norms: Tensor
-    clean: Tensor
-    bad: Tensor
-
-
-def _checked_rules(policy: object, nonfinite: object, groups: object, exclude: object) -> list[tuple[str, Policy]]:
-    """Check the arguments that need no parameters; (pattern, policy) pairs in order, the default last."""
-    if not isinstance(policy, Policy):
-        raise TypeError(f"policy must be a dist_clip policy such as AdaGC(), got {policy!r}")
-    if nonfinite not in get_args(NonFinite):
-        raise ValueError(f"nonfinite must be one of {', '.join(map(repr, get_args(NonFinite)))}, got {nonfinite!r}")
-    if groups is not None and not isinstance(groups, Mapping):
-        raise TypeError(f"groups must map FQN patterns to policies, got {groups!r}")
-    if isinstance(exclude, str) or not isinstance(exclude, Iterable):
-        raise TypeError(f"exclude must be a list of FQN patterns, got {exclude!r}")
-    rules: list[tuple[str, Policy]] = []
-    for pattern, group_policy in (groups or {}).items():
-        if not isinstance(pattern, str):
-            raise TypeError(f"groups: a pattern must be a string, got {pattern!r}")
-        if not isinstance(group_policy, Policy):
-            raise TypeError(f"groups: {pattern!r} must map to a dist_clip policy, got {group_policy!r}")
-        rules.append((pattern, group_policy))
-    for pattern in exclude:
-        if not isinstance(pattern, str):
-            raise TypeError(f"exclude: a pattern must be a string, got {pattern!r}")
-    return [*rules, ("*", policy)]
 
 
 def _counted_here(layout: Layout, stage: int, everyone: Sequence[tuple[int, Announcement]]) -> list[bool]:

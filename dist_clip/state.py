@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from dist_clip.clipper import Domain, GradClipper
+    from dist_clip.clipper import GradClipper
+    from dist_clip.domains import Domain
 
 FORMAT_VERSION = 1
 
