@@ -16,7 +16,7 @@ from dist_clip.attachment import Attachment
 from dist_clip.domains import Domain, Measured, NonFinite, checked_rules, make_domains
 from dist_clip.errors import LayoutError
 from dist_clip.explain import explain_table
-from dist_clip.faults import raise_nonfinite
+from dist_clip.faults import any_rank, raise_nonfinite
 from dist_clip.groups import checked_group, stage_of
 from dist_clip.layout import Layout
 from dist_clip.policies.base import Policy, is_finite, is_nonfinite
@@ -41,7 +41,7 @@ class GradClipper:
         nonfinite: what a NaN or Inf norm does to gradients (it never enters the state). "propagate": what the formulas
             give, as in torch. "zero": that tensor's gradient becomes 0. "skip": nothing is clipped or remembered and
             ``report.nonfinite`` tells every rank that the step is to be skipped. "raise": `NonFiniteGradError` on every
-            rank, before anything is touched; reads the flag, so it syncs the host.
+            rank, before anything is touched; shares and reads the flag, so it costs a scalar all-reduce and a host sync.
         groups: {FQN pattern: policy}; the first match wins, the rest go to `policy`. Each has a global norm of its own.
         exclude: FQN patterns (`fnmatch`) of tensors that are neither measured nor clipped.
         log_global_norm: reduce the global norm for the report also where the policy has no need of it.
@@ -85,6 +85,7 @@ class GradClipper:
         self._known = frozenset(id(param) for _, param in named_parameters(target))
         self.layout: Layout = layout
         self.pp_group = pp_group
+        self.process_group = process_group
         self.device = layout.device
 
         world = dist.get_world_size(process_group) if dist.is_initialized() else 1
@@ -154,9 +155,10 @@ class GradClipper:
         shards = [tensor.read() for tensor in self.layout]
         measured = self._measure(shards)
         totals, flag = self._totals(measured)
-        if self.nonfinite == "raise" and bool(flag):
-            assert measured.whole is not None  # "raise" always reduces: all ranks of a tensor must come here
-            raise_nonfinite(self.layout, measured.local, measured.whole, self.pp_group)
+        if self.nonfinite == "raise":
+            flag = any_rank(flag, self.process_group)
+            if bool(flag):
+                raise_nonfinite(self.layout, measured.local, self.process_group)
 
         scales, uniform_scales = self._decide(measured, totals, flag)
         self._calls += 1
@@ -205,7 +207,7 @@ class GradClipper:
         """Whether this step needs norms of whole tensors. Known to the host, the same on every rank."""
         return (
             not self._plan.stages
-            or self.nonfinite in ("skip", "raise")
+            or self.nonfinite == "skip"
             or self.log_global_norm
             or any(d.policy.rule_scope == "tensor" or self._needs_total(d) for d in self._domains)
         )
@@ -218,7 +220,7 @@ class GradClipper:
         """
         flag = measured.bad.any()
         needed = [self._needs_total(d) for d in self._domains]
-        decides = self.nonfinite in ("skip", "raise")
+        decides = self.nonfinite == "skip"
         if decides and measured.whole is not None:
             flag = is_nonfinite(measured.whole).any()
         if not any(needed) and not (decides and self._pipeline is not None):

@@ -113,7 +113,7 @@ class ReductionPlan:
             running = [self._launch(stage, out, p) for stage in self.stages if stage.level == level]
             for stage, buffer, work in running:
                 work.wait()
-                if stage.collective == "all_gather":
+                if buffer.numel() > len(stage.indices):
                     rows = buffer.view(stage.group.size(), len(stage.indices))
                     buffer = rows.amax(dim=0) if math.isinf(p) else rows.sum(dim=0)
                 stage.put(out, buffer)
@@ -121,14 +121,14 @@ class ReductionPlan:
 
     def _launch(self, stage: Stage, sums: Tensor, p: float) -> tuple[Stage, Tensor, Any]:
         packed = stage.take(sums)
-        if stage.collective == "all_gather":
+        if stage.collective == "all_gather" or math.isinf(p):
+            # A maximum is gathered too: some libraries' MAX loses a NaN (gloo's does), amax does not.
             gathered = packed.new_empty(stage.group.size() * packed.numel())
             return stage, gathered, _all_gather(gathered, packed, group=stage.group, async_op=True)
         if self.union is not None:
             # where, not a product: a silent copy's NaN must not be multiplied in (its own copy sends it anyway).
             packed = torch.where(self._sends, packed, 0.0)
-        op = dist.ReduceOp.MAX if math.isinf(p) else dist.ReduceOp.SUM
-        return stage, packed, dist.all_reduce(packed, op=op, group=stage.group, async_op=True)
+        return stage, packed, dist.all_reduce(packed, group=stage.group, async_op=True)
 
     def describe(self, index: int) -> str:
         """How tensor `index` is reduced, for people."""

@@ -61,11 +61,18 @@ def read_dtensor(name: str, param: DTensor, groups: MeshGroups) -> LogicalTensor
                 "defined for Shard, _StridedShard and Replicate parameters: redistribute it first"
             )
     device_type = mesh.device_type
+    try:
+        norm_groups = tuple(groups.group(mesh, dim) for dim in sharded)
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise LayoutError(
+            f"rank {dist.get_rank()}: the process group over which {name!r} is sharded cannot be used, was it destroyed? "
+            f"({error})"
+        ) from error
     return LogicalTensor(
         name=name,
         shape=tuple(param.shape),
         param=param,
-        norm_groups=tuple(groups.group(mesh, dim) for dim in sharded),
+        norm_groups=norm_groups,
         component=groups.component(mesh, tuple(sharded)),
         read=_reader(name, param),
         # A CPU-offloaded shard is measured on the CPU, but a mesh of accelerators reduces on accelerators.
