@@ -455,8 +455,9 @@ def check_agreement(run: Run, step: int, policy: Policy) -> None:
 
 def check_trajectory(run: Run, alone: dict[str, Any], dtype: torch.dtype) -> None:
     """The single process's own norms, scales and N along its own path."""
-    # In float32 the two paths drift apart by rounding, step by step; in float64 that stays far below the tolerance.
-    rtol = RTOL if dtype == torch.float64 else 1e-3
+    # In float32 the two paths drift apart by rounding, and the norm of a tensor of one element, a sum that all but
+    # cancels, shows it most; in float64 that stays far below the tolerance. `check` compares strictly in both.
+    rtol = RTOL if dtype == torch.float64 else 1e-2
     scope_shard = any(isinstance(key, tuple) for key in alone["records"][0]["outcome"].norms)
     for step, expected in enumerate(alone["records"], start=1):
         outcome = expected["outcome"]
