@@ -162,16 +162,15 @@ class GradClipper:
 
         scales, uniform_scales = self._decide(measured, totals, flag)
         self._calls += 1
-        scales32 = scales.float()
         uniform = len(self._domains) == 1 and self._domains[0].policy.rule_scope == "global"
-        kernels.scale_(shards, scales32, uniform=uniform)
+        kernels.scale_(shards, scales, uniform=uniform)
         if self.nonfinite == "zero":
             kernels.zero_where_(shards, measured.bad)
         global_norm, clipped_global_norm = self._global_norms(measured, totals, scales, uniform_scales)
         self.last_report = ClipReport(
             names=self.layout.names,
             tensor_norms=measured.norms.float(),
-            scales=scales32,
+            scales=scales.float(),
             global_norm=global_norm,
             clipped_global_norm=clipped_global_norm,
             nonfinite=flag,

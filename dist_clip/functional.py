@@ -87,7 +87,7 @@ def clip_grad_norm_(
             "error_if_nonfinite=False to scale them by it anyway"
         )
     scale = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
-    kernels.scale_(shards, scale.float().expand(len(shards)), uniform=True, foreach=foreach)
+    kernels.scale_(shards, scale.expand(len(shards)), uniform=True, foreach=foreach)
     dtypes = {shard.dtype for shard in shards if shard is not None}
     return norm if dtypes == {torch.float64} else norm.float()
 

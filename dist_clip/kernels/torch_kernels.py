@@ -66,17 +66,6 @@ def _by_device(shards: Sequence[Tensor | None]) -> dict[torch.device, list[tuple
     return by_device
 
 
-def _scatter(out: Tensor, indices: list[int], values: Tensor) -> Tensor:
-    # The positions are known to the host, so slices write them without sending an index to the device (a blocking
-    # copy); runs of consecutive positions are the common case.
-    start = 0
-    for k in range(1, len(indices) + 1):
-        if k == len(indices) or indices[k] != indices[k - 1] + 1:
-            out.narrow(0, indices[start], k - start).copy_(values.narrow(0, start, k - start))
-            start = k
-    return out
-
-
 def _norms_cpu(tensors: Sequence[Tensor], p: float) -> Tensor:
     """float64 [n] norms of CPU tensors: small ones in one foreach call, the rest in blocks."""
     norms = torch.empty(len(tensors), dtype=torch.float64)
@@ -133,27 +122,33 @@ def scale_(
 
     Args:
         shards: n tensors (``None`` and empty ones are passed over).
-        scales: fp32 tensor [n]; low-precision gradients are multiplied in fp32 and rounded once.
+        scales: float64 tensor [n]. float64 gradients are multiplied by it as it is, all others by its fp32 value; those
+            of lower precision are multiplied in fp32 and rounded once.
         uniform: all entries of ``scales`` are equal, which lets an accelerator use one fused launch.
     """
     for device, present in _by_device(shards).items():
         if device.type == "cpu":
+            # A Python float is rounded to the precision in which torch's CPU kernels compute: fp32 below float64.
             values: list[float] = scales.tolist()
             for i, shard in present:
                 # `!=` also lets a NaN scale through: a non-finite norm propagates as it does in torch.
                 if values[i] != 1.0:
                     shard.mul_(values[i])
             continue
-        local_scales = scales.to(device, non_blocking=True).unbind()
-        full = [(i, shard) for i, shard in present if shard.dtype in (torch.float32, torch.float64)]
-        if full and uniform and foreach is not False:
-            torch._foreach_mul_([shard for _, shard in full], local_scales[full[0][0]])
-        elif full:
-            torch._foreach_mul_([shard for _, shard in full], tuple(local_scales[i] for i, _ in full))
+        local = scales.to(device, non_blocking=True)
+        by_dtype: dict[torch.dtype, list[tuple[int, Tensor]]] = defaultdict(list)
         for i, shard in present:
-            if shard.dtype not in (torch.float32, torch.float64):
+            by_dtype[shard.dtype].append((i, shard))
+        for dtype, entries in by_dtype.items():
+            factors = (local if dtype == torch.float64 else local.float()).unbind()
+            if dtype not in (torch.float32, torch.float64):
                 # bf16 * fp32 0-dim on an accelerator rounds the scale to bf16 first (0.99 becomes 0.9883).
-                torch._foreach_copy_([shard], [shard.float() * local_scales[i]])
+                for i, shard in entries:
+                    torch._foreach_copy_([shard], [shard.float() * factors[i]])
+            elif uniform and foreach is not False:
+                torch._foreach_mul_([shard for _, shard in entries], factors[entries[0][0]])
+            else:
+                torch._foreach_mul_([shard for _, shard in entries], tuple(factors[i] for i, _ in entries))
 
 
 def zero_where_(shards: Sequence[Tensor | None], flags: Tensor) -> None:

@@ -320,7 +320,7 @@ def check(run: Run, layout_name: str, policy_name: str, optimizer: str, dtype: t
             alone = train_alone(layout, policy_name, optimizer, dtype, len(run.ranks[0]["records"]), run)
         else:
             alone = whole_batch_run(layout_name, policy_name, optimizer, dtype)
-        check_trajectory(run, alone, dtype)
+        check_trajectory(run, alone, trajectory_rtol(rule, dtype))
         check_params(run, alone["params"])
     elif shadow is not None:
         check_params(run, shadow.params)
@@ -453,11 +453,20 @@ def check_agreement(run: Run, step: int, policy: Policy) -> None:
             assert mine == theirs, f"step {step}, {name}: {theirs} on rank {first}, {mine} on rank {rank}"
 
 
-def check_trajectory(run: Run, alone: dict[str, Any], dtype: torch.dtype) -> None:
-    """The single process's own norms, scales and N along its own path."""
-    # In float32 the two paths drift apart by rounding, and the norm of a tensor of one element, a sum that all but
-    # cancels, shows it most; in float64 that stays far below the tolerance. `check` compares strictly in both.
-    rtol = RTOL if dtype == torch.float64 else 1e-2
+def trajectory_rtol(rule: Any, dtype: torch.dtype) -> float:
+    """How far norms and scales of two paths may differ that were rounded differently from the first step on.
+
+    A sum that all but cancels (the gradient of a tensor of one element) shows a path's rounding many times enlarged.
+    In float32 the gradients are rounded; in float64 only AdaGC's gamma is, which is a float32 by definition (6e-8 of a
+    scale became 5e-6 of such a norm). `check` compares each single step to RTOL in all cases.
+    """
+    if dtype != torch.float64:
+        return 1e-2
+    return 2e-5 if isinstance(rule, reference.AdaGC) else RTOL
+
+
+def check_trajectory(run: Run, alone: dict[str, Any], rtol: float) -> None:
+    """The single process's own norms and scales along its own path."""
     scope_shard = any(isinstance(key, tuple) for key in alone["records"][0]["outcome"].norms)
     for step, expected in enumerate(alone["records"], start=1):
         outcome = expected["outcome"]
