@@ -35,11 +35,8 @@ class Stage:
     def take(self, vector: Tensor) -> Tensor:
         return vector.clone() if self.index is None else vector.index_select(0, self.index)
 
-    def put(self, vector: Tensor, values: Tensor) -> None:
-        if self.index is None:
-            vector.copy_(values)
-        else:
-            vector.index_copy_(0, self.index, values)
+    def put(self, vector: Tensor, values: Tensor) -> Tensor:
+        return values if self.index is None else vector.index_copy_(0, self.index, values)
 
 
 class ReductionPlan:
@@ -116,7 +113,7 @@ class ReductionPlan:
                 if buffer.numel() > len(stage.indices):
                     rows = buffer.view(stage.group.size(), len(stage.indices))
                     buffer = rows.amax(dim=0) if math.isinf(p) else rows.sum(dim=0)
-                stage.put(out, buffer)
+                out = stage.put(out, buffer)
         return out
 
     def _launch(self, stage: Stage, sums: Tensor, p: float) -> tuple[Stage, Tensor, Any]:

@@ -14,12 +14,22 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+    unset_fake_temporarily,
+)
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import dist_clip
+from dist_clip.readers.dtensor import MeshGroups
 
 WARMUP = 3
 READ_BACK = (DataDependentOutputException, DynamicOutputShapeException)
@@ -178,6 +188,122 @@ def test_clip_grad_norm(norm_type: float, foreach: bool | None) -> None:
                 total = dist_clip.clip_grad_norm_(params.values(), 1.0, norm_type, foreach=foreach)
             assert total.device.type == "cuda"
             assert total.dim() == 0
+
+
+# ---- sharded over the ranks of a fake process group ------------------------------------------------------------------
+
+WORLD = 8
+
+
+@pytest.fixture
+def ranks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """This process is rank 0 of 8, whose collectives return at once. Construction, which may sync, is made to work."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=WORLD)
+    component = MeshGroups.component
+
+    def real_component(self: MeshGroups, *args: Any) -> frozenset[int]:
+        with unset_fake_temporarily():  # a mesh's own tensor of ranks is no fake
+            return component(self, *args)
+
+    def echo(everyone: list[Any], mine: Any, group: Any = None) -> None:
+        everyone[:] = [mine] * len(everyone)
+
+    monkeypatch.setattr(MeshGroups, "component", real_component)
+    monkeypatch.setattr(dist, "all_gather_object", echo)
+    monkeypatch.setattr("dist_clip.clipper.agree", lambda announcement, *groups: [(0, announcement)])
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    yield
+    dist.destroy_process_group()
+
+
+def mesh_of(shape: tuple[int, ...], names: tuple[str, ...]) -> DeviceMesh:
+    return DeviceMesh("cuda", torch.arange(WORLD).view(shape), mesh_dim_names=names)
+
+
+def sharded(shape: tuple[int, ...], mesh: DeviceMesh, placements: list[Any]) -> DTensor:
+    local = list(shape)
+    for size, placement in zip(mesh.shape, placements, strict=True):
+        if placement.is_shard():
+            local[placement.dim] //= size
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(
+        torch.empty(local, device="cuda"), mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride
+    )
+
+
+def sharded_specs(layout: str) -> tuple[dict[str, tuple[tuple[int, ...], DeviceMesh | None, list[Any]]], Any]:
+    """Name -> shape, mesh and placements; and the pipeline group."""
+    line = mesh_of((8,), ("fsdp",))
+    grid = mesh_of((4, 2), ("outer", "inner"))
+    whole, halves = (16, 8), (16,)
+    if layout == "fsdp":
+        return {"w": (whole, line, [Shard(0)]), "b": (halves, line, [Shard(0)])}, None
+    if layout == "hsdp":
+        return {"w": (whole, grid, [Replicate(), Shard(0)]), "b": (halves, grid, [Replicate(), Shard(0)])}, None
+    if layout == "tp":
+        return {"w": (whole, line, [Shard(1)]), "norm": (halves, line, [Replicate()]), "b": (halves, None, [])}, None
+    if layout == "tp-fsdp":
+        return {"w": (whole, grid, [Shard(0), Shard(1)]), "b": (halves, grid, [Shard(0), Replicate()])}, None
+    if layout == "ep":
+        return {"w": (whole, line, [Shard(0)]), "experts": ((2, 16, 4), grid, [Shard(1), Shard(0)])}, None
+    if layout == "pp":
+        return {"w": (whole, None, []), "b": (halves, None, [])}, grid.get_group("inner")
+    assert layout == "pp-fsdp"
+    return {"w": (whole, grid["outer"], [Shard(0)]), "b": (halves, grid["outer"], [Shard(0)])}, grid.get_group("inner")
+
+
+@pytest.mark.parametrize("nonfinite", ["propagate", "zero", "skip"])
+@pytest.mark.parametrize(
+    "policy", ["GlobalNorm", "AdaGC-tensor-median", "AdaGC-shard-min", "AdaGC-global-min", "ZClip"]
+)
+@pytest.mark.parametrize("layout", ["fsdp", "hsdp", "tp", "tp-fsdp", "ep", "pp", "pp-fsdp"])
+@pytest.mark.usefixtures("ranks")
+def test_a_sharded_step_has_no_host_sync(layout: str, policy: str, nonfinite: Any) -> None:
+    sharded_steps(layout, policy, nonfinite)
+
+
+def sharded_steps(layout: str, policy: str, nonfinite: Any) -> None:
+    specs, pp_group = sharded_specs(layout)
+    with fake_cuda(strict=False):
+
+        def make() -> dict[str, Tensor]:
+            return {
+                name: torch.empty(shape, device="cuda") if mesh is None else sharded(shape, mesh, placements)
+                for name, (shape, mesh, placements) in specs.items()
+            }
+
+        # Not nn.Parameter: of a DTensor on a fake CUDA device it aborts the process.
+        params = {name: tensor.requires_grad_() for name, tensor in make().items()}
+        clipper = dist_clip.GradClipper(
+            list(params.items()), POLICIES[policy](), pp_group=pp_group, nonfinite=nonfinite
+        )
+        for step in range(WARMUP + 3):
+            for name, grad in make().items():
+                if layout == "tp" and name == "norm":  # as SequenceParallel leaves it
+                    grad = DTensor.from_local(grad.to_local(), grad.device_mesh, [Partial()], run_check=False)
+                params[name].grad = grad
+            with Copies() if step > 0 else torch.no_grad():
+                report = clipper.clip_()
+            assert report.num_grads == len(params)
+            assert not any(
+                p.is_partial() for g in params.values() if isinstance(g.grad, DTensor) for p in g.grad.placements
+            )
+            assert report.scales.device.type == report.tensor_norms.device.type == "cuda"
+
+
+@pytest.mark.parametrize("layout", ["fsdp", "hsdp", "tp-fsdp", "ep", "pp-fsdp"])
+@pytest.mark.usefixtures("ranks")
+def test_a_sync_in_the_reduction_is_caught(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    all_reduce, gather = dist.all_reduce, dist_clip.reduction._all_gather
+
+    def nosy(collective: Callable[..., Any], buffer: Tensor, *args: Any, **kwargs: Any) -> Any:
+        buffer.sum().item()
+        return collective(buffer, *args, **kwargs)
+
+    monkeypatch.setattr(dist, "all_reduce", lambda *args, **kwargs: nosy(all_reduce, *args, **kwargs))
+    monkeypatch.setattr(dist_clip.reduction, "_all_gather", lambda *args, **kwargs: nosy(gather, *args, **kwargs))
+    with pytest.raises(READ_BACK):
+        sharded_steps(layout, "AdaGC-tensor-median", "propagate")
 
 
 # ---- the method catches what it should ------------------------------------------------------------------------------
