@@ -16,7 +16,7 @@ from dist_clip.errors import LayoutError
 class Announcement:
     """What one rank tells the others: its own failure, or its stage, tensors, configuration and pattern matches."""
 
-    error: str | None
+    error: Exception | None
     stage: int
     tensors: tuple[str, ...] = ()
     config: str = ""
@@ -55,6 +55,12 @@ def agree(mine: Announcement, process_group: Any, pp_group: Any) -> list[tuple[i
     return everyone
 
 
+def told(error: Exception) -> Exception:
+    """`error` in a form that can be sent to other ranks."""
+    known = next((k for k in (LayoutError, ValueError, TypeError) if isinstance(error, k)), None)
+    return known(str(error)) if known else LayoutError(f"{type(error).__name__}: {error}")
+
+
 def _gather(mine: Announcement, group: Any) -> list[tuple[int, Announcement]]:
     gathered: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(gathered, mine, group=group)
@@ -71,7 +77,9 @@ def _check(everyone: list[tuple[int, Announcement]]) -> None:
     if failed:
         rank, error = failed[0]
         others = f" (ranks {[r for r, _ in failed]} report an error)" if len(failed) > 1 else ""
-        raise LayoutError(error if len(everyone) == 1 else f"on rank {rank}: {error}{others}")
+        # The same class everywhere, that of the first failure where it is one that a bad argument or layout raises.
+        kind = next((k for k in (LayoutError, ValueError, TypeError) if isinstance(error, k)), LayoutError)
+        raise kind(str(error) if len(everyone) == 1 else f"on rank {rank}: {error}{others}") from error
     first_rank, first = everyone[0]
     reference: dict[int, tuple[int, Announcement]] = {}
     for rank, announced in everyone:

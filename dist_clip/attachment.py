@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from dist_clip.errors import LayoutError
 
 if TYPE_CHECKING:
     from dist_clip.clipper import GradClipper
+    from dist_clip.report import ClipReport
 
 
 class Attachment:
-    """Step pre-hooks on one or more optimizers, clipping once a round. ``remove()`` takes them off."""
+    """Step pre-hooks on one or more optimizers, clipping once a round. ``remove()`` takes them off.
+
+    A round is one clip and the steps of the attached optimizers that follow it. It ends when all of them have stepped,
+    when one steps again, or when one steps whose gradients are not those of the last clip: optimizers may take turns, or
+    a GradScaler may leave one out.
+    """
 
     def __init__(self, clipper: GradClipper, optimizers: tuple[torch.optim.Optimizer, ...]) -> None:
         if clipper.attachment is not None:
@@ -27,10 +36,16 @@ class Attachment:
             raise RuntimeError("attach() got the same optimizer twice: gradients would be clipped twice a step")
         self._clipper = clipper
         self._stepped: set[int] = set()
+        self._report: ClipReport | None = None
+        self._clipped: dict[int, tuple[weakref.ref[Tensor], int | None]] = {}
         self._sizes: dict[int, list[int]] = {}
+        self._found_inf: dict[int, Any] = {}
         for optimizer in optimizers:
             self._check_parameters(optimizer)
         self._handles = [optimizer.register_step_pre_hook(self._before_step) for optimizer in optimizers]
+        if clipper.may_skip:
+            self._handles += [optimizer.register_step_post_hook(self._after_step) for optimizer in optimizers]
+        self._optimizers = len(optimizers)
         clipper.attachment = self
 
     def remove(self) -> None:
@@ -68,16 +83,64 @@ class Attachment:
             )
         if [len(group["params"]) for group in optimizer.param_groups] != self._sizes[id(optimizer)]:
             self._check_parameters(optimizer)  # parameters were added since
-        if not self._stepped or id(optimizer) in self._stepped:
+        # The order of steps is the same on every rank; gradients are a second reason to clip, never one not to: a rank
+        # that has none of them goes by the order alone.
+        if not self._stepped or id(optimizer) in self._stepped or self._has_new_gradients(optimizer):
+            self._report = self._clipper.clip_()
             self._stepped = set()
-            self._clip(optimizer)
+            self._remember_gradients()
         self._stepped.add(id(optimizer))
-        if len(self._stepped) == len(self._handles):
+        if len(self._stepped) == self._optimizers:
             self._stepped = set()
+        if self._clipper.may_skip:
+            self._let_skip(optimizer)
 
-    def _clip(self, optimizer: torch.optim.Optimizer) -> None:
-        report = self._clipper.clip_()
-        if self._clipper.nonfinite == "skip" and bool(report.nonfinite):
+    def _remember_gradients(self) -> None:
+        self._clipped = {}
+        for tensor in self._clipper.layout:
+            if tensor.param is not None and tensor.param.grad is not None:
+                grad = tensor.param.grad
+                self._clipped[id(tensor.param)] = (weakref.ref(grad), _version(grad))
+
+    def _has_new_gradients(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether a gradient of `optimizer` is another one, or has been written to, since the last clip."""
+        covered = {id(tensor.param) for tensor in self._clipper.layout}
+        for group in optimizer.param_groups:
+            for param in group["params"]:
+                grad: Tensor | None = param.grad
+                if grad is None or id(param) not in covered:
+                    continue
+                ref, version = self._clipped.get(id(param), (None, None))
+                if ref is None or ref() is not grad or version != _version(grad):
+                    return True
+        return False
+
+    def _let_skip(self, optimizer: torch.optim.Optimizer) -> None:
+        """See to it that the step changes nothing if the round's clip says so."""
+        assert self._report is not None
+        skip = self._report.skip
+        if getattr(optimizer, "_step_supports_amp_scaling", False) and not _holds_dtensors(optimizer):
+            # A fused optimizer looks at a flag on the device. A GradScaler may have put one of its own there.
+            before = getattr(optimizer, "found_inf", None)
+            self._found_inf[id(optimizer)] = before
+            flag = skip.float()  # 0 or 1: the kernels compare it with exactly 1
+            optimizer.found_inf = flag if before is None else torch.maximum(before, flag)  # type: ignore[attr-defined]
+        elif bool(skip):
             # Optimizers pass over parameters without a gradient: the step does nothing, on every rank alike.
-            for tensor in self._clipper.layout:
-                tensor.param.grad = None
+            for group in optimizer.param_groups:
+                for param in group["params"]:
+                    param.grad = None
+
+    def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if id(optimizer) in self._found_inf:
+            optimizer.found_inf = self._found_inf.pop(id(optimizer))  # type: ignore[attr-defined]
+
+
+def _holds_dtensors(optimizer: torch.optim.Optimizer) -> bool:
+    # A fused kernel refuses a plain flag beside DTensor parameters.
+    return any(isinstance(param, DTensor) for group in optimizer.param_groups for param in group["params"])
+
+
+def _version(grad: Tensor) -> int | None:
+    """How often the tensor has been written to in place; None where that is not counted (inference mode)."""
+    return None if grad.is_inference() else grad._version

@@ -54,6 +54,10 @@ def checked_rules(policy: object, nonfinite: object, groups: object, exclude: ob
     for pattern, group_policy in (groups or {}).items():
         if not isinstance(pattern, str):
             raise TypeError(f"groups: a pattern must be a string, got {pattern!r}")
+        if pattern == "*":
+            raise ValueError(
+                "groups: the pattern '*' would leave nothing to the policy argument: pass that policy there"
+            )
         if not isinstance(group_policy, Policy):
             raise TypeError(f"groups: {pattern!r} must map to a dist_clip policy, got {group_policy!r}")
         rules.append((pattern, group_policy))
@@ -63,17 +67,15 @@ def checked_rules(policy: object, nonfinite: object, groups: object, exclude: ob
     return [*rules, ("*", policy)]
 
 
-def make_domains(rules: list[tuple[str, Policy]], layout: Layout, *, staged: bool) -> list[Domain]:
-    """One domain a rule: the tensors that its pattern is the first to match. `staged`: other pipeline stages hold others."""
+def make_domains(rules: list[tuple[str, Policy]], layout: Layout, device: torch.device) -> list[Domain]:
+    """One domain a rule, with the tensors whose first match it is, possibly none."""
     owner = [
         next(k for k, (pattern, _) in enumerate(rules) if fnmatch.fnmatchcase(name, pattern)) for name in layout.names
     ]
     domains = []
     for k, (pattern, policy) in enumerate(rules):
         indices = tuple(i for i, o in enumerate(owner) if o == k)
-        if k == len(rules) - 1 and not indices and len(rules) > 1 and not staged:
-            continue  # the groups cover everything
         n = 1 if policy.rule_scope == "global" else len(indices)
-        index = torch.tensor(indices, dtype=torch.int64, device=layout.device)
-        domains.append(Domain(policy, pattern, indices, index, policy.init_state(n, layout.device)))
+        index = torch.tensor(indices, dtype=torch.int64, device=device)
+        domains.append(Domain(policy, pattern, indices, index, policy.init_state(n, device)))
     return domains

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from dist_clip.layout import group_label
+from dist_clip.layout import LogicalTensor, group_label
 
 if TYPE_CHECKING:
     from dist_clip.clipper import GradClipper
+
+
+def _note(tensor: LogicalTensor) -> str:
+    if tensor.param is None:
+        return " (held by other ranks)"
+    return "" if tensor.param.requires_grad else " (frozen)"
 
 
 def explain_table(clipper: GradClipper) -> str:
@@ -18,7 +24,7 @@ def explain_table(clipper: GradClipper) -> str:
     for i, tensor in enumerate(clipper.layout):
         rows.append(
             (
-                tensor.name + ("" if tensor.param.requires_grad else " (frozen)"),
+                tensor.name + _note(tensor),
                 "x".join(map(str, tensor.shape)) or "scalar",
                 tensor.placement,
                 " ".join(group_label(g) for g in tensor.norm_groups) or "none",

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import numbers
-import types
 import warnings
-from collections.abc import Iterable
+import weakref
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from dist_clip import kernels
 from dist_clip.errors import NonFiniteGradError
-from dist_clip.groups import checked_group
+from dist_clip.groups import checked_group, device_of, group_alive
+from dist_clip.layout import Layout
 from dist_clip.readers import PartialReducer, layout_of_parameters
 from dist_clip.reduction import PipelineReducer, ReductionPlan
 
@@ -57,12 +60,10 @@ def clip_grad_norm_(
     if foreach is not None and not isinstance(foreach, bool):
         raise TypeError(f"foreach must be True, False or None, got {foreach!r}")
     pp_group = checked_group(pp_group, "pp_group")
-    if isinstance(parameters, Tensor):
-        params = [parameters]
-    else:
-        params = list(parameters)
-        if isinstance(parameters, types.GeneratorType) and not params:
-            warnings.warn("`parameters` is an empty generator, no gradient clipping will occur.", stacklevel=3)
+    params = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    if not params:
+        what = "empty" if isinstance(parameters, Sequence) else "an empty generator"
+        warnings.warn(f"`parameters` is {what}, no gradient clipping will occur.", stacklevel=3)
     for i, param in enumerate(params):
         if not isinstance(param, Tensor):
             raise TypeError(f"parameters must be tensors, number {i} is {type(param).__name__}: {param!r}")
@@ -70,15 +71,15 @@ def clip_grad_norm_(
     # A tensor passed twice (tied weights under two names) has one gradient: counted once, scaled once.
     unique = {id(param): (f"parameters[{i}]", param) for i, param in reversed(list(enumerate(params)))}
     layout = layout_of_parameters(list(reversed(unique.values())))
-    PartialReducer(layout.tensors).reduce_()
-    shards = [tensor.read() for tensor in layout]
     stages = 1 if pp_group is None else pp_group.size()
-    world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-    plan = ReductionPlan(layout, copies_among=world // stages)
-    sums = plan.reduce(kernels.power_sums(shards, p, layout.device, foreach), p)
+    plan, partial = _prepare(layout, stages)
+    partial.reduce_(layout.tensors)
+    shards = [tensor.read() for tensor in layout]
+    device = layout.device or device_of(pp_group)
+    sums = plan.reduce(kernels.power_sums(shards, p, device, foreach), p)
     total = sums.amax() if math.isinf(p) and len(layout) else sums.sum()
     if stages > 1:
-        total = PipelineReducer(pp_group).sum(total.view(1), p)[0]
+        total = PipelineReducer(pp_group).sum(total.view(1), p).squeeze(0)
     norm = total if math.isinf(p) else total.sqrt() if p == 2.0 else total.pow(1.0 / p)
 
     if error_if_nonfinite and not bool(torch.isfinite(norm)):
@@ -90,6 +91,45 @@ def clip_grad_norm_(
     kernels.scale_(shards, scale.expand(len(shards)), uniform=True, foreach=foreach)
     dtypes = {shard.dtype for shard in shards if shard is not None}
     return norm if dtypes == {torch.float64} else norm.float()
+
+
+# What was found out about a list of parameters, by the first of them. Weak, and holding no parameter: a model that
+# nobody else needs goes away.
+_prepared: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Prepared:
+    params: tuple[weakref.ref[Tensor], ...]
+    stages: int
+    described: tuple[str, ...]
+    plan: ReductionPlan
+    partial: PartialReducer
+
+    def fits(self, layout: Layout, stages: int) -> bool:
+        return (
+            stages == self.stages
+            and len(self.params) == len(layout)
+            and all(ref() is tensor.param for ref, tensor in zip(self.params, layout, strict=True))
+            and self.described == tuple(t.placement for t in layout)
+            and all(group_alive(stage.group) for stage in self.plan.stages)
+        )
+
+
+def _prepare(layout: Layout, stages: int) -> tuple[ReductionPlan, PartialReducer]:
+    """The plan, made at the first call for a list of parameters: it sends positions to the device, and which gradients
+    are Partial is learned with an exchange on the host."""
+    first = layout.tensors[0].param if len(layout) else None
+    found: _Prepared | None = _prepared.get(first) if first is not None else None  # type: ignore[no-untyped-call]
+    if found is not None and found.fits(layout, stages):
+        return found.plan, found.partial
+    world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    plan = ReductionPlan(layout, copies_among=world // stages)
+    partial = PartialReducer(layout.tensors)
+    if first is not None:
+        refs = tuple(weakref.ref(tensor.param) for tensor in layout if tensor.param is not None)
+        _prepared[first] = _Prepared(refs, stages, tuple(t.placement for t in layout), plan, partial)
+    return plan, partial
 
 
 def _checked(max_norm: object, norm_type: object) -> tuple[float, float]:

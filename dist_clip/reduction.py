@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dist_clip.layout import Layout, group_label
+from dist_clip.layout import Layout, LogicalTensor, group_label
 
 # torch 2.13 renamed it and warns about the old name.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -24,6 +24,7 @@ class Stage:
     """One packed collective: the power sums of `indices` over `group`, at depth `level` (equal levels run at once).
 
     `index` is `indices` on the device (None where they are all tensors), sent there once: the copy is a host sync.
+    `sends`, bool [len(indices)], is set where this rank's copy speaks for the tensor; None: every rank's share counts.
     """
 
     group: Any
@@ -31,9 +32,12 @@ class Stage:
     collective: Collective
     level: int
     index: Tensor | None
+    sends: Tensor | None = None
 
     def take(self, vector: Tensor) -> Tensor:
-        return vector.clone() if self.index is None else vector.index_select(0, self.index)
+        packed = vector.clone() if self.index is None else vector.index_select(0, self.index)
+        # where, not a product: a silent copy's NaN must not be multiplied in (its own copy sends it anyway).
+        return packed if self.sends is None else torch.where(self.sends, packed, 0.0)
 
     def put(self, vector: Tensor, values: Tensor) -> Tensor:
         return values if self.index is None else vector.index_copy_(0, self.index, values)
@@ -46,43 +50,69 @@ class ReductionPlan:
     construction and a rank without a gradient sends zeros, so ranks agree on length and order whatever their gradients.
 
     Bitwise agreement. A collective gives all its ranks the same bits. Where copies of a tensor are reduced in several
-    instances of a group (HSDP replicas; the tp groups of different dp ranks), each instance could add in an order of its
-    own, and replicas would drift apart by an ulp a step: there the addends are gathered and added in rank order.
-    Where the norm groups of the tensors together span `process_group` (TP + FSDP, EP + FSDP), one all-reduce over it
-    replaces the chain, each tensor sent by the copy that `process_group`'s first rank belongs to.
+    instances of a group (HSDP replicas; the tp groups of different dp ranks; the fsdp groups of two pipeline stages that
+    share a tied tensor), each instance could add in an order of its own, and replicas would drift apart by an ulp a
+    step: there the addends are gathered and added in rank order.
+
+    One union instead of a chain. Where several groups are involved and one tensor's copy spans all ranks of
+    `process_group` (TP + FSDP, EP + FSDP), or where ranks take part in tensors of which they hold no piece (Megatron's
+    experts), one all-reduce over `process_group` replaces the chain; of each tensor's copies the one with the lowest rank
+    sends. Construction is then collective over `process_group`.
 
     Args:
         layout: the logical tensors.
         process_group: a group all of whose ranks have this very layout, if one is known (it must have been checked).
         copies_among: number of ranks that may hold copies of this rank's tensors (world size over pipeline stages).
+        shared: names of which ranks outside `process_group` or its pipeline stage hold copies (tied across stages).
     """
 
-    def __init__(self, layout: Layout, *, process_group: Any = None, copies_among: int) -> None:
-        self.n = len(layout)
-        self.union: Any = None
+    def __init__(
+        self, layout: Layout, *, process_group: Any = None, copies_among: int, shared: Collection[str] = ()
+    ) -> None:
         self.stages: list[Stage] = []
         groups: list[Any] = []
         members: dict[int, list[int]] = {}
         for i, tensor in enumerate(layout):
             for group in tensor.norm_groups:
-                position = _position(group, groups)
-                members.setdefault(position, []).append(i)
-        if not groups:
-            return
-        spanned = {len(t.component) for t in layout if t.norm_groups}
-        if process_group is not None and len(groups) > 1 and process_group.size() in spanned:
-            self._plan_union(layout, process_group)
-        else:
-            self._plan_chain(layout, groups, members, copies_among)
+                members.setdefault(_position(group, groups), []).append(i)
+        if process_group is not None and _union_is_better(layout, groups, process_group):
+            self._plan_union(layout, process_group, shared)
+        elif groups:
+            self._plan_chain(layout, groups, members, copies_among, shared)
 
-    def _plan_union(self, layout: Layout, process_group: Any) -> None:
-        first = dist.get_process_group_ranks(process_group)[0]
-        indices = tuple(i for i, t in enumerate(layout) if t.norm_groups)
-        self.union = process_group
-        self.stages = [Stage(process_group, indices, "all_reduce", 0, _index(indices, len(layout), layout.device))]
-        self._sends = torch.tensor([first in layout.tensors[i].component for i in indices], device=layout.device)
+    def _plan_union(self, layout: Layout, group: Any, shared: Collection[str]) -> None:
+        device = layout.device
+        indices = [i for i, t in enumerate(layout) if t.norm_groups or not t.everywhere]
+        # The copy with the lowest rank sends. Found with a collective, for a rank does not know the copies of a tensor of
+        # which it holds no piece.
+        lowest = [min(layout.tensors[i].component, default=math.inf) for i in indices]
+        mine = torch.tensor(lowest, dtype=torch.float64, device=device)
+        minimum = mine.clone()
+        dist.all_reduce(minimum, op=dist.ReduceOp.MIN, group=group)
+        sends = mine == minimum
+        # Tensors that other stages hold, too, are gathered and added in rank order, see the class's docstring.
+        for collective, chosen in (("all_reduce", False), ("all_gather", True)):
+            part = [k for k, i in enumerate(indices) if (layout.names[i] in shared) is chosen]
+            if part:
+                self.stages.append(
+                    Stage(
+                        group=group,
+                        indices=tuple(indices[k] for k in part),
+                        collective=collective,  # type: ignore[arg-type]
+                        level=0,
+                        index=_index([indices[k] for k in part], len(layout), device),
+                        sends=sends if len(part) == len(indices) else sends[torch.tensor(part, device=device)],
+                    )
+                )
 
-    def _plan_chain(self, layout: Layout, groups: list[Any], members: dict[int, list[int]], copies_among: int) -> None:
+    def _plan_chain(
+        self,
+        layout: Layout,
+        groups: list[Any],
+        members: dict[int, list[int]],
+        copies_among: int,
+        shared: Collection[str],
+    ) -> None:
         # Large groups first: they may use an all-reduce, while the later ones of a chain repeat the same addition in
         # several instances and have to gather.
         order = sorted(range(len(groups)), key=lambda k: (-groups[k].size(), k))
@@ -94,7 +124,9 @@ class ReductionPlan:
             level[k] = 1 + max(level[h] for h in before) if before else 0
         for k in order:
             alone = all(
-                groups[k].size() * _later(layout.tensors[i], groups, k, order) >= copies_among for i in members[k]
+                groups[k].size() * _later(layout.tensors[i], groups, k, order) >= copies_among
+                and layout.names[i] not in shared
+                for i in members[k]
             )
             collective: Collective = "all_reduce" if level[k] == 0 and alone else "all_gather"
             index = _index(members[k], len(layout), layout.device)
@@ -107,30 +139,30 @@ class ReductionPlan:
             return sums
         out = sums.clone()
         for level in range(self.stages[-1].level + 1):
-            running = [self._launch(stage, out, p) for stage in self.stages if stage.level == level]
+            running = [_launch(stage, out, p) for stage in self.stages if stage.level == level]
             for stage, buffer, work in running:
                 work.wait()
                 if buffer.numel() > len(stage.indices):
-                    rows = buffer.view(stage.group.size(), len(stage.indices))
-                    buffer = rows.amax(dim=0) if math.isinf(p) else rows.sum(dim=0)
+                    buffer = _add_up(buffer, stage.group.size(), p)
                 out = stage.put(out, buffer)
         return out
-
-    def _launch(self, stage: Stage, sums: Tensor, p: float) -> tuple[Stage, Tensor, Any]:
-        packed = stage.take(sums)
-        if stage.collective == "all_gather" or math.isinf(p):
-            # A maximum is gathered too: some libraries' MAX loses a NaN (gloo's does), amax does not.
-            gathered = packed.new_empty(stage.group.size() * packed.numel())
-            return stage, gathered, _all_gather(gathered, packed, group=stage.group, async_op=True)
-        if self.union is not None:
-            # where, not a product: a silent copy's NaN must not be multiplied in (its own copy sends it anyway).
-            packed = torch.where(self._sends, packed, 0.0)
-        return stage, packed, dist.all_reduce(packed, group=stage.group, async_op=True)
 
     def describe(self, index: int) -> str:
         """How tensor `index` is reduced, for people."""
         steps = [f"{s.collective} {group_label(s.group)}" for s in self.stages if index in s.indices]
         return " -> ".join(steps) or "none"
+
+
+class PendingSum:
+    """A sum over pipeline stages that is under way: `result` waits for it, on the device's stream where there is one."""
+
+    def __init__(self, gathered: Tensor, work: Any, size: int, p: float) -> None:
+        self._gathered, self._work, self._size, self._p = gathered, work, size, p
+
+    def result(self) -> Tensor:
+        """The sum, float64 [k]."""
+        self._work.wait()
+        return _add_up(self._gathered, self._size, self._p)
 
 
 class PipelineReducer:
@@ -143,12 +175,38 @@ class PipelineReducer:
     def __init__(self, pp_group: Any) -> None:
         self.group = pp_group
 
-    def sum(self, values: Tensor, p: float = 2.0) -> Tensor:
-        """float64 [k] on each stage -> their sum (maximum for ``p = inf``) over the stages."""
+    def start(self, values: Tensor, p: float = 2.0) -> PendingSum:
+        """Begin to add float64 [k] of each stage (for ``p = inf``: to find the maximum over the stages)."""
         gathered = values.new_empty(self.group.size() * values.numel())
-        _all_gather(gathered, values.contiguous(), group=self.group)
-        rows = gathered.view(self.group.size(), values.numel())
-        return rows.amax(dim=0) if math.isinf(p) else rows.sum(dim=0)
+        work = _all_gather(gathered, values.contiguous(), group=self.group, async_op=True)
+        return PendingSum(gathered, work, self.group.size(), p)
+
+    def sum(self, values: Tensor, p: float = 2.0) -> Tensor:
+        return self.start(values, p).result()
+
+
+def _launch(stage: Stage, sums: Tensor, p: float) -> tuple[Stage, Tensor, Any]:
+    packed = stage.take(sums)
+    if stage.collective == "all_gather" or math.isinf(p):
+        # A maximum is gathered too: some libraries' MAX loses a NaN (gloo's does), amax does not.
+        gathered = packed.new_empty(stage.group.size() * packed.numel())
+        return stage, gathered, _all_gather(gathered, packed, group=stage.group, async_op=True)
+    return stage, packed, dist.all_reduce(packed, group=stage.group, async_op=True)
+
+
+def _add_up(gathered: Tensor, size: int, p: float) -> Tensor:
+    """The ranks' vectors added in rank order, the same order wherever this is done."""
+    rows = gathered.view(size, -1)
+    return rows.amax(dim=0) if math.isinf(p) else rows.sum(dim=0)
+
+
+def _union_is_better(layout: Layout, groups: Sequence[Any], process_group: Any) -> bool:
+    ranks = frozenset(dist.get_process_group_ranks(process_group))
+    if any(not t.everywhere for t in layout):
+        return True
+    if len(groups) < 2:
+        return False
+    return process_group is layout.stage_group or any(t.component == ranks for t in layout)
 
 
 def _position(group: Any, groups: list[Any]) -> int:
@@ -160,11 +218,11 @@ def _position(group: Any, groups: list[Any]) -> int:
     return len(groups) - 1
 
 
-def _later(tensor: Any, groups: list[Any], k: int, order: list[int]) -> int:
+def _later(tensor: LogicalTensor, groups: list[Any], k: int, order: list[int]) -> int:
     """Product of the sizes of the groups that reduce `tensor` after group `k`."""
     after = order[order.index(k) + 1 :]
     return math.prod(groups[h].size() for h in after if any(groups[h] is g for g in tensor.norm_groups)) or 1
 
 
-def _index(indices: Sequence[int], n: int, device: torch.device) -> Tensor | None:
+def _index(indices: Sequence[int], n: int, device: torch.device | None) -> Tensor | None:
     return None if len(indices) == n else torch.tensor(indices, device=device)

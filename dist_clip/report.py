@@ -3,9 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+
+class GlobalNorms:
+    """Global norm before and after clipping, each fp32 0-dim or None; found when first asked for.
+
+    Under pipeline parallelism the stages' shares may still be on their way when the report is made: whoever needs the
+    norm waits for it, and the optimizer step that follows clipping does not.
+    """
+
+    def __init__(self, find: Callable[[], tuple[Tensor | None, Tensor | None]]) -> None:
+        self._find = find
+        self._found: tuple[Tensor | None, Tensor | None] | None = None
+
+    def get(self) -> tuple[Tensor | None, Tensor | None]:
+        if self._found is None:
+            self._found = self._find()
+        return self._found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,21 +34,33 @@ class ClipReport:
         names: FQN of each tensor this rank takes part in, n of them.
         tensor_norms: fp32 [n], L2 norm of each gradient before clipping (with scope "shard": of this rank's shard).
         scales: fp32 [n], what each gradient was multiplied by.
-        global_norm: fp32 0-dim, L2 norm of all gradients before clipping, the same on every rank. None where finding it
-            would have cost a collective that the policy had no need of: across pipeline stages, and with scope "shard".
-            ``GradClipper(log_global_norm=True)`` always gives it.
-        clipped_global_norm: fp32 0-dim, the same after clipping; None where `global_norm` is.
         nonfinite: bool 0-dim, whether any norm was NaN or Inf (with ``nonfinite="skip"``: on any rank).
+        skip: bool 0-dim, whether the step is to be skipped: nothing was clipped or remembered. Never without
+            ``nonfinite="skip"`` or ``skip_above``.
         num_grads: tensors that have a gradient on this rank.
     """
 
     names: tuple[str, ...]
     tensor_norms: Tensor
     scales: Tensor
-    global_norm: Tensor | None
-    clipped_global_norm: Tensor | None
     nonfinite: Tensor
+    skip: Tensor
     num_grads: int
+    _global_norms: GlobalNorms = dataclasses.field(repr=False)
+
+    @property
+    def global_norm(self) -> Tensor | None:
+        """fp32 0-dim: L2 norm of all gradients before clipping, the same on every rank.
+
+        None where finding it would have cost a collective that the policy had no need of: across pipeline stages, and
+        with scope "shard". ``GradClipper(log_global_norm=True)`` always gives it.
+        """
+        return self._global_norms.get()[0]
+
+    @property
+    def clipped_global_norm(self) -> Tensor | None:
+        """fp32 0-dim: the same after clipping. None where `global_norm` is, and where it would cost a collective more."""
+        return self._global_norms.get()[1]
 
     @property
     def empty(self) -> bool:
@@ -47,7 +77,7 @@ class ClipReport:
     @property
     def min_scale(self) -> Tensor:
         """fp32 0-dim: the smallest scale."""
-        return self.scales.min() if len(self.names) else torch.ones(())
+        return self.scales.min() if len(self.names) else torch.ones((), device=self.scales.device)
 
     def __str__(self) -> str:
         """A line for people. Reads tensors back."""
@@ -57,4 +87,5 @@ class ClipReport:
         return (
             f"global norm {norm}, clipped {self.clipped_fraction.item():.0%} of {self.num_grads} gradients, "
             f"smallest scale {self.min_scale.item():.3g}{', NON-FINITE' if self.nonfinite.item() else ''}"
+            f"{', step to be skipped' if self.skip.item() else ''}"
         )

@@ -68,7 +68,7 @@ def _by_device(shards: Sequence[Tensor | None]) -> dict[torch.device, list[tuple
 
 def _norms_cpu(tensors: Sequence[Tensor], p: float) -> Tensor:
     """float64 [n] norms of CPU tensors: small ones in one foreach call, the rest in blocks."""
-    norms = torch.empty(len(tensors), dtype=torch.float64)
+    norms = torch.empty(len(tensors), dtype=torch.float64, device="cpu")
     small = [i for i, t in enumerate(tensors) if t.numel() <= _SMALL]
     if small:
         norms[small] = torch.stack(torch._foreach_norm([tensors[i] for i in small], p, dtype=torch.float64))
@@ -98,7 +98,7 @@ def _blocked_norm(flat: Tensor, p: float) -> Tensor:
         return torch.linalg.vector_norm(flat, p)
     if flat.dtype == torch.float32:
         return torch.linalg.vector_norm(_row_norms(flat, p), p)
-    buffer = torch.empty(min(_CHUNK, flat.numel()), dtype=torch.float32)
+    buffer = torch.empty(min(_CHUNK, flat.numel()), dtype=torch.float32, device="cpu")
     parts = []
     for chunk in torch.split(flat, _CHUNK):
         widened = buffer[: chunk.numel()].copy_(chunk)

@@ -46,8 +46,8 @@ class AdaGC(Policy):
             then over-clips for thousands of steps, which "median", "mean" and "last" avoid.
         eps: added to the norm in the ratio.
 
-    State: ``gamma``, fp32 [n] (0: nothing observed yet); during warm-up also ``count`` (mean) or ``history``
-    [warmup_steps, n] (median).
+    State: ``gamma``, fp32 [n] (0: nothing observed yet). Until the host knows that warm-up is over also ``count``, int64
+    [n] (mean), or ``history``, fp32 [warmup_steps, n] (median).
 
     Reference: arXiv 2502.11034, and its official code lishuai-97/AdaGC.
     """
@@ -84,10 +84,14 @@ class AdaGC(Policy):
             state["history"] = torch.full((self.warmup_steps, n), math.nan, dtype=torch.float32, device=device)
         return state
 
+    def slots_after(self, step: int) -> tuple[str, ...]:
+        record = {"mean": ("count",), "median": ("history",)}.get(self.gamma_init, ())
+        return ("gamma",) if step >= self.warmup_steps else ("gamma", *record)
+
     def step(self, state: State, norms: Tensor, global_norm: Tensor | None, t: Tensor) -> tuple[Tensor, State]:
         steady_scales, steady_gamma = self._after_warmup(state["gamma"].double(), norms)
-        if global_norm is None:  # the host knows that warm-up is over
-            return steady_scales, {**state, "gamma": steady_gamma.float()}
+        if global_norm is None or self.warmup_steps == 0:  # the host knows that warm-up is over, and with it the record
+            return steady_scales, {"gamma": steady_gamma.float()}
         in_warmup = t <= self.warmup_steps
         warm_scales = global_clip_scale(self.max_norm, global_norm).expand(norms.shape)
         warm = self._observe(state, norms * warm_scales, t)

@@ -31,6 +31,10 @@ class Policy:
         """State of `n` elements before anything was observed: tensors of shape [n] or [k, n]."""
         return {}
 
+    def slots_after(self, step: int) -> tuple[str, ...]:
+        """Names of the state's tensors that decide anything after `step` steps: those that a checkpoint needs."""
+        return ()
+
     def needs_global_norm(self, step: int) -> bool:
         """Whether step number `step` (from 1) cannot be decided without the global norm. Known to the host."""
         return True

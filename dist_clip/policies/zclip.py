@@ -81,6 +81,9 @@ class ZClip(Policy):
             "count": torch.zeros(n, dtype=torch.int64, device=device),
         }
 
+    def slots_after(self, step: int) -> tuple[str, ...]:
+        return ("mean", "var", "count")
+
     def step(self, state: State, norms: Tensor, global_norm: Tensor | None, t: Tensor) -> tuple[Tensor, State]:
         mean, var, count = state["mean"], state["var"], state["count"]
         seen = observed(norms)

@@ -37,6 +37,11 @@ def build_layout(target: Any, *, allow_empty: bool = False, skip: Callable[[str]
     if not kept and not allow_empty:
         raise LayoutError(f"all {len(pairs)} parameters are excluded: there is nothing to clip")
     for name, param in kept:
+        if param.is_meta:
+            raise LayoutError(
+                f"rank {_rank()}: {name!r} is on the meta device: construct the clipper after the model was materialised "
+                "(to_empty and initialisation), which makes new parameters"
+            )
         if id(param) in sparse:
             raise LayoutError(
                 f"rank {_rank()}: {name!r} belongs to an embedding that makes sparse gradients, which cannot be clipped: "
@@ -49,7 +54,7 @@ def layout_of_parameters(pairs: Sequence[tuple[str, Tensor]]) -> Layout:
     groups = MeshGroups()
     tensors = []
     for name, param in pairs:
-        if param.is_complex():
+        if param.is_complex() and param.requires_grad:
             raise LayoutError(f"rank {_rank()}: {name!r} is complex ({param.dtype}); view it as real to clip it")
         if type(param).__name__ == "FlatParameter":
             raise LayoutError(
@@ -79,9 +84,12 @@ def _read_plain(name: str, param: Tensor) -> LogicalTensor:
     return LogicalTensor(
         name=name,
         shape=tuple(param.shape),
+        dtype=param.dtype,
         param=param,
+        shard_numel=param.numel(),
         norm_groups=(),
         component=frozenset({_rank()}),
+        mesh_ranks=frozenset({_rank()}),
         read=read,
         device=param.device,
         placement="whole",

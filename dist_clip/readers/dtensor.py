@@ -10,9 +10,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
-from torch.distributed.tensor import DTensor, Partial, Replicate
+from torch.distributed.tensor import DTensor, Partial, Replicate, zeros
 
 from dist_clip.errors import LayoutError
+from dist_clip.groups import current_device
 from dist_clip.layout import LogicalTensor
 
 
@@ -60,7 +61,6 @@ def read_dtensor(name: str, param: DTensor, groups: MeshGroups) -> LogicalTensor
                 f"rank {dist.get_rank()}: parameter {name!r} has placement {placement} on mesh dim {dim}; its norm is only "
                 "defined for Shard, _StridedShard and Replicate parameters: redistribute it first"
             )
-    device_type = mesh.device_type
     try:
         norm_groups = tuple(groups.group(mesh, dim) for dim in sharded)
     except (RuntimeError, ValueError, KeyError) as error:
@@ -68,26 +68,26 @@ def read_dtensor(name: str, param: DTensor, groups: MeshGroups) -> LogicalTensor
             f"rank {dist.get_rank()}: the process group over which {name!r} is sharded cannot be used, was it destroyed? "
             f"({error})"
         ) from error
+    sizes = [group.size() for group in norm_groups]
     return LogicalTensor(
         name=name,
         shape=tuple(param.shape),
+        dtype=param.dtype,
         param=param,
+        shard_numel=param.to_local().numel(),
         norm_groups=norm_groups,
         component=groups.component(mesh, tuple(sharded)),
+        mesh_ranks=groups.component(mesh, tuple(range(mesh.ndim))),
         read=_reader(name, param),
         # A CPU-offloaded shard is measured on the CPU, but a mesh of accelerators reduces on accelerators.
-        device=torch.device(device_type, _current_device(device_type)) if device_type != "cpu" else torch.device("cpu"),
-        placement=f"{param.placements} on a mesh {tuple(mesh.shape)}",
+        device=current_device(mesh.device_type),
+        placement=f"{param.placements} on a mesh {tuple(mesh.shape)}, norm groups of {sizes}",
     )
 
 
 def _is_sharding(placement: Any) -> bool:
     # _StridedShard (TP under FSDP2) answers False to is_shard() in some versions.
     return placement.is_shard() or type(placement).__name__ == "_StridedShard"
-
-
-def _current_device(device_type: str) -> int:
-    return torch.get_device_module(device_type).current_device()
 
 
 def _reader(name: str, param: DTensor) -> Callable[[], Tensor | None]:
@@ -101,7 +101,9 @@ def _reader(name: str, param: DTensor) -> Callable[[], Tensor | None]:
                 "parameter's placements"
             )
         if grad.placements != param.placements:
-            # Not Partial (those were reduced before): bring the gradient to where the optimizer needs it anyway.
+            # Bring the gradient to where the optimizer needs it anyway. What is Partial along a replicated dimension was
+            # reduced before, packed; what is left is for DTensor to do, tensor by tensor: a Partial gradient of a parameter
+            # that plain DTensor (not FSDP2) shards, or a gradient that is whole.
             grad = param.grad = grad.redistribute(param.device_mesh, param.placements)
         return wait(grad.to_local())
 
@@ -114,20 +116,23 @@ def wait(local: Tensor) -> Tensor:
 
 
 class PartialReducer:
-    """Reduces the gradients that autograd leaves Partial, all of one group in one collective.
+    """Reduces the gradients that autograd leaves Partial along replicated dimensions, all of one group in one collective.
 
     SequenceParallel layer norms under pure TP and plain DTensor data parallelism leave Partial gradients: the local
     values are addends, not the gradient. Any optimizer would reduce them, one collective (or several) per tensor; here
     one packed all-reduce per group and dtype does it, and ``param.grad`` becomes the reduced gradient.
 
-    Which gradients are Partial is decided by autograd, so it is learned from the first step that has gradients: the
-    ranks of each mesh exchange their names once. Later a rank without a gradient still takes part, with zeros.
+    Which gradients are Partial is decided by autograd, so it is learned: the ranks of each mesh exchange names, on the
+    host, at the first call and, while some trainable tensor has not had a gradient yet, at calls 2, 4, 8, ...; also
+    when parameters were frozen or unfrozen. Later a rank without a gradient still takes part, with zeros.
+
+    Holds no reference to the parameters, which are handed in with each call.
     """
 
     def __init__(self, tensors: Sequence[LogicalTensor]) -> None:
-        groups = MeshGroups()
+        self._mesh_groups = MeshGroups()
         # FSDP2 reduces its own parameters; here a candidate is whatever is replicated over more than one rank.
-        self._candidates: dict[str, tuple[DTensor, list[int]]] = {}
+        self._candidates: dict[str, list[int]] = {}
         self._groups: list[dist.ProcessGroup] = []
         for tensor in tensors:
             param = tensor.param
@@ -136,69 +141,67 @@ class PartialReducer:
             mesh = param.device_mesh
             dims = [d for d, p in enumerate(param.placements) if p.is_replicate() and mesh.size(d) > 1]
             if dims:
-                self._candidates[tensor.name] = (param, dims)
+                self._candidates[tensor.name] = dims
                 for dim in dims:
-                    if all(groups.group(mesh, dim) is not g for g in self._groups):
-                        self._groups.append(groups.group(mesh, dim))
-        self._mesh_groups = groups
-        self._learned = False
-        self._partial: dict[str, dict[int, str]] = {}  # name -> mesh dim -> reduce op
+                    group = self._mesh_groups.group(mesh, dim)
+                    if all(group is not g for g in self._groups):
+                        self._groups.append(group)
+        self._partial: dict[str, tuple[Any, ...]] = {}  # name -> placements of the gradient
+        self._unseen = set(self._candidates)  # no rank has had a gradient of these yet
+        self._trainable: set[str] = set()
+        self._calls = 0
 
-    def learn(self) -> None:
-        """Agree on which gradients are Partial. Collective, until a step had gradients on some rank."""
-        found: dict[str, dict[int, str]] = {}
-        any_grad = False
-        for name, (param, _dims) in self._candidates.items():
-            grad = param.grad
-            any_grad = any_grad or grad is not None
-            if isinstance(grad, DTensor):
-                partial = {d: _reduce_op(name, p) for d, p in enumerate(grad.placements) if p.is_partial()}
-                if partial:
-                    found[name] = partial
-        for group in self._groups:
-            gathered: list[Any] = [None] * group.size()
-            dist.all_gather_object(gathered, (any_grad, found), group=group)
-            for other_any, other in gathered:
-                any_grad = any_grad or other_any
-                for name, partial in other.items():
-                    found.setdefault(name, {}).update(partial)
-        self._partial = {name: found[name] for name in self._candidates if name in found}
-        self._learned = any_grad
-
-    def reduce_(self) -> None:
-        """Make every Partial gradient whole, in place of ``param.grad``."""
+    def reduce_(self, tensors: Sequence[LogicalTensor]) -> None:
+        """Make the gradients of `tensors` (those of the construction) whole along replicated dims, in ``param.grad``."""
         if not self._candidates:
             return
-        if not self._learned:
-            self.learn()
-        batches: dict[tuple[int, torch.dtype, str], list[tuple[str, DTensor, int]]] = defaultdict(list)
-        for name, partial in self._partial.items():
-            param, _ = self._candidates[name]
-            for dim, op in partial.items():
-                group = self._mesh_groups.group(param.device_mesh, dim)
-                index = next(i for i, g in enumerate(self._groups) if g is group)
-                grad = param.grad
-                batches[(index, param.dtype if grad is None else grad.dtype, op)].append((name, param, dim))
-        for (index, dtype, op), members in sorted(batches.items(), key=lambda item: (item[0][0], str(item[0][1:]))):
-            self._reduce_batch(self._groups[index], dtype, op, members)
+        params: dict[str, DTensor] = {t.name: t.param for t in tensors if t.name in self._candidates}  # type: ignore[misc]
+        self._calls += 1
+        trainable = {name for name, param in params.items() if param.requires_grad}
+        power_of_two = self._calls & (self._calls - 1) == 0
+        if trainable != self._trainable or (power_of_two and self._unseen & trainable):
+            self._trainable = trainable
+            self._learn(params)
+        batches: dict[tuple[int, str, str], list[tuple[str, int]]] = defaultdict(list)
+        for name, placements in self._partial.items():
+            param = params[name]
+            for dim in self._candidates[name]:
+                if placements[dim].is_partial():
+                    group = self._mesh_groups.group(param.device_mesh, dim)
+                    index = next(i for i, g in enumerate(self._groups) if g is group)
+                    dtype = param.dtype if param.grad is None else param.grad.dtype
+                    batches[(index, str(dtype), _reduce_op(name, placements[dim]))].append((name, dim))
+        for (index, _, op), members in sorted(batches.items(), key=lambda item: item[0]):
+            self._reduce_batch(self._groups[index], op, [(params[name], name, dim) for name, dim in members])
 
-    def _reduce_batch(self, group: Any, dtype: torch.dtype, op: str, members: list[tuple[str, DTensor, int]]) -> None:
-        pieces: list[Tensor] = []
-        for _name, param, dim in members:
+    def _learn(self, params: dict[str, DTensor]) -> None:
+        """Agree on which gradients are Partial. Collective."""
+        found: dict[str, tuple[Any, ...]] = {}
+        unseen = set(self._unseen)
+        for name, param in params.items():
             grad = param.grad
-            if isinstance(grad, DTensor) and grad.placements[dim].is_partial():
-                pieces.append(wait(grad.to_local()).reshape(-1))
-            else:
-                # No gradient here: an addend of zero keeps the collective the same on every rank. A gradient that is
-                # already whole counts once.
-                local = param.to_local()
-                whole = isinstance(grad, DTensor) and dist.get_rank(group) == 0
-                pieces.append((wait(grad.to_local()) if whole else torch.zeros_like(local)).reshape(-1))  # type: ignore[union-attr]
+            if grad is not None:
+                unseen.discard(name)
+            if isinstance(grad, DTensor) and any(grad.placements[dim].is_partial() for dim in self._candidates[name]):
+                found[name] = tuple(grad.placements)
+        for group in self._groups:
+            gathered: list[Any] = [None] * group.size()
+            dist.all_gather_object(gathered, (unseen, found), group=group)
+            for others_unseen, others in gathered:
+                unseen &= others_unseen
+                for name, placements in others.items():
+                    found.setdefault(name, placements)
+        self._unseen = unseen
+        merged = {**found, **self._partial}
+        self._partial = {name: merged[name] for name in self._candidates if name in merged}
+
+    def _reduce_batch(self, group: Any, op: str, members: list[tuple[DTensor, str, int]]) -> None:
+        pieces = [self._addend(param, name, dim, group) for param, name, dim in members]
         flat = torch.cat(pieces)
         dist.all_reduce(flat, group=group)
         if op == "avg":
             flat /= group.size()
-        for (_name, param, dim), piece in zip(members, torch.split(flat, [p.numel() for p in pieces]), strict=True):
+        for (param, _, dim), piece in zip(members, torch.split(flat, [p.numel() for p in pieces]), strict=True):
             grad = param.grad
             if isinstance(grad, DTensor) and grad.placements[dim].is_partial():
                 placements = list(grad.placements)
@@ -208,6 +211,21 @@ class PartialReducer:
                 param.grad = DTensor.from_local(
                     local, grad.device_mesh, placements, run_check=False, shape=grad.shape, stride=grad.stride()
                 )
+
+    def _addend(self, param: DTensor, name: str, dim: int, group: Any) -> Tensor:
+        """This rank's share of the gradient's sum along `dim`, flat."""
+        grad = param.grad
+        if isinstance(grad, DTensor) and (grad.placements[dim].is_partial() or dist.get_rank(group) == 0):
+            # A gradient that is whole already counts once.
+            return wait(grad.to_local()).reshape(-1)
+        # No gradient here: an addend of zero keeps the collective the same on every rank.
+        placements = [Replicate() if p.is_partial() else p for p in self._partial[name]]
+        dtype = param.dtype if grad is None else grad.dtype
+        return (
+            zeros(*param.shape, dtype=dtype, device_mesh=param.device_mesh, placements=placements)
+            .to_local()
+            .reshape(-1)
+        )
 
 
 def _reduce_op(name: str, placement: Any) -> str:

@@ -91,12 +91,13 @@ def data_parallel_backward(model: nn.Module, net: Net, config: Config, index: in
 
 
 def average_grads(params: list[nn.Parameter], group: dist.ProcessGroup | None, *, mean: bool = True) -> None:
-    """Data parallelism by hand, for plain tensors that no wrapper looks after."""
+    """Data parallelism by hand, for gradients that no wrapper looks after."""
     for param in params:
         if param.grad is not None:
-            dist.all_reduce(param.grad, group=group)
+            grad = param.grad.to_local() if isinstance(param.grad, DTensor) else param.grad
+            dist.all_reduce(grad, group=group)
             if mean:
-                param.grad /= dist.get_world_size(group)
+                grad /= dist.get_world_size(group)
 
 
 # ---------------------------------------------------------------- data parallelism
@@ -226,6 +227,15 @@ def tp_fsdp(net: Net, config: Config, parallelize: Callable[[Net, DeviceMesh], N
     return Setup([net], step_of, groups=shared(both))
 
 
+def hsdp_tp(net: Net, config: Config) -> Setup:
+    """Three mesh dimensions: copies, shards, and tensor parallelism inside them."""
+    three = mesh((2, 2, dist.get_world_size() // 4), ("replicate", "shard", "tp"))
+    tensor_parallel(net, three["tp"])
+    shard_blocks(net, three["replicate", "shard"])
+    index = three["replicate"].get_local_rank() * 2 + three["shard"].get_local_rank()
+    return Setup([net], data_parallel_backward(net, net, config, index, 4), groups={"shard", "tp"})
+
+
 def tp_hsdp_like(net: Net, config: Config) -> Setup:
     """TP inside, and plain DTensor-free data parallelism by hand outside: tensors of both kinds on a 2-D grid."""
     both = mesh((dist.get_world_size() // 2, 2), ("dp", "tp"))
@@ -235,10 +245,7 @@ def tp_hsdp_like(net: Net, config: Config) -> Setup:
 
     def backward(step: int) -> None:
         step_of(step)
-        for param in net.parameters():
-            grad = param.grad.to_local() if isinstance(param.grad, DTensor) else param.grad
-            dist.all_reduce(grad, group=dp.get_group())
-            grad /= dp.size()
+        average_grads(list(net.parameters()), dp.get_group())
 
     return Setup([net], backward, groups={"tp"})
 
@@ -363,7 +370,8 @@ def pipeline(
 
     runner = schedule(stages if chunks > 1 else stages[0], microbatches, loss_fn=loss_fn)
     by_hand = inner is None and inner_size > 1
-    tied_group = group_of((0, world - 1)) if config.tied else None
+    # Ranks of the first and the last stage that hold the same piece of the tied embedding, one group for each piece.
+    tied_groups = [group_of((k, world - inner_size + k)) for k in range(inner_size)] if config.tied else []
 
     def backward(step: int) -> None:
         tokens, targets = (share(t, data_index, data_size) for t in batch(config, step))
@@ -372,8 +380,8 @@ def pipeline(
             part.step = step
         arguments = (tokens,) if parts[0].is_first else ()
         runner.step(*arguments, target=targets if parts[-1].is_last else None)
-        if tied_group is not None and (parts[0].is_first or parts[-1].is_last):
-            average_grads([parts[0].embed.weight], tied_group, mean=False)
+        if tied_groups and (parts[0].is_first or parts[-1].is_last):
+            average_grads([parts[0].embed.weight], tied_groups[both["inner"].get_local_rank()], mean=False)
         if by_hand:
             average_grads([p for part in parts for p in part.parameters()], both["inner"].get_group())
 
@@ -459,11 +467,16 @@ LAYOUTS: dict[str, Layout] = {
     "pp-dp-by-hand": Layout(functools.partial(pipeline, inner_size=2), DEEP, (4,)),
     "pp-fsdp": Layout(functools.partial(pipeline, inner=shard_blocks, inner_size=2), Config(blocks=4, odd=True), (4,)),
     "pp-tp": Layout(functools.partial(pipeline, inner=tensor_parallel, inner_size=2, inner_is_data=False), DEEP, (4,)),
+    "pp-tied-fsdp": Layout(
+        functools.partial(pipeline, inner=shard_blocks, inner_size=2), Config(blocks=4, tied=True), (4,)
+    ),
     "pp-chunks-fsdp": Layout(
         functools.partial(pipeline, chunks=2, inner=shard_blocks, inner_size=2, schedule=ScheduleInterleaved1F1B),
         DEEP,
         (4,),
     ),
 }
+
+LAYOUTS["hsdp-tp"] = Layout(hsdp_tp, Config(width=6, hidden=10, vocab=7), worlds=())  # eight ranks: tested apart
 
 CASES = [(name, world) for name, layout in LAYOUTS.items() for world in layout.worlds]

@@ -172,6 +172,40 @@ def frozen_on_all() -> tuple[Any, dict[str, Any]]:
     return named, {}
 
 
+def bad_policy_on_one() -> tuple[Any, dict[str, Any]]:
+    return [("first", param(3))], {"policy": "AdaGC" if bad_rank() else dist_clip.AdaGC()}
+
+
+def bad_mode_on_one() -> tuple[Any, dict[str, Any]]:
+    return [("first", param(3))], {"nonfinite": "ignore" if bad_rank() else "skip"}
+
+
+def bad_threshold_on_one() -> tuple[Any, dict[str, Any]]:
+    return [("first", param(3))], {"skip_above": -1.0 if bad_rank() else 10.0}
+
+
+def process_group_is_none_on_one() -> tuple[Any, dict[str, Any]]:
+    """Something that is no group on one rank, and all ranks on the others."""
+    return [("first", param(3))], {"process_group": "all of them" if bad_rank() else None}
+
+
+def breaks_while_read_on_one() -> tuple[Any, dict[str, Any]]:
+    """An error of the user's own code, of whatever kind."""
+
+    class Broken(dict):  # type: ignore[type-arg]
+        def items(self) -> Any:
+            raise AttributeError("the model is not ready")
+
+    return (Broken() if bad_rank() else {"first": param(3)}), {}
+
+
+def process_group_lacks_ranks_of_the_mesh() -> tuple[Any, dict[str, Any]]:
+    """The data-parallel group of a mesh that is tensor-parallel, too: an easy mistake."""
+    both = mesh((dist.get_world_size() // 2, 2), ("dp", "tp"))
+    weight = DTensor.from_local(torch.ones(4, 4), both, [Shard(0), Shard(1)], run_check=False)
+    return [("second", nn.Parameter(weight))], {"process_group": both["dp"].get_group()}
+
+
 def pp_group_on_one() -> tuple[Any, dict[str, Any]]:
     pp = mesh((dist.get_world_size(),), ("pp",)).get_group()
     return [("first", param(3))], {"pp_group": pp if bad_rank() else None}
@@ -249,6 +283,12 @@ def complex_on_one_stage() -> tuple[Any, dict[str, Any]]:
 CASES: dict[str, Callable[[], tuple[Any, dict[str, Any]]]] = {
     function.__name__: function
     for function in (
+        bad_policy_on_one,
+        bad_mode_on_one,
+        bad_threshold_on_one,
+        process_group_is_none_on_one,
+        breaks_while_read_on_one,
+        process_group_lacks_ranks_of_the_mesh,
         missing_tensor,
         extra_tensor,
         other_shape,
@@ -287,10 +327,10 @@ CASES: dict[str, Callable[[], tuple[Any, dict[str, Any]]]] = {
 }
 
 
-def run(case: str, world: int) -> list[str]:
-    """Every rank's message, once it is known that each of them got a LayoutError."""
+def run(case: str, world: int, error: str = "LayoutError") -> list[str]:
+    """Every rank's message, once it is known that each of them got such an error."""
     results = pool(world).run(construct, case, timeout=25)
-    assert {kind for kind, _ in results} == {"LayoutError"}, results
+    assert {kind for kind, _ in results} == {error}, results
     return [text for _, text in results]
 
 
@@ -315,6 +355,7 @@ def names_rank(text: str, rank: int = BAD) -> bool:
         ("duplicate_on_one", "first"),
         ("stages_disagree_on_shape", "embed.weight"),
         ("complex_on_one_stage", "second"),
+        ("process_group_lacks_ranks_of_the_mesh", "second"),
     ],
 )
 def test_tensor_and_rank_are_named(case: str, tensor: str, world: int) -> None:
@@ -341,12 +382,29 @@ def test_tensor_and_rank_are_named_at_four(case: str, tensor: str) -> None:
         ("nothing_on_one", []),
         ("frozen_on_one", []),
         ("pp_group_on_one", ["pp_group"]),
+        ("process_group_is_none_on_one", ["process_group", "all of them"]),
+        ("breaks_while_read_on_one", ["AttributeError", "not ready"]),
         ("pp_group_is_a_mesh_on_one", ["pp_group"]),
         ("stages_disagree_on_policy", ["warmup_steps"]),
     ],
 )
 def test_rank_is_named(case: str, words: list[str]) -> None:
     for text in run(case, 2):
+        assert names_rank(text), text
+        for word in words:
+            assert word in text, text
+
+
+@pytest.mark.parametrize(
+    ("case", "error", "words"),
+    [
+        ("bad_policy_on_one", "TypeError", ["policy", "'AdaGC'"]),
+        ("bad_mode_on_one", "ValueError", ["nonfinite", "'ignore'"]),
+        ("bad_threshold_on_one", "ValueError", ["skip_above", "-1.0"]),
+    ],
+)
+def test_a_bad_argument_on_one_rank_is_an_error_on_all(case: str, error: str, words: list[str]) -> None:
+    for text in run(case, 2, error):
         assert names_rank(text), text
         for word in words:
             assert word in text, text
@@ -479,9 +537,10 @@ def before_sharding() -> tuple[tuple[str, str], tuple[str, str]]:
     return built, ("report", "empty" if report.empty else "clipped")
 
 
-def test_stale_parameters_are_not_clipped_silently() -> None:
+def test_stale_parameters_are_an_error() -> None:
     for _, (kind, text) in pool(2).run(before_sharding):
-        assert (kind, text) != ("report", "clipped")
+        assert kind == "LayoutError"
+        assert "after whatever replaces parameters" in text
 
 
 def stages_and_no_pp_group() -> tuple[str, str]:

@@ -46,6 +46,12 @@ def test_other_options(layout: str, policy: str) -> None:
     run(layout, 4, policy, "sgd", torch.float64)
 
 
+@pytest.mark.parametrize("policy", ["adagc", "zclip"])
+def test_three_mesh_dimensions(policy: str) -> None:
+    """HSDP with tensor parallelism inside, uneven shards (_StridedShard): eight ranks, so not under every policy."""
+    run("hsdp-tp", 8, policy, "adamw", torch.float32)
+
+
 def run(layout: str, world: int, policy: str, optimizer: str, dtype: torch.dtype) -> None:
     ranks = pool(world).run(training.train, layout, policy, optimizer, dtype)
     training.check(training.Run(ranks, LAYOUTS[layout]), layout, policy, optimizer, dtype)

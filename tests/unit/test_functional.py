@@ -6,9 +6,10 @@ scales by a rounded scale, are compared with float64 instead.
 
 from __future__ import annotations
 
+import gc
 import inspect
 import math
-import warnings
+import weakref
 from typing import Any
 
 import pytest
@@ -165,10 +166,11 @@ def test_an_exhausted_generator_warns() -> None:
         dist_clip.clip_grad_norm_(generator, 1.0)
 
 
-def test_an_empty_list_is_no_warning() -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        total = dist_clip.clip_grad_norm_([], 1.0)
+@pytest.mark.parametrize("nothing", [[], (), filter(None, []), {}.values()], ids=lambda n: type(n).__name__)
+def test_nothing_to_clip_is_said_whatever_it_came_in(nothing: Any) -> None:
+    """torch says so of generators alone."""
+    with pytest.warns(UserWarning, match="no gradient clipping will occur"):
+        total = dist_clip.clip_grad_norm_(nothing, 1.0)
     assert total.item() == 0.0
     assert total.dtype == torch.float32
     assert total.dim() == 0
@@ -276,3 +278,25 @@ def test_the_signature_is_torchs() -> None:
     extra = {p.name: p for p in ours[len(theirs) :]}
     assert set(extra) == {"pp_group"}
     assert extra["pp_group"].kind is inspect.Parameter.KEYWORD_ONLY
+
+
+def test_what_is_remembered_of_a_model_does_not_keep_it_alive() -> None:
+    model = nn.Linear(3, 2)
+    params = list(model.parameters())
+    for p in params:
+        p.grad = torch.ones_like(p)
+    dist_clip.clip_grad_norm_(model.parameters(), 1.0)
+    dist_clip.clip_grad_norm_(model.parameters(), 1.0)
+    refs = [weakref.ref(p) for p in params]
+    del model, params, p
+    gc.collect()
+    assert all(ref() is None for ref in refs)
+
+
+def test_another_list_that_starts_with_the_same_parameter() -> None:
+    a, b, c = (nn.Parameter(torch.zeros(2)) for _ in range(3))
+    for p in (a, b, c):
+        p.grad = torch.ones(2)
+    assert dist_clip.clip_grad_norm_([a, b], 1e9).item() == pytest.approx(2.0)
+    assert dist_clip.clip_grad_norm_([a, b, c], 1e9).item() == pytest.approx(math.sqrt(6))
+    assert dist_clip.clip_grad_norm_([a, c], 1e9).item() == pytest.approx(2.0)

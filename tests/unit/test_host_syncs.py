@@ -210,7 +210,8 @@ def ranks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     monkeypatch.setattr(MeshGroups, "component", real_component)
     monkeypatch.setattr(dist, "all_gather_object", echo)
-    monkeypatch.setattr("dist_clip.clipper.agree", lambda announcement, *groups: [(0, announcement)])
+    monkeypatch.setattr("dist_clip.construction.agree", lambda announcement, *groups: [(0, announcement)])
+    monkeypatch.setattr("dist_clip.clipper.check_cover", lambda *args: None)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     yield
     dist.destroy_process_group()
@@ -262,33 +263,52 @@ def test_a_sharded_step_has_no_host_sync(layout: str, policy: str, nonfinite: An
     sharded_steps(layout, policy, nonfinite)
 
 
+def make_sharded(specs: dict[str, Any]) -> dict[str, Tensor]:
+    return {
+        name: torch.empty(shape, device="cuda") if mesh is None else sharded(shape, mesh, placements)
+        for name, (shape, mesh, placements) in specs.items()
+    }
+
+
+def set_sharded_grads(layout: str, specs: dict[str, Any], params: dict[str, Tensor]) -> None:
+    for name, grad in make_sharded(specs).items():
+        if layout == "tp" and name == "norm":  # as SequenceParallel leaves it
+            grad = DTensor.from_local(grad.to_local(), grad.device_mesh, [Partial()], run_check=False)
+        params[name].grad = grad
+
+
 def sharded_steps(layout: str, policy: str, nonfinite: Any) -> None:
     specs, pp_group = sharded_specs(layout)
     with fake_cuda(strict=False):
-
-        def make() -> dict[str, Tensor]:
-            return {
-                name: torch.empty(shape, device="cuda") if mesh is None else sharded(shape, mesh, placements)
-                for name, (shape, mesh, placements) in specs.items()
-            }
-
         # Not nn.Parameter: of a DTensor on a fake CUDA device it aborts the process.
-        params = {name: tensor.requires_grad_() for name, tensor in make().items()}
+        params = {name: tensor.requires_grad_() for name, tensor in make_sharded(specs).items()}
         clipper = dist_clip.GradClipper(
             list(params.items()), POLICIES[policy](), pp_group=pp_group, nonfinite=nonfinite
         )
         for step in range(WARMUP + 3):
-            for name, grad in make().items():
-                if layout == "tp" and name == "norm":  # as SequenceParallel leaves it
-                    grad = DTensor.from_local(grad.to_local(), grad.device_mesh, [Partial()], run_check=False)
-                params[name].grad = grad
+            set_sharded_grads(layout, specs, params)
             with Copies() if step > 0 else torch.no_grad():
                 report = clipper.clip_()
             assert report.num_grads == len(params)
+            assert report.scales.device.type == report.tensor_norms.device.type == "cuda"
             assert not any(
                 p.is_partial() for g in params.values() if isinstance(g.grad, DTensor) for p in g.grad.placements
             )
-            assert report.scales.device.type == report.tensor_norms.device.type == "cuda"
+
+
+@pytest.mark.parametrize("norm_type", [2.0, float("inf")])
+@pytest.mark.parametrize("layout", ["fsdp", "hsdp", "tp", "tp-fsdp", "ep", "pp", "pp-fsdp"])
+@pytest.mark.usefixtures("ranks")
+def test_sharded_clip_grad_norm(layout: str, norm_type: float) -> None:
+    """The first call for a list of parameters may look around; later ones may not."""
+    specs, pp_group = sharded_specs(layout)
+    with fake_cuda(strict=False):
+        params = {name: tensor.requires_grad_() for name, tensor in make_sharded(specs).items()}
+        for call in range(3):
+            set_sharded_grads(layout, specs, params)
+            with Copies() if call > 0 else torch.no_grad():
+                total = dist_clip.clip_grad_norm_(params.values(), 1.0, norm_type, pp_group=pp_group)
+            assert total.device.type == "cuda"
 
 
 @pytest.mark.parametrize("layout", ["fsdp", "hsdp", "tp-fsdp", "ep", "pp-fsdp"])

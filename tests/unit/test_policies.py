@@ -404,6 +404,11 @@ def test_adagc_nonfinite(scope: str, gamma_init: str, nonfinite: str) -> None:
         {"eps": 1e-2, "beta": 0.95},
         {"warmup_steps": 1},
         {"warmup_steps": 0},
+        *(
+            {"warmup_steps": 0, "gamma_init": init, "scope": scope}
+            for init in ("median", "mean")
+            for scope in ("tensor", "global")
+        ),
         {"warmup_steps": STEPS + 10},
         {"warmup_steps": 31, "gamma_init": "median"},
     ],

@@ -1,0 +1,195 @@
+"""From a clipper's arguments, checked, to a layout that all ranks have agreed on."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import math
+import numbers
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from dist_clip.agreement import Announcement, agree, told
+from dist_clip.domains import checked_rules
+from dist_clip.errors import LayoutError
+from dist_clip.groups import checked_group, device_of, stage_of
+from dist_clip.layout import Layout, LayoutReader
+from dist_clip.policies.base import Policy
+from dist_clip.readers import build_layout, named_parameters
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """What the user passed to the clipper, beside the target. Not checked yet."""
+
+    policy: Policy
+    pp_group: Any
+    process_group: Any
+    nonfinite: Any
+    groups: Any
+    exclude: Any
+    log_global_norm: Any
+    skip_above: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Construction:
+    """What a clipper is made of, the same on every rank of a pipeline stage.
+
+    Attributes:
+        layout: the logical tensors.
+        rules: (pattern, policy) pairs in order, the default last.
+        pp_group, process_group: as passed.
+        device: where norms, scales and state live.
+        target: the modules that were passed, which can be asked for their parameters again; None where none were.
+        known: ids of all parameters of the target, excluded ones included.
+        counted: whether this stage's copy of each tensor counts in the global norm.
+        elsewhere: names that other pipeline stages hold, too.
+    """
+
+    layout: Layout
+    rules: list[tuple[str, Policy]]
+    pp_group: Any
+    process_group: Any
+    device: torch.device
+    target: Any
+    known: frozenset[int]
+    counted: tuple[bool, ...]
+    elsewhere: frozenset[str]
+
+    def check_not_stale(self) -> None:
+        """Raise if the module's parameters are no longer those of the construction: they would not be clipped."""
+        if self.target is None:
+            return
+        for name, param in named_parameters(self.target):
+            if id(param) not in self.known:
+                raise LayoutError(
+                    f"rank {_rank()}: {name!r} is another parameter than when the clipper was constructed, so its gradient "
+                    "would not be clipped: construct the clipper after whatever replaces parameters (fully_shard, "
+                    "parallelize_module, to_empty, a new head), and outside forward and backward"
+                )
+
+
+def construct(target: Any, arguments: Arguments) -> Construction:
+    """Check, read, and agree with the other ranks: what is wrong on one rank is the same error on all of them."""
+    draft = _Draft(target, arguments)
+    announcement = draft.announce()
+    everyone = agree(announcement, draft.process_group, draft.pp_group)
+    assert draft.layout is not None
+    assert draft.device is not None  # agree() has raised what went wrong
+    earlier = {name for _, a in everyone if a.stage < announcement.stage for name in a.names}
+    return Construction(
+        layout=draft.layout,
+        rules=draft.rules,
+        pp_group=draft.pp_group,
+        process_group=draft.process_group,
+        device=draft.device,
+        target=draft.modules,
+        known=draft.known,
+        # The first stage that holds a name counts it.
+        counted=tuple(name not in earlier for name in draft.layout.names),
+        elsewhere=frozenset(name for _, a in everyone if a.stage != announcement.stage for name in a.names),
+    )
+
+
+class _Draft:
+    """A construction that may yet fail."""
+
+    def __init__(self, target: Any, arguments: Arguments) -> None:
+        self.target, self.arguments = target, arguments
+        self.rules: list[tuple[str, Policy]] = []
+        self.exclude: tuple[str, ...] = ()
+        self.pp_group: Any = None
+        self.process_group: Any = None
+        self.layout: Layout | None = None
+        self.device: torch.device | None = None
+        self.modules: Any = None
+        self.known: frozenset[int] = frozenset()
+
+    def announce(self) -> Announcement:
+        """Do all that this rank can do alone; a failure becomes part of what it tells the others, so that all raise."""
+        try:
+            return self._announce()
+        except Exception as error:  # whatever it is, the others wait for this rank to say so
+            return Announcement(error=told(error), stage=0)
+
+    def _announce(self) -> Announcement:
+        arguments = self.arguments
+        self.process_group = checked_group(arguments.process_group, "process_group")
+        self.pp_group = checked_group(arguments.pp_group, "pp_group")
+        self.rules = checked_rules(arguments.policy, arguments.nonfinite, arguments.groups, arguments.exclude)
+        self.exclude = tuple(arguments.exclude)
+        _check_reporting(arguments)
+        layout, excluded = self._read()
+        _check_process_group(layout, self.process_group)
+        self.layout = layout
+        self.device = layout.device or device_of(self.pp_group)
+        patterns = frozenset(self.exclude) | {pattern for pattern, _ in self.rules[:-1]}
+        matched = excluded | {p for p in patterns for name in layout.names if fnmatch.fnmatchcase(name, p)}
+        policies = ", ".join(f"{pattern!r}: {rule!r}" for pattern, rule in self.rules)
+        return Announcement(
+            error=None,
+            stage=stage_of(self.pp_group),
+            tensors=tuple(layout.describe()),
+            config=(
+                f"{policies}; nonfinite={arguments.nonfinite!r}, log_global_norm={arguments.log_global_norm}, "
+                f"skip_above={arguments.skip_above}, pp_group={'given' if self.pp_group is not None else None}"
+            ),
+            patterns=patterns,
+            matched=frozenset(matched),
+            names=layout.names,
+            shapes=tuple(t.shape for t in layout),
+        )
+
+    def _read(self) -> tuple[Layout, set[str]]:
+        """The layout of the target, and the exclude patterns that matched."""
+        excluded: set[str] = set()
+
+        def skip(name: str) -> bool:
+            hits = {p for p in self.exclude if fnmatch.fnmatchcase(name, p)}
+            excluded.update(hits)
+            return bool(hits)
+
+        target = self.target
+        if isinstance(target, LayoutReader):
+            return target.read_layout(skip), excluded
+        if not isinstance(target, (nn.Module, torch.optim.Optimizer, Tensor, Mapping)) and isinstance(target, Iterable):
+            target = list(target)  # a generator can be read once
+        layout = build_layout(target, allow_empty=self.pp_group is not None, skip=skip)
+        modules = target if isinstance(target, Sequence) else [target]
+        if all(isinstance(module, nn.Module) for module in modules):
+            self.modules = target
+        self.known = frozenset(id(param) for _, param in named_parameters(target))
+        return layout, excluded
+
+
+def _check_reporting(arguments: Arguments) -> None:
+    if not isinstance(arguments.log_global_norm, bool):
+        raise TypeError(f"log_global_norm must be a bool, got {arguments.log_global_norm!r}")
+    above = arguments.skip_above
+    if isinstance(above, bool) or not isinstance(above, numbers.Real):
+        raise TypeError(f"skip_above must be a number, got {above!r}")
+    if math.isnan(float(above)) or float(above) <= 0:
+        raise ValueError(f"skip_above must be above 0, got {above!r}")
+
+
+def _check_process_group(layout: Layout, process_group: Any) -> None:
+    if process_group is None:
+        return
+    ranks = frozenset(dist.get_process_group_ranks(process_group))
+    for tensor in layout:
+        outside = sorted(tensor.mesh_ranks - ranks)
+        if outside:
+            raise LayoutError(
+                f"rank {_rank()}: {tensor.name!r} is laid out over ranks {sorted(tensor.mesh_ranks)}, of which {outside} "
+                f"are not in process_group=, whose ranks are {sorted(ranks)}: pass a group of all ranks that train this "
+                "model, or nothing if that is all ranks"
+            )
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
