@@ -1,5 +1,7 @@
 """dist_clip: gradient clipping for distributed training that knows how the gradients are sharded."""
 
+from typing import Any
+
 from dist_clip.clipper import GradClipper
 from dist_clip.errors import LayoutError, NonFiniteGradError
 from dist_clip.functional import clip_grad_norm_
@@ -7,6 +9,16 @@ from dist_clip.policies import AdaGC, GlobalNorm, Policy, ZClip
 from dist_clip.report import ClipReport
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """``dist_clip.megatron``, imported when it is first used: it needs megatron-core, the rest does not."""
+    if name == "megatron":
+        import importlib
+
+        return importlib.import_module("dist_clip.megatron")
+    raise AttributeError(f"module 'dist_clip' has no attribute {name!r}")
+
 
 __all__ = [
     "AdaGC",

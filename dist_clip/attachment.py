@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -14,6 +14,12 @@ from dist_clip.errors import LayoutError
 if TYPE_CHECKING:
     from dist_clip.clipper import GradClipper
     from dist_clip.report import ClipReport
+
+
+class Detachable(Protocol):
+    """What ``clipper.attachment`` is: the way to take the clipper off again."""
+
+    def remove(self) -> None: ...
 
 
 class Attachment:

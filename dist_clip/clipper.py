@@ -10,13 +10,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dist_clip import kernels, state
-from dist_clip.attachment import Attachment
+from dist_clip import state
+from dist_clip.attachment import Attachment, Detachable
 from dist_clip.construction import Arguments, Construction, construct
 from dist_clip.cover import check_cover
-from dist_clip.domains import Domain, Measured, NonFinite, make_domains
+from dist_clip.domains import Domain, Measured, NonFinite, make_domains, rule_for
 from dist_clip.explain import explain_table
 from dist_clip.faults import any_rank, raise_nonfinite
+from dist_clip.kernels import Kernels
 from dist_clip.layout import Layout
 from dist_clip.policies.base import Policy, is_finite, is_nonfinite
 from dist_clip.readers import PartialReducer
@@ -46,6 +47,8 @@ class GradClipper:
         log_global_norm: reduce the global norm for the report also where the policy has no need of it. It is on its way
             while the optimizer steps: only reading it waits.
         skip_above: a step whose global norm exceeds this is to be skipped, as with ``nonfinite="skip"``; default none is.
+        kernels: what measures accelerator tensors: "torch", "apex" or "transformer_engine" (see `dist_clip.kernels`);
+            default, the environment variable DIST_CLIP_KERNELS, else torch.
 
     Raises:
         LayoutError: no parameters, all frozen, duplicate names, complex or sparse gradients, a wrong process group,
@@ -65,14 +68,17 @@ class GradClipper:
         exclude: Sequence[str] = (),
         log_global_norm: bool = False,
         skip_above: float = math.inf,
+        kernels: str | Kernels | None = None,
     ) -> None:
         self.policy = policy
         self.nonfinite: NonFinite = nonfinite
         self.log_global_norm = log_global_norm
         self.skip_above = skip_above
         self.last_report: ClipReport | None = None
-        self.attachment: Attachment | None = None
-        arguments = Arguments(policy, pp_group, process_group, nonfinite, groups, exclude, log_global_norm, skip_above)
+        self.attachment: Detachable | None = None
+        arguments = Arguments(
+            policy, pp_group, process_group, nonfinite, groups, exclude, log_global_norm, skip_above, kernels
+        )
         # The state is updated in place, which autograd's inference mode would forbid ever after.
         with torch.inference_mode(False), torch.no_grad():
             self._build(construct(target, arguments))
@@ -81,6 +87,7 @@ class GradClipper:
         self._made = made
         self.layout: Layout = made.layout
         self.device = made.device
+        self.kernels = made.kernels
         self.pp_group = made.pp_group
         self.process_group = made.process_group
         self.may_skip = self.nonfinite == "skip" or self.skip_above < math.inf
@@ -143,9 +150,9 @@ class GradClipper:
         scales, uniform_scales = self._decide(measured, totals, skip)
         self._calls += 1
         uniform = len(self._domains) == 1 and self._domains[0].policy.rule_scope == "global"
-        kernels.scale_(shards, scales, uniform=uniform)
+        self.kernels.scale_(shards, scales, uniform=uniform)
         if self.nonfinite == "zero":
-            kernels.zero_where_(shards, measured.bad)
+            self.kernels.zero_where_(shards, measured.bad)
         self.last_report = ClipReport(
             names=self.layout.names,
             tensor_norms=measured.norms.float(),
@@ -159,7 +166,7 @@ class GradClipper:
 
     def _measure(self, shards: Sequence[Tensor | None]) -> Measured:
         """Norms of the shards and, if anything this step needs them, of the whole tensors."""
-        local = kernels.power_sums(shards, 2.0, self.device)
+        local = self.kernels.power_sums(shards, 2.0, self.device)
         if self._reduces():
             sums = local
             if self.nonfinite == "zero" and self._any_shard_scope:
@@ -262,7 +269,7 @@ class GradClipper:
             # Other ranks' scales are not known here, but where a domain has one scale it is the same everywhere.
             pairs = [(total, scale) for total, scale in zip(totals, uniform, strict=True) if total is not None]
             if len(pairs) < len(totals):
-                return GlobalNorms(lambda: (None, None))
+                return GlobalNorms(lambda: (None, None), known=False)
             before = torch.stack([total.square() for total, _ in pairs]).sum().sqrt().float()
             after = [(total * scale).square() for total, scale in pairs if scale is not None]
             known = torch.stack(after).sum().sqrt().float() if len(after) == len(pairs) else None
@@ -340,6 +347,15 @@ class GradClipper:
     def known_parameters(self) -> frozenset[int]:
         """ids of all parameters of the target, excluded ones included."""
         return self._made.known
+
+    @property
+    def names_elsewhere(self) -> frozenset[str]:
+        """FQNs of the tensors that other pipeline stages hold."""
+        return self._made.elsewhere
+
+    def policy_for(self, name: str) -> Policy:
+        """The policy that rules a tensor of that FQN, of this stage or another."""
+        return rule_for(self._made.rules, name)[1]
 
     def policy_label(self, index: int) -> str:
         """The policy of tensor `index`, with its scope."""

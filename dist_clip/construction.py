@@ -17,6 +17,7 @@ from dist_clip.agreement import Announcement, agree, told
 from dist_clip.domains import checked_rules
 from dist_clip.errors import LayoutError
 from dist_clip.groups import checked_group, device_of, stage_of
+from dist_clip.kernels import TORCH, Kernels, choose
 from dist_clip.layout import Layout, LayoutReader
 from dist_clip.policies.base import Policy
 from dist_clip.readers import build_layout, named_parameters
@@ -34,6 +35,7 @@ class Arguments:
     exclude: Any
     log_global_norm: Any
     skip_above: Any
+    kernels: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +50,8 @@ class Construction:
         target: the modules that were passed, which can be asked for their parameters again; None where none were.
         known: ids of all parameters of the target, excluded ones included.
         counted: whether this stage's copy of each tensor counts in the global norm.
-        elsewhere: names that other pipeline stages hold, too.
+        elsewhere: names that other pipeline stages hold.
+        kernels: what measures and scales.
     """
 
     layout: Layout
@@ -60,6 +63,7 @@ class Construction:
     known: frozenset[int]
     counted: tuple[bool, ...]
     elsewhere: frozenset[str]
+    kernels: Kernels
 
     def check_not_stale(self) -> None:
         """Raise if the module's parameters are no longer those of the construction: they would not be clipped."""
@@ -93,6 +97,7 @@ def construct(target: Any, arguments: Arguments) -> Construction:
         # The first stage that holds a name counts it.
         counted=tuple(name not in earlier for name in draft.layout.names),
         elsewhere=frozenset(name for _, a in everyone if a.stage != announcement.stage for name in a.names),
+        kernels=draft.kernels,
     )
 
 
@@ -109,6 +114,7 @@ class _Draft:
         self.device: torch.device | None = None
         self.modules: Any = None
         self.known: frozenset[int] = frozenset()
+        self.kernels: Kernels = TORCH
 
     def announce(self) -> Announcement:
         """Do all that this rank can do alone; a failure becomes part of what it tells the others, so that all raise."""
@@ -124,6 +130,7 @@ class _Draft:
         self.rules = checked_rules(arguments.policy, arguments.nonfinite, arguments.groups, arguments.exclude)
         self.exclude = tuple(arguments.exclude)
         _check_reporting(arguments)
+        self.kernels = choose(arguments.kernels)
         layout, excluded = self._read()
         _check_process_group(layout, self.process_group)
         self.layout = layout
@@ -137,7 +144,8 @@ class _Draft:
             tensors=tuple(layout.describe()),
             config=(
                 f"{policies}; nonfinite={arguments.nonfinite!r}, log_global_norm={arguments.log_global_norm}, "
-                f"skip_above={arguments.skip_above}, pp_group={'given' if self.pp_group is not None else None}"
+                f"skip_above={arguments.skip_above}, pp_group={'given' if self.pp_group is not None else None}, "
+                f"kernels={self.kernels.name}"
             ),
             patterns=patterns,
             matched=frozenset(matched),

@@ -67,11 +67,14 @@ def checked_rules(policy: object, nonfinite: object, groups: object, exclude: ob
     return [*rules, ("*", policy)]
 
 
+def rule_for(rules: list[tuple[str, Policy]], name: str) -> tuple[int, Policy]:
+    """Which rule a name falls under: the first whose pattern it matches."""
+    return next((k, policy) for k, (pattern, policy) in enumerate(rules) if fnmatch.fnmatchcase(name, pattern))
+
+
 def make_domains(rules: list[tuple[str, Policy]], layout: Layout, device: torch.device) -> list[Domain]:
     """One domain a rule, with the tensors whose first match it is, possibly none."""
-    owner = [
-        next(k for k, (pattern, _) in enumerate(rules) if fnmatch.fnmatchcase(name, pattern)) for name in layout.names
-    ]
+    owner = [rule_for(rules, name)[0] for name in layout.names]
     domains = []
     for k, (pattern, policy) in enumerate(rules):
         indices = tuple(i for i, o in enumerate(owner) if o == k)

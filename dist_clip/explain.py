@@ -43,6 +43,7 @@ def explain_table(clipper: GradClipper) -> str:
         )
     if not plan.stages:
         lines.append("no collective for tensor norms: every tensor is whole on this rank")
+    lines.append(f"kernels: {clipper.kernels.name} ({clipper.kernels.why})")
     if clipper.pp_group is not None:
         lines.append(
             f"pipeline {group_label(clipper.pp_group)}: one gather of a few numbers on steps that need the global norm"

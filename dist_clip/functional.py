@@ -15,9 +15,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from dist_clip import kernels
 from dist_clip.errors import NonFiniteGradError
 from dist_clip.groups import checked_group, device_of, group_alive
+from dist_clip.kernels import TORCH
 from dist_clip.layout import Layout
 from dist_clip.readers import PartialReducer, layout_of_parameters
 from dist_clip.reduction import PipelineReducer, ReductionPlan
@@ -76,7 +76,7 @@ def clip_grad_norm_(
     partial.reduce_(layout.tensors)
     shards = [tensor.read() for tensor in layout]
     device = layout.device or device_of(pp_group)
-    sums = plan.reduce(kernels.power_sums(shards, p, device, foreach), p)
+    sums = plan.reduce(TORCH.power_sums(shards, p, device, foreach), p)
     total = sums.amax() if math.isinf(p) and len(layout) else sums.sum()
     if stages > 1:
         total = PipelineReducer(pp_group).sum(total.view(1), p).squeeze(0)
@@ -88,7 +88,7 @@ def clip_grad_norm_(
             "error_if_nonfinite=False to scale them by it anyway"
         )
     scale = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
-    kernels.scale_(shards, scale.expand(len(shards)), uniform=True, foreach=foreach)
+    TORCH.scale_(shards, scale.expand(len(shards)), uniform=True, foreach=foreach)
     dtypes = {shard.dtype for shard in shards if shard is not None}
     return norm if dtypes == {torch.float64} else norm.float()
 

@@ -16,7 +16,8 @@ class GlobalNorms:
     norm waits for it, and the optimizer step that follows clipping does not.
     """
 
-    def __init__(self, find: Callable[[], tuple[Tensor | None, Tensor | None]]) -> None:
+    def __init__(self, find: Callable[[], tuple[Tensor | None, Tensor | None]], *, known: bool = True) -> None:
+        self.known = known  # whether the first of them is not None, without waiting for it
         self._find = find
         self._found: tuple[Tensor | None, Tensor | None] | None = None
 
@@ -56,6 +57,11 @@ class ClipReport:
         with scope "shard". ``GradClipper(log_global_norm=True)`` always gives it.
         """
         return self._global_norms.get()[0]
+
+    @property
+    def has_global_norm(self) -> bool:
+        """Whether `global_norm` is not None. Does not wait for it."""
+        return self._global_norms.known
 
     @property
     def clipped_global_norm(self) -> Tensor | None:

@@ -70,7 +70,7 @@ def load_state_dict(clipper: GradClipper, loaded: Mapping[str, Any]) -> None:
         fresh.append(state)
     missing = sorted(expected - set(loaded["tensors"]))
     # Under pipeline parallelism the state of the whole model is welcome: each stage takes its part.
-    unknown = sorted(set(loaded["tensors"]) - expected) if clipper.pp_group is None else []
+    unknown = sorted(set(loaded["tensors"]) - expected - clipper.names_elsewhere)
     if missing or unknown:
         raise ValueError(f"the state does not fit this model: missing {missing}, unknown {unknown}")
     for domain, state in zip(clipper.domains, fresh, strict=True):

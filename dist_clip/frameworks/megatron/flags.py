@@ -1,0 +1,147 @@
+"""Command-line flags in Megatron's style, and the policy that they ask for."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import Any, get_args
+
+from torch import nn
+
+from dist_clip.clipper import GradClipper
+from dist_clip.domains import NonFinite
+from dist_clip.frameworks.megatron.attachment import attach
+from dist_clip.policies import AdaGC, GlobalNorm, Policy, ZClip
+from dist_clip.policies.adagc import GammaInit
+from dist_clip.policies.zclip import ClipOption, Mode
+
+MODES = ("global", "adagc", "adagc-shard", "adagc-global", "zclip")
+_SCOPES: dict[str, Any] = {"adagc": "tensor", "adagc-shard": "shard", "adagc-global": "global"}
+
+# Flag of one rule -> the policy's argument. No defaults here: a flag that was not given leaves the policy's own.
+_ADAGC = {
+    "adagc_lambda_rel": "lambda_rel",
+    "adagc_beta": "beta",
+    "adagc_warmup_steps": "warmup_steps",
+    "adagc_gamma_init": "gamma_init",
+    "adagc_eps": "eps",
+}
+_ZCLIP = {
+    "zclip_alpha": "alpha",
+    "zclip_z_thresh": "z_thresh",
+    "zclip_warmup_steps": "warmup_steps",
+    "zclip_mode": "mode",
+    "zclip_option": "clip_option",
+    "zclip_factor": "clip_factor",
+    "zclip_skip_update_on_spike": "skip_update_on_spike",
+    "zclip_eps": "eps",
+}
+
+
+def add_clip_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add the flags, in a group of their own; usable as Megatron-LM's ``extra_args_provider``. Returns the parser."""
+    group = parser.add_argument_group(
+        "gradient clipping (dist_clip)", "In place of Megatron's own; --clip-grad stays the threshold of the warm-up."
+    )
+
+    def add(flag: str, **kwargs: Any) -> None:
+        group.add_argument(flag, default=None, **kwargs)
+
+    add("--grad-clip-mode", choices=MODES, help="The rule. Not given: Megatron's own clipping, untouched.")
+    add("--adagc-lambda-rel", type=float, help="How far above its moving average a norm may go.")
+    add("--adagc-beta", type=float, help="Decay of the moving average.")
+    add("--adagc-warmup-steps", type=int, help="Steps of global clipping at --clip-grad before the rule starts.")
+    add(
+        "--adagc-gamma-init",
+        choices=get_args(GammaInit),
+        help="Statistic of the warm-up's norms that starts the average.",
+    )
+    add("--adagc-eps", type=float, help="Added to the norm in the ratio.")
+    add("--zclip-alpha", type=float, help="Decay of mean and variance.")
+    add("--zclip-z-thresh", type=float, help="Standard deviations above the mean that make a spike.")
+    add("--zclip-warmup-steps", type=int, help="Norms to record before the rule starts.")
+    add("--zclip-mode", choices=get_args(Mode), help="How a spike is told.")
+    add("--zclip-option", choices=get_args(ClipOption), help="What a spike is clipped to.")
+    add("--zclip-factor", type=float, help="Multiplies the adaptive threshold.")
+    add(
+        "--zclip-skip-update-on-spike", action="store_const", const=True, help="A spike leaves mean and variance alone."
+    )
+    add("--zclip-eps", type=float, help="Added to the standard deviation.")
+    add("--grad-clip-nonfinite", choices=get_args(NonFinite), help="What a NaN or Inf in a gradient leads to.")
+    add(
+        "--grad-clip-exclude",
+        nargs="+",
+        metavar="PATTERN",
+        help="Global names of tensors to leave alone, as fnmatch patterns.",
+    )
+    add(
+        "--no-grad-clip-log-norm",
+        action="store_const",
+        const=True,
+        help="Do not find the global norm on steps that need it for the log alone.",
+    )
+    return parser
+
+
+def policy_from_args(args: argparse.Namespace, clip_grad: float) -> Policy | None:
+    """The policy of ``--grad-clip-mode``; None where it was not given.
+
+    Args:
+        args: parsed arguments, with the flags of `add_clip_args`.
+        clip_grad: Megatron's ``--clip-grad``: threshold of GlobalNorm and of AdaGC's warm-up, upper bound of ZClip's norm.
+
+    Raises:
+        ValueError: flags that contradict each other, or values that a policy refuses; each named.
+    """
+    mode = getattr(args, "grad_clip_mode", None)
+    given = {flag for flag in (*_ADAGC, *_ZCLIP) if getattr(args, flag, None) is not None}
+    if mode is None:
+        others = {"grad_clip_nonfinite", "grad_clip_exclude", "no_grad_clip_log_norm"}
+        stray = sorted(given | {flag for flag in others if getattr(args, flag, None) is not None})
+        if stray:
+            raise ValueError(f"{_flags(stray)} without --grad-clip-mode: give it one of {', '.join(MODES)}")
+        return None
+    of_rule = {"global": {}, "zclip": _ZCLIP}.get(mode, _ADAGC)
+    stray = sorted(given - set(of_rule))
+    if stray:
+        raise ValueError(f"{_flags(stray)} does not go with --grad-clip-mode {mode}")
+    options = {argument: getattr(args, flag) for flag, argument in of_rule.items() if flag in given}
+    if mode == "zclip":
+        return ZClip(max_norm=clip_grad if clip_grad > 0 else None, **options)
+    if not clip_grad > 0:
+        raise ValueError(f"--grad-clip-mode {mode} clips at --clip-grad, which must be above 0, got {clip_grad}")
+    if mode == "global":
+        return GlobalNorm(max_norm=clip_grad)
+    return AdaGC(max_norm=clip_grad, scope=_SCOPES[mode], **options)
+
+
+def attach_from_args(
+    optimizer: Any,
+    args: argparse.Namespace,
+    *,
+    model: nn.Module | Sequence[nn.Module],
+    clip_grad: float | None = None,
+    pg_collection: Any = None,
+) -> GradClipper | None:
+    """`attach` as the flags say; None, and nothing changed, without ``--grad-clip-mode``.
+
+    Args:
+        clip_grad: default, ``args.clip_grad``.
+    """
+    threshold = getattr(args, "clip_grad", None) if clip_grad is None else clip_grad
+    policy = policy_from_args(args, 1.0 if threshold is None else float(threshold))
+    if policy is None:
+        return None
+    return attach(
+        optimizer,
+        policy,
+        model=model,
+        nonfinite=args.grad_clip_nonfinite or "propagate",
+        exclude=args.grad_clip_exclude or (),
+        log_global_norm=not args.no_grad_clip_log_norm,
+        pg_collection=pg_collection,
+    )
+
+
+def _flags(names: list[str]) -> str:
+    return ", ".join("--" + name.replace("_", "-") for name in names)
