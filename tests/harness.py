@@ -162,16 +162,20 @@ class Pool:
         self._stacks.cleanup()
 
 
-_pools: dict[int, Pool] = {}
+_pools: dict[tuple[int, str], Pool] = {}
 
 
-def pool(world_size: int) -> Pool:
-    """The pool of that world size, started now if there is none or if the last test broke it."""
-    if world_size not in _pools or not _pools[world_size].alive:
-        if world_size in _pools:
-            _pools.pop(world_size).close()
-        _pools[world_size] = Pool(world_size)
-    return _pools[world_size]
+def pool(world_size: int, kind: str = "") -> Pool:
+    """The pool of that world size, started now if there is none or if the last test broke it.
+
+    `kind`: pools of different kinds share no processes. For tests that change torch for the whole process.
+    """
+    key = (world_size, kind)
+    if key not in _pools or not _pools[key].alive:
+        if key in _pools:
+            _pools.pop(key).close()
+        _pools[key] = Pool(world_size)
+    return _pools[key]
 
 
 @atexit.register

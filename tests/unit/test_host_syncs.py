@@ -212,7 +212,8 @@ def ranks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(dist, "all_gather_object", echo)
     monkeypatch.setattr("dist_clip.construction.agree", lambda announcement, *groups: [(0, announcement)])
     monkeypatch.setattr("dist_clip.clipper.check_cover", lambda *args: None)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    for name, answer in (("current_device", 0), ("device_count", 1), ("set_device", None)):
+        monkeypatch.setattr(torch.cuda, name, lambda *args, answer=answer: answer)
     yield
     dist.destroy_process_group()
 

@@ -1,0 +1,1 @@
+"""The real megatron-core on CPU and gloo."""

@@ -1,0 +1,346 @@
+"""Owns the parallel configurations under test: each builds a real GPTModel and Megatron optimizer on this rank.
+
+Weights are seeded by a tensor's global name and then cut, and every data-parallel rank sees the same batch, so a single
+process that trains the whole model on that batch is the oracle of every configuration.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+LAYERS, HIDDEN, HEADS, VOCAB, LENGTH = 4, 16, 4, 32, 8
+BATCH = 4  # sequences, each a micro-batch of its own where there are pipeline stages
+LR = 3e-3
+
+
+@dataclass(frozen=True)
+class Config:
+    """Sizes of the parallel groups and kind of optimizer."""
+
+    tp: int = 1
+    pp: int = 1
+    vpp: int | None = None
+    cp: int = 1
+    ep: int = 1
+    etp: int | None = None
+    instances: int = 1
+    experts: int = 0
+    sequence_parallel: bool = False
+    tied: bool = False
+    zero: bool = False
+    overlap: bool = False
+    layer_wise: bool = False
+    bf16: bool = False
+    fp16: bool = False
+    pieces: int = 1  # what a single process cuts each sequence into, as context parallelism by hand does
+    options: tuple[tuple[str, Any], ...] = ()
+    """Of OptimizerConfig."""
+
+    @property
+    def single(self) -> Config:
+        """The same model in one process."""
+        return Config(tied=self.tied, experts=self.experts, pieces=self.cp)
+
+
+@dataclass
+class Setup:
+    config: Config
+    chunks: list[Any]  # wrapped in DistributedDataParallel
+    optimizer: Any
+
+    def backward(self, step: int, factor: float = 1.0) -> float:
+        """Forward and backward on the whole batch of a step, and all of Megatron's reductions. The loss, on every rank."""
+        return _backward(self, step, factor)
+
+    def named(self) -> list[tuple[str, nn.Parameter]]:
+        return [(name, param) for chunk in self.chunks for name, param in chunk.named_parameters()]
+
+
+@functools.cache
+def start() -> None:
+    """Once a worker process: CUDA to CPU, then Megatron."""
+    from launch import megatron_cpu
+
+    megatron_cpu.install()
+    import megatron.core  # noqa: F401
+
+    megatron_cpu.patch_megatron()
+
+
+def build(config: Config, *, seed: int = 0) -> Setup:
+    """The model and its optimizer on this rank; the groups of an earlier test are taken down first."""
+    start()
+    from megatron.core import parallel_state
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+    from megatron.core.num_microbatches_calculator import (
+        destroy_num_microbatches_calculator,
+        init_num_microbatches_calculator,
+    )
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=config.tp,
+        pipeline_model_parallel_size=config.pp,
+        virtual_pipeline_model_parallel_size=config.vpp,
+        context_parallel_size=config.cp,
+        expert_model_parallel_size=config.ep,
+        expert_tensor_parallel_size=config.etp,
+        num_distributed_optimizer_instances=config.instances,
+    )
+    destroy_num_microbatches_calculator()
+    init_num_microbatches_calculator(dist.get_rank(), None, BATCH, 1, 1)
+    model_parallel_cuda_manual_seed(1234)
+    transformer = transformer_config(config)
+    ddp_config = DistributedDataParallelConfig(
+        use_distributed_optimizer=config.zero,
+        overlap_grad_reduce=config.overlap,
+        overlap_param_gather=config.overlap,
+        num_distributed_optimizer_instances=config.instances,
+        grad_reduce_in_fp32=True,
+        bucket_size=500 if config.overlap else None,
+    )
+    chunks = []
+    for chunk in range(config.vpp or 1):
+        model = gpt(config, transformer, chunk)
+        initialise(model, config, seed)
+        chunks.append(DistributedDataParallel(transformer, ddp_config, wrap_precision(model, transformer)))
+    options = {
+        "optimizer": "adam",
+        "lr": LR,
+        "weight_decay": 0.0,
+        "adam_eps": 1e-5,  # as the single process: the usual 1e-8 enlarges rounding to steps of full size
+        "clip_grad": 1.0,
+        "bf16": config.bf16,
+        "fp16": config.fp16,
+        "params_dtype": transformer.params_dtype,
+        "use_distributed_optimizer": config.zero,
+        "overlap_param_gather": config.overlap,
+        **({"initial_loss_scale": 2.0**10, "loss_scale_window": 1000, "hysteresis": 1} if config.fp16 else {}),
+        **dict(config.options),
+    }
+    optimizer_config = OptimizerConfig(**options)
+    if config.layer_wise:
+        optimizer = layer_wise(optimizer_config, chunks)
+    else:
+        optimizer = get_megatron_optimizer(optimizer_config, chunks)
+    return Setup(config, chunks, optimizer)
+
+
+def transformer_config(config: Config) -> Any:
+    from megatron.core.transformer import TransformerConfig
+
+    moe: dict[str, Any] = {}
+    if config.experts:
+        moe = {
+            "num_moe_experts": config.experts,
+            "moe_router_topk": 1,
+            "moe_router_pre_softmax": True,
+            "moe_token_dispatcher_type": "alltoall",
+            "moe_router_load_balancing_type": "none",
+            "moe_grouped_gemm": False,
+            "expert_model_parallel_size": config.ep,
+            "expert_tensor_parallel_size": config.etp or config.tp,
+            "add_bias_linear": False,
+        }
+    dtype = torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else torch.float32
+    transformer = TransformerConfig(
+        num_layers=LAYERS,
+        hidden_size=HIDDEN,
+        num_attention_heads=HEADS,
+        ffn_hidden_size=2 * HIDDEN,
+        tensor_model_parallel_size=config.tp,
+        pipeline_model_parallel_size=config.pp,
+        virtual_pipeline_model_parallel_size=config.vpp,
+        sequence_parallel=config.sequence_parallel,
+        pipeline_dtype=dtype,
+        params_dtype=dtype,
+        bf16=config.bf16,
+        fp16=config.fp16,
+        use_cpu_initialization=True,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        masked_softmax_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        gradient_accumulation_fusion=False,
+        persist_layer_norm=False,
+        attention_softmax_in_fp32=True,
+        batch_p2p_comm=False,  # with two stages, gloo mixes up messages to the one peer that both neighbours are
+        **moe,
+    )
+    return transformer
+
+
+def gpt(config: Config, transformer: Any, chunk: int) -> Any:
+    from megatron.core import parallel_state
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+
+    vpp = {"vp_stage": chunk} if config.vpp else {}
+    return GPTModel(
+        transformer,
+        get_gpt_layer_local_spec(num_experts=config.experts or None, moe_grouped_gemm=False),
+        vocab_size=VOCAB,
+        max_sequence_length=LENGTH,
+        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, **vpp),
+        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, **vpp),
+        share_embeddings_and_output_weights=config.tied,
+        # Rotary positions would need the whole sequence under context parallelism.
+        position_embedding_type="none" if config.cp * config.pieces > 1 else "rope",
+        **vpp,
+    )
+
+
+def wrap_precision(model: Any, transformer: Any) -> Any:
+    from megatron.core.transformer.module import Float16Module
+
+    return Float16Module(transformer, model) if transformer.bf16 or transformer.fp16 else model
+
+
+def layer_wise(optimizer_config: Any, chunks: list[Any]) -> Any:
+    from megatron.core.optimizer import get_megatron_optimizer
+    from megatron.core.optimizer.layer_wise_optimizer import LayerWiseDistributedOptimizer
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    # As get_megatron_muon_optimizer does: main parameters are made after the parameters were divided among the ranks.
+    bf16, optimizer_config.bf16 = optimizer_config.bf16, False
+    made = get_megatron_optimizer(optimizer_config, chunks)
+    optimizer_config.bf16 = bf16
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    return LayerWiseDistributedOptimizer(list(made.chained_optimizers), optimizer_config, groups)
+
+
+# ---------------------------------------------------------------- weights and data
+
+
+def whole_weight(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
+    """A tensor of the whole model, float32: the same under every layout."""
+    key = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(key[:6], "big"))
+    noise = torch.randn(shape, generator=generator)
+    if len(shape) == 1:
+        return 0.1 * noise + (1.0 if name.endswith("norm.weight") else 0.0)
+    return 0.3 * noise
+
+
+def start_value(name: str, shape: tuple[int, ...], config: Config) -> Tensor:
+    """The main parameter before the first step: a model in low precision starts from rounded weights."""
+    whole = whole_weight(name, shape, 0)
+    return whole.bfloat16().float() if config.bf16 else whole.half().float() if config.fp16 else whole
+
+
+def oracle_names(model: Any, config: Config) -> dict[str, str]:
+    """Local name -> global name, by Megatron's own function: not by the code under test."""
+    from megatron.core.transformer.fsdp_dtensor_checkpoint import get_global_unique_param_name
+
+    names = {}
+    for local, param in model.named_parameters():
+        name = get_global_unique_param_name([model], param)
+        while name.startswith("module."):
+            name = name.removeprefix("module.")
+        if getattr(param, "shared_embedding", False) and name == "output_layer.weight":
+            name = "embedding.word_embeddings.weight"
+        names[local] = name
+    return names
+
+
+def cut(whole: Tensor, param: nn.Parameter) -> Tensor:
+    """This rank's tensor-parallel part of a whole tensor, by Megatron's attributes."""
+    from megatron.core import parallel_state
+
+    if not getattr(param, "tensor_model_parallel", False):
+        return whole
+    expert = not getattr(param, "allreduce", True)
+    group = parallel_state.get_expert_tensor_parallel_group() if expert else parallel_state.get_tensor_model_parallel_group()
+    return whole.chunk(group.size(), dim=param.partition_dim)[group.rank()].contiguous()
+
+
+def whole_shape(param: nn.Parameter) -> tuple[int, ...]:
+    from megatron.core import parallel_state
+
+    shape = list(param.shape)
+    if getattr(param, "tensor_model_parallel", False):
+        expert = not getattr(param, "allreduce", True)
+        group = (
+            parallel_state.get_expert_tensor_parallel_group() if expert else parallel_state.get_tensor_model_parallel_group()
+        )
+        shape[param.partition_dim] *= group.size()
+    return tuple(shape)
+
+
+@torch.no_grad()
+def initialise(model: Any, config: Config, seed: int) -> None:
+    names = oracle_names(model, config)
+    for local, param in model.named_parameters():
+        whole = whole_weight(names[local], whole_shape(param), seed)
+        param.copy_(cut(whole, param))
+
+
+def batch(step: int) -> tuple[Tensor, Tensor]:
+    """Token ids and targets of a step, [BATCH, LENGTH] each."""
+    generator = torch.Generator().manual_seed(step)
+    tokens = torch.randint(VOCAB, (BATCH, LENGTH), generator=generator)
+    keep = torch.rand(BATCH, LENGTH, generator=generator) < 0.8
+    noise = torch.randint(VOCAB, (BATCH, LENGTH), generator=generator)
+    return tokens, torch.where(keep, (5 * tokens + 1) % VOCAB, noise)
+
+
+def spike(step: int) -> float:
+    """Factor on the loss: injected spikes, after the warm-up."""
+    return 30.0 if step in (9, 14, 15) else 1.0
+
+
+def _backward(setup: Setup, step: int, factor: float) -> float:
+    from megatron.core import parallel_state
+    from megatron.core.distributed import finalize_model_grads
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    config = setup.config
+    tokens, targets = batch(step)
+    positions = torch.arange(LENGTH).expand(BATCH, LENGTH)
+    if config.cp > 1:  # this rank's part of each sequence; attention stays within it
+        part = parallel_state.get_context_parallel_rank()
+        tokens, targets, positions = (t.chunk(config.cp, dim=1)[part] for t in (tokens, targets, positions))
+    rows = config.pieces
+    tokens, targets, positions = (t.reshape(BATCH * rows, -1) for t in (tokens, targets, positions))
+    # Megatron multiplies by the size of the context-parallel group, for losses that are sums.
+    scale = spike(step) * factor / config.cp
+    for chunk in setup.chunks:
+        chunk.zero_grad_buffer()
+    setup.optimizer.zero_grad()
+    inner = setup.chunks[0].config
+    inner.finalize_model_grads_func = finalize_model_grads
+    inner.grad_scale_func = setup.optimizer.scale_loss if config.fp16 else None
+
+    def loss_of(output: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        loss = output.float().mean()
+        return loss * scale, {"loss": loss.detach()}
+
+    def forward_step(iterator: Any, model: Any) -> tuple[Tensor, Any]:
+        i = next(iterator)
+        part = slice(i * rows, (i + 1) * rows)
+        return model(tokens[part], positions[part], None, labels=targets[part]), loss_of
+
+    losses = get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=[iter(range(BATCH)) for _ in setup.chunks] if config.vpp else iter(range(BATCH)),
+        model=setup.chunks if config.vpp else setup.chunks[0],
+        num_microbatches=BATCH,
+        seq_length=tokens.shape[1],
+        micro_batch_size=rows,
+        forward_only=False,
+    )
+    total = torch.stack([entry["loss"] for entry in losses]).mean() if losses else torch.zeros(())
+    counted = torch.tensor([float(total), float(bool(losses))])
+    dist.all_reduce(counted)
+    return float(counted[0] / counted[1])

@@ -1,0 +1,349 @@
+"""Owns the comparison of a Megatron run, on any number of ranks, with a single process that clips by the reference.
+
+`train` runs on every rank: real forward and backward, real ``optimizer.step()``, and a record of the main gradients just
+before and just after clipping. `check` puts the pieces together by their flat indices within the logical tensor and
+compares twice: step by step the reference is handed the very gradients that the ranks had; and as a whole, a single
+process trains the same model with plain AdamW. Nothing of dist_clip takes part in either.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import dist_clip
+from tests import reference
+from tests.harness import pool
+
+from . import setups
+from .setups import LR, Config, Setup, build
+
+WARMUP = 5
+STEPS = 20
+RTOL = 1e-6
+
+POLICIES: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
+    "global": (lambda: dist_clip.GlobalNorm(1.0), lambda: reference.GlobalGC(1.0)),
+    "adagc": (lambda: dist_clip.AdaGC(warmup_steps=WARMUP), lambda: reference.AdaGC(warmup_steps=WARMUP)),
+    "adagc-median": (
+        lambda: dist_clip.AdaGC(warmup_steps=WARMUP, gamma_init="median"),
+        lambda: reference.AdaGC(warmup_steps=WARMUP, gamma_init="median"),
+    ),
+    "adagc-shard": (
+        lambda: dist_clip.AdaGC(warmup_steps=WARMUP, scope="shard"),
+        lambda: reference.AdaGC(warmup_steps=WARMUP),
+    ),
+    "adagc-global": (
+        lambda: dist_clip.AdaGC(warmup_steps=WARMUP, scope="global"),
+        lambda: reference.AdaGCGlobal(warmup_steps=WARMUP),
+    ),
+    "zclip": (
+        lambda: dist_clip.ZClip(warmup_steps=WARMUP, max_norm=5.0),
+        lambda: reference.ZClip(warmup_steps=WARMUP, max_norm=5.0),
+    ),
+}
+
+
+# ---------------------------------------------------------------- on every rank
+
+
+def leaves(optimizer: Any) -> list[Any]:
+    children = getattr(optimizer, "chained_optimizers", None)
+    return [leaf for child in children for leaf in leaves(child)] if children is not None else [optimizer]
+
+
+def main_params(setup: Setup) -> list[tuple[str, Tensor, Tensor]]:
+    """(global name, flat indices within the logical tensor, main parameter) of all that this rank steps."""
+    names = {}
+    for chunk in setup.chunks:
+        inner = chunk.module.module if hasattr(chunk.module, "module") else chunk.module
+        globally = setups.oracle_names(inner, setup.config)
+        names.update({id(param): (globally[local], param) for local, param in inner.named_parameters()})
+    out = []
+
+    def add(param: Any, main: Tensor, start: int = 0, stop: int | None = None) -> None:
+        name, model_param = names[id(param)]
+        shape = setups.whole_shape(model_param)
+        index = setups.cut(torch.arange(math.prod(shape)).view(shape), model_param).flatten()
+        out.append((name, index[start:stop], main))
+
+    for leaf in leaves(setup.optimizer):
+        if hasattr(leaf, "shard_fp32_groups"):
+            for models, mains in (
+                (leaf.model_float16_groups, leaf.shard_fp32_from_float16_groups),
+                (leaf.model_fp32_groups, leaf.shard_fp32_groups),
+            ):
+                for model_group, main_group in zip(models, mains, strict=True):
+                    for param, main in zip(model_group, main_group, strict=True):
+                        part = leaf._get_model_param_range_map(param)["param"]
+                        add(param, main, part.start, part.end)
+        elif hasattr(leaf, "float16_groups"):
+            for model_group, main_group in zip(leaf.float16_groups, leaf.fp32_from_float16_groups, strict=True):
+                for param, main in zip(model_group, main_group, strict=True):
+                    add(param, main)
+            for group in leaf.fp32_from_fp32_groups:
+                for param in group:
+                    add(param, param)
+        else:
+            for group in leaf.param_groups:
+                for param in group["params"]:
+                    add(param, param)
+    return out
+
+
+def flat(tensors: list[Tensor | None]) -> Tensor:
+    return torch.cat([torch.empty(0, dtype=torch.float64)] + [t.double().flatten() for t in tensors if t is not None])
+
+
+def train(config: Config, policy: str | None, steps: int = STEPS, **kwargs: Any) -> dict[str, Any]:
+    """Train on this rank; everything that happened, as plain data."""
+    setup = build(config)
+    pieces = main_params(setup)
+    clipper = None
+    if policy is not None:
+        clipper = dist_clip.megatron.attach(setup.optimizer, POLICIES[policy][0](), model=setup.chunks, **kwargs)
+        record_clips(clipper, pieces)
+    records = []
+    for step in range(1, steps + 1):
+        loss = setup.backward(step)
+        success, norm, _ = setup.optimizer.step()
+        record: dict[str, Any] = {"loss": loss, "success": success, "norm": None if norm is None else float(norm)}
+        if clipper is not None:
+            record |= clipper.records.pop()
+            record["state"] = plain_state(clipper)
+        records.append(record)
+    return {
+        "names": [name for name, _, _ in pieces],
+        "index": [index for _, index, _ in pieces],
+        "records": records,
+        "params": flat([main.detach() for _, _, main in pieces]),
+        "layout": list(clipper.layout.names) if clipper is not None else [],
+    }
+
+
+def record_clips(clipper: Any, pieces: list[tuple[str, Tensor, Tensor]]) -> None:
+    """Keep what the gradients were just before and just after each clip."""
+    clip = clipper.clip_
+    clipper.records = []
+
+    def recording() -> Any:
+        before = flat([main.grad for _, _, main in pieces])
+        report = clip()
+        clipper.records.append(
+            {
+                "before": before,
+                "after": flat([main.grad for _, _, main in pieces]),
+                "names": report.names,
+                "norms": report.tensor_norms.tolist(),
+                "scales": report.scales.tolist(),
+            }
+        )
+        return report
+
+    clipper.clip_ = recording
+
+
+def plain_state(clipper: Any) -> dict[str, Any]:
+    state = clipper.state_dict()
+    return {
+        "gamma": {name: entry["gamma"].item() for name, entry in state["tensors"].items() if "gamma" in entry},
+        "global": {k: v.item() for entry in state["global"].values() for k, v in entry.items() if v.numel() == 1},
+    }
+
+
+# ---------------------------------------------------------------- a single process
+
+
+@functools.cache
+def alone(config: Config, policy: str | None, steps: int = STEPS) -> dict[str, Any]:
+    return pool(1, "megatron").run(train_alone, config, policy, steps)[0]
+
+
+def train_alone(config: Config, policy: str | None, steps: int) -> dict[str, Any]:
+    """The whole model in one process: Megatron's model, autograd, the reference's clipping, torch's AdamW."""
+    setup = build(config)
+    model = setup.chunks[0].module
+    globally = setups.oracle_names(model, config)
+    params = {globally[local]: param.detach().clone() for local, param in model.named_parameters()}
+    live = {globally[local]: param for local, param in model.named_parameters()}
+    optimizer = torch.optim.AdamW(list(params.values()), lr=LR, weight_decay=0.0, eps=1e-5)
+    rule = POLICIES[policy][1]() if policy else None
+    records = []
+    for step in range(1, steps + 1):
+        with torch.no_grad():
+            for name, param in params.items():
+                live[name].copy_(param)
+        loss = setup.backward(step)
+        grads = {name: param.main_grad.clone() for name, param in live.items()}
+        norms = {name: reference.l2_norm(grad) for name, grad in grads.items()}
+        if rule is not None:
+            grads = reference.clip(rule, grads).grads
+        for name, param in params.items():
+            param.grad = grads[name]
+        optimizer.step()
+        records.append({"loss": loss, "norms": norms})
+    return {"records": records, "params": params}
+
+
+# ---------------------------------------------------------------- in the test's process
+
+
+class Run:
+    """The ranks' records, put together."""
+
+    def __init__(self, ranks: list[dict[str, Any]], shapes: dict[str, torch.Size]) -> None:
+        self.ranks, self.shapes = ranks, shapes
+        self.sizes = {name: shape.numel() for name, shape in shapes.items()}
+        self.pieces: dict[tuple[str, int], Tensor] = {}
+        self.piece_of: list[list[tuple[str, int]]] = []
+        numbers: dict[Any, int] = {}
+        for rank in ranks:
+            mine = []
+            for name, index in zip(rank["names"], rank["index"], strict=True):
+                number = numbers.setdefault((name, tuple(index.tolist())), len(numbers))
+                mine.append((name, number))
+                self.pieces[name, number] = index
+            self.piece_of.append(mine)
+
+    def split(self, rank: int, vector: Tensor) -> dict[str, Tensor]:
+        sizes = [index.numel() for index in self.ranks[rank]["index"]]
+        return dict(zip(self.ranks[rank]["names"], torch.split(vector, sizes), strict=True))
+
+    def join(self, vectors: list[Tensor]) -> dict[str, Tensor]:
+        """Whole flat tensors. Every element must be there, and copies must be bitwise the same."""
+        whole = {name: torch.full((size,), math.nan, dtype=torch.float64) for name, size in self.sizes.items()}
+        for rank, vector in enumerate(vectors):
+            for (name, number), values in zip(self.piece_of[rank], self.split(rank, vector).values(), strict=True):
+                index = self.pieces[name, number]
+                known = whole[name][index]
+                same = known.isnan() | (known == values)
+                assert same.all(), f"copies of {name} differ on rank {rank}"
+                whole[name][index] = values
+        for name, tensor in whole.items():
+            assert not tensor.isnan().any(), f"{name}: not every element is held by some rank"
+        return whole
+
+    def at(self, step: int, key: str) -> dict[str, Tensor]:
+        return self.join([rank["records"][step - 1][key] for rank in self.ranks])
+
+
+def close(actual: float, expected: float, rtol: float = RTOL) -> bool:
+    return math.isclose(actual, expected, rel_tol=rtol, abs_tol=1e-12)
+
+
+def run(config: Config, world: int, policy: str, **kwargs: Any) -> list[dict[str, Any]]:
+    return pool(world, "megatron").run(train, config, policy, timeout=240, **kwargs)
+
+
+def check(config: Config, ranks: list[dict[str, Any]], policy: str) -> None:
+    # A shard's path depends on the layout, and bfloat16 hides the true one: there a single process is handed the gradients.
+    follows = policy != "adagc-shard" and not config.bf16
+    single = alone(config.single, policy if follows else None)
+    together = Run(ranks, {name: param.shape for name, param in single["params"].items()})
+    shadow = check_each_step(together, policy, config)
+    if follows:
+        check_path(together, single)
+    check_params(together, single["params"] if follows else shadow)
+
+
+def check_each_step(together: Run, policy: str, config: Config) -> dict[str, Tensor]:
+    """The reference is handed the ranks' own gradients: what differs can only be the clipping.
+
+    Returns the parameters of a single process that steps with what the reference made of them.
+    """
+    rule = POLICIES[policy][1]()
+    shard = policy == "adagc-shard"
+    shadow = {name: setups.start_value(name, shape, config) for name, shape in together.shapes.items()}
+    optimizer = torch.optim.AdamW(list(shadow.values()), lr=LR, weight_decay=0.0, eps=1e-5)
+    clipped = False
+    for step in range(1, len(together.ranks[0]["records"]) + 1):
+        whole = together.at(step, "before")
+        grads: dict[Any, Tensor] = whole
+        if shard:
+            grads = {key: whole[key[0]][index] for key, index in together.pieces.items() if index.numel()}
+        outcome = reference.clip(rule, grads)
+        clipped |= step > WARMUP and min(outcome.scales.values()) < 1
+        for rank, entry in enumerate(together.ranks):
+            check_rank(together, rank, step, entry["records"][step - 1], outcome, shard)
+            check_state(together, rank, entry["records"][step - 1]["state"], rule, shard, f"rank {rank}, step {step}")
+        check_agreement(together, step, shard)
+        for name, param in shadow.items():
+            param.grad = torch.zeros_like(param) if shard else outcome.grads[name].view(param.shape).float()
+        for key, grad in outcome.grads.items() if shard else ():
+            shadow[key[0]].grad.view(-1)[together.pieces[key]] = grad.float()
+        optimizer.step()
+    assert clipped, "the test is to blame: nothing was clipped after the warm-up"
+    return shadow
+
+
+def check_rank(
+    together: Run, rank: int, step: int, record: dict[str, Any], outcome: reference.Outcome, shard: bool
+) -> None:
+    where = f"rank {rank}, step {step}"
+    assert record["success"]
+    if record["norm"] is not None:
+        # Megatron's loop logs it: what went into clipping.
+        assert close(record["norm"], outcome.global_norm), f"{where}: {record['norm']}, not {outcome.global_norm}"
+    mine = dict(together.piece_of[rank])
+    for name, norm, scale in zip(record["names"], record["norms"], record["scales"], strict=True):
+        key: Any = (name, mine[name]) if shard and name in mine else name
+        if shard and (name not in mine or key not in outcome.norms):
+            assert norm == 0
+            continue
+        assert close(norm, outcome.norms[key]), f"{where}, {name}: norm {norm}, not {outcome.norms[key]}"
+        assert close(scale, outcome.scales[key]), f"{where}, {name}: scale {scale}, not {outcome.scales[key]}"
+    after = together.split(rank, record["after"])
+    for (name, number), values in zip(together.piece_of[rank], after.values(), strict=True):
+        expected = outcome.grads[name, number] if shard else outcome.grads[name][together.pieces[name, number]]
+        torch.testing.assert_close(values, expected, rtol=2e-6, atol=1e-30, msg=lambda m, n=name: f"{where}, {n}: {m}")
+
+
+def check_state(together: Run, rank: int, state: dict[str, Any], rule: Any, shard: bool, where: str) -> None:
+    if isinstance(rule, reference.GlobalGC):
+        return
+    if isinstance(rule, reference.ZClip):
+        if len(rule.record) >= rule.warmup_steps:
+            assert close(state["global"]["mean"], rule.mean), where
+            assert close(state["global"]["var"], rule.var, 1e-4), where
+        return
+    if isinstance(rule, reference.AdaGCGlobal):
+        assert close(state["global"]["gamma"], rule.gamma["N"]), where
+        return
+    mine = dict(together.piece_of[rank])
+    for name, gamma in state["gamma"].items():
+        key: Any = (name, mine.get(name)) if shard else name
+        assert close(gamma, rule.gamma.get(key, 0.0)), f"{where}, {name}: gamma {gamma}, not {rule.gamma.get(key, 0.0)}"
+
+
+def check_agreement(together: Run, step: int, shard: bool) -> None:
+    """Ranks that take part in the same tensor have bitwise the same scale, norm and state; and the same norm is logged."""
+    seen: dict[Any, Any] = {}
+    norms = {entry["records"][step - 1]["norm"] for entry in together.ranks}
+    assert len(norms) == 1, f"step {step}: ranks report the norms {norms}"
+    for rank, entry in enumerate(together.ranks):
+        record = entry["records"][step - 1]
+        mine = dict(together.piece_of[rank])
+        for name, norm, scale in zip(record["names"], record["norms"], record["scales"], strict=True):
+            key = (name, mine.get(name)) if shard else name
+            found = (norm, scale, record["state"]["gamma"].get(name), tuple(record["state"]["global"].items()))
+            if not shard or name in mine:
+                assert seen.setdefault(key, found) == found, f"step {step}, {name}: rank {rank} disagrees"
+
+
+def check_path(together: Run, single: dict[str, Any]) -> None:
+    """The loss, on every step, of a single process on its own path."""
+    for step, (record, expected) in enumerate(zip(together.ranks[0]["records"], single["records"], strict=True), start=1):
+        assert close(record["loss"], expected["loss"], 1e-5), f"step {step}: loss {record['loss']}, not {expected['loss']}"
+
+
+def check_params(together: Run, expected: dict[str, Tensor]) -> None:
+    params = together.join([rank["params"] for rank in together.ranks])
+    for name, param in expected.items():
+        torch.testing.assert_close(
+            params[name], param.double().flatten(), rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n} at the end: {m}"
+        )
