@@ -80,4 +80,5 @@ def hidden(path: Path) -> bool:
 
 def _windows(text: Tensor, starts: Tensor, seq_len: int) -> tuple[Tensor, Tensor]:
     windows = text[starts[:, None] + torch.arange(seq_len + 1)].long()
-    return windows[:, :-1], windows[:, 1:]
+    # Contiguous: pipeline stages of torch 2.11 compare strides with those of the first batch.
+    return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()

@@ -45,7 +45,7 @@ def corrupt_batch(inputs: Tensor, step: int, seed: int) -> tuple[Tensor, Tensor]
     """Random bytes >= 128, which hardly occur in the text, in place of a batch's inputs and targets."""
     rows, seq_len = inputs.shape
     noise = torch.randint(128, 256, (rows, seq_len + 1), generator=_generator(f"batch:{seed}:{step}"))
-    return noise[:, :-1], noise[:, 1:]
+    return noise[:, :-1].contiguous(), noise[:, 1:].contiguous()
 
 
 @torch.no_grad()

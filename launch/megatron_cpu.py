@@ -92,6 +92,16 @@ def patch_megatron() -> None:
                 raise KeyError(key)
             return next(state["step"] for state in self.optimizer.state.values() if "step" in state)
 
+    # Loading also leaves all parameters one and the same "step" tensor, which torch then counts up once a parameter.
+    load = DistributedOptimizer.load_state_dict
+
+    def load_state_dict(self: Any, state_dict: Any) -> None:
+        load(self, state_dict)
+        for state in getattr(self.optimizer, "state", {}).values():
+            if "step" in state:
+                state["step"] = state["step"].clone()
+
+    DistributedOptimizer.load_state_dict = load_state_dict
     DistributedOptimizer._set_main_param_and_optimizer_states = lambda self, param, tensors: load_states(
         self, param, WithStep(tensors, self.optimizer)
     )

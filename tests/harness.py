@@ -53,6 +53,7 @@ class WorkerError(AssertionError):
 
 def _worker(rank: int, world_size: int, port: int, path: list[str], stacks: str, pipe: Connection) -> None:
     """Serve calls until the parent closes the pipe."""
+    os.setsid()  # a process group of its own, with whatever children the tests make: it ends as a whole
     sys.path[:] = path
     torch.set_num_threads(1)
     with open(stacks, "w") as stack_file:
@@ -71,7 +72,7 @@ def _worker(rank: int, world_size: int, port: int, path: list[str], stacks: str,
             except BaseException:
                 reply = pickle.dumps((False, traceback.format_exc()))
             pipe.send_bytes(reply)
-    os._exit(0)  # destroying gloo groups whose peers have gone can take until their timeout
+    os.killpg(0, signal.SIGKILL)  # destroying gloo groups whose peers have gone can take until their timeout
 
 
 class Pool:
@@ -92,7 +93,8 @@ class Pool:
         for rank in range(world_size):
             ours, theirs = context.Pipe()
             arguments = (rank, world_size, self._store.port, list(sys.path), str(self._stack_file(rank)), theirs)
-            process = context.Process(target=_worker, args=arguments, daemon=True)
+            # Not daemons, which may have no children: Megatron writes checkpoints in some.
+            process = context.Process(target=_worker, args=arguments)
             process.start()
             theirs.close()
             self._pipes.append(ours)
@@ -152,6 +154,8 @@ class Pool:
 
     def close(self) -> None:
         for process in self._processes:
+            with contextlib.suppress(ProcessLookupError, TypeError):
+                os.killpg(process.pid, signal.SIGKILL)
             process.kill()
         for process in self._processes:
             process.join(5)

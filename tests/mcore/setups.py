@@ -261,7 +261,11 @@ def cut(whole: Tensor, param: nn.Parameter) -> Tensor:
     if not getattr(param, "tensor_model_parallel", False):
         return whole
     expert = not getattr(param, "allreduce", True)
-    group = parallel_state.get_expert_tensor_parallel_group() if expert else parallel_state.get_tensor_model_parallel_group()
+    group = (
+        parallel_state.get_expert_tensor_parallel_group()
+        if expert
+        else parallel_state.get_tensor_model_parallel_group()
+    )
     return whole.chunk(group.size(), dim=param.partition_dim)[group.rank()].contiguous()
 
 
@@ -272,7 +276,9 @@ def whole_shape(param: nn.Parameter) -> tuple[int, ...]:
     if getattr(param, "tensor_model_parallel", False):
         expert = not getattr(param, "allreduce", True)
         group = (
-            parallel_state.get_expert_tensor_parallel_group() if expert else parallel_state.get_tensor_model_parallel_group()
+            parallel_state.get_expert_tensor_parallel_group()
+            if expert
+            else parallel_state.get_tensor_model_parallel_group()
         )
         shape[param.partition_dim] *= group.size()
     return tuple(shape)

@@ -29,7 +29,9 @@ def count(config: Config, log_global_norm: bool) -> dict[str, Any]:
     from megatron.core import parallel_state
 
     setup = build(config)
-    stage = set(dist.get_process_group_ranks(parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)))
+    stage = set(
+        dist.get_process_group_ranks(parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True))
+    )
     setup.backward(1)
     setup.optimizer.prepare_grads()
     with CollectiveLog() as log:

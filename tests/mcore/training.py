@@ -337,8 +337,12 @@ def check_agreement(together: Run, step: int, shard: bool) -> None:
 
 def check_path(together: Run, single: dict[str, Any]) -> None:
     """The loss, on every step, of a single process on its own path."""
-    for step, (record, expected) in enumerate(zip(together.ranks[0]["records"], single["records"], strict=True), start=1):
-        assert close(record["loss"], expected["loss"], 1e-5), f"step {step}: loss {record['loss']}, not {expected['loss']}"
+    for step, (record, expected) in enumerate(
+        zip(together.ranks[0]["records"], single["records"], strict=True), start=1
+    ):
+        assert close(record["loss"], expected["loss"], 1e-5), (
+            f"step {step}: loss {record['loss']}, not {expected['loss']}"
+        )
 
 
 def check_params(together: Run, expected: dict[str, Tensor]) -> None:
