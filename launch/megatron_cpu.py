@@ -79,7 +79,29 @@ def patch_megatron() -> None:
 
     token_dispatcher.maybe_move_tensor_to_cpu = moe_utils.maybe_move_tensor_to_cpu = moved
 
-    # Loading a checkpoint into torch's AdamW: its state has a "step", the checkpoint's tensors have not.
+    # torch's AdamW, unlike Transformer Engine's, has a "step" in each parameter's state. Megatron initialises the state of
+    # a distributed optimizer without it, and the tensors of its checkpoints are without it.
+    make = DistributedOptimizer.__init__
+
+    def with_step(
+        self: Any, optimizer: Any, config: Any, grad_scaler: Any, init_state: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        def init_state_and_step(inner: Any, config: Any = None) -> None:
+            init_state(inner, config)
+            for state in inner.state.values():
+                state.setdefault("step", torch.tensor(0.0))
+
+        make(self, optimizer, config, grad_scaler, init_state and init_state_and_step, *args, **kwargs)
+
+    # And it asks for the step of a state that is not there before the first optimizer step.
+    describe = DistributedOptimizer.state_dict
+
+    def state_dict(self: Any) -> Any:
+        if not self.is_stub_optimizer and not self.optimizer.state:
+            self.init_state_fn(self.optimizer, self.config)
+        return describe(self)
+
+    DistributedOptimizer.__init__, DistributedOptimizer.state_dict = with_step, state_dict
     load_states = DistributedOptimizer._set_main_param_and_optimizer_states
 
     class WithStep(dict[str, Any]):

@@ -81,10 +81,6 @@ def load_and_train(config: Config, policy: str, path: str) -> dict[str, Any]:
     from megatron.core import dist_checkpointing
 
     setup, clipper = make(config, policy, seed=7)  # other weights: those of the checkpoint have to replace them
-    if config.zero:
-        # Without Transformer Engine the distributed optimizer can only load into a state that a step has made.
-        setup.backward(1)
-        setup.optimizer.step()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         loaded = dist_checkpointing.load(state_of(setup, loading=True), path)
