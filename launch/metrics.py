@@ -80,23 +80,44 @@ class RunLog:
             self._board = SummaryWriter(str(cfg.out))
         self._write({"kind": "run", **header})
 
-    def step(self, step: int, loss: Tensor | None, report: ClipReport, lr: float, fault: bool) -> None:
-        """Remember one step's numbers. Reads nothing back from the device."""
+    def step(
+        self,
+        step: int,
+        loss: Tensor | None,
+        report: ClipReport | None,
+        lr: float,
+        fault: bool,
+        grad_norm: Tensor | float | None = None,
+    ) -> None:
+        """Remember one step's numbers. Reads nothing back from the device.
+
+        `report`: None where dist_clip did not clip; `grad_norm` is then what is known of the norm.
+        """
         nothing = torch.full((), math.nan, device=self.device)
-        tensors = report.tensor_norms.count_nonzero()
-        numbers = [
-            nothing if loss is None else loss,
-            nothing if report.global_norm is None else report.global_norm,
-            nothing if report.clipped_global_norm is None else report.clipped_global_norm,
-            report.clipped_fraction * tensors,
-            tensors,
-            report.min_scale,
-            report.nonfinite,
-            torch.full_like(nothing, loss is not None),
-        ]
+        if report is None:
+            norm = nothing if grad_norm is None else torch.as_tensor(grad_norm, device=self.device)
+            clipping = [
+                norm,
+                nothing,
+                nothing,
+                torch.zeros_like(nothing),
+                torch.ones_like(nothing),
+                torch.zeros_like(nothing),
+            ]
+        else:
+            tensors = report.tensor_norms.count_nonzero()
+            clipping = [
+                nothing if report.global_norm is None else report.global_norm,
+                nothing if report.clipped_global_norm is None else report.clipped_global_norm,
+                report.clipped_fraction * tensors,
+                tensors,
+                report.min_scale,
+                report.nonfinite,
+            ]
+        numbers = [nothing if loss is None else loss, *clipping, torch.full_like(nothing, loss is not None)]
         vector = torch.stack([number.to(self.device, torch.float32) for number in numbers])
         self._pending.append(({"kind": "step", "step": step, "lr": lr, "fault": fault}, vector))
-        if self.cfg.tensors_every and step % self.cfg.tensors_every == 0:
+        if report is not None and self.cfg.tensors_every and step % self.cfg.tensors_every == 0:
             self._tensors(step, report)
         if len(self._pending) == self.cfg.log_every:
             self.flush()

@@ -330,7 +330,7 @@ def _backward(setup: Setup, step: int, factor: float) -> float:
 
     def loss_of(output: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         loss = output.float().mean()
-        return loss * scale, {"loss": loss.detach()}
+        return loss * scale, {"loss": loss.detach().clone()}
 
     def forward_step(iterator: Any, model: Any) -> tuple[Tensor, Any]:
         i = next(iterator)

@@ -77,7 +77,10 @@ def pack(tensors: Mapping[str, Mapping[str, Tensor]]) -> Packed:
     for name, entry in tensors.items():
         by_slots.setdefault(tuple(sorted(entry)), []).append(name)
     return [
-        {"names": names, "slots": {slot: torch.stack([tensors[name][slot] for name in names]) for slot in slots}}
+        {
+            "names": names,
+            "slots": {slot: torch.stack([_coded(tensors[name][slot]) for name in names]) for slot in slots},
+        }
         for slots, names in by_slots.items()
     ]
 
@@ -86,8 +89,18 @@ def unpack(packed: Packed) -> dict[str, dict[str, Tensor]]:
     out: dict[str, dict[str, Tensor]] = {}
     for part in packed:
         for k, name in enumerate(part["names"]):
-            out[name] = {slot: rows[k] for slot, rows in part["slots"].items()}
+            out[name] = {slot: _decoded(rows[k]) for slot, rows in part["slots"].items()}
     return out
+
+
+def _coded(value: Tensor) -> Tensor:
+    """Rows of a warm-up's record that hold nothing are NaN, which differs from itself: Megatron, which compares what the
+    ranks save, would warn. All that the state holds is at least 0."""
+    return torch.where(value.isnan(), -1.0, value) if value.is_floating_point() else value
+
+
+def _decoded(value: Tensor) -> Tensor:
+    return torch.where(value < 0, torch.nan, value) if value.is_floating_point() else value
 
 
 def _without(tensors: dict[str, dict[str, Tensor]], *names: Iterable[str]) -> dict[str, dict[str, Tensor]]:
