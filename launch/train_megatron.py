@@ -296,7 +296,7 @@ def build_optimizer(args: argparse.Namespace, chunks: list[Any]) -> tuple[Any, A
         init_lr=0.0,
         max_lr=args.lr,
         min_lr=args.min_lr,
-        lr_warmup_steps=args.lr_warmup_iters * samples,
+        lr_warmup_steps=min(args.lr_warmup_iters, args.train_iters - 1) * samples,  # a trial run may be shorter
         lr_decay_steps=args.train_iters * samples,
         lr_decay_style="cosine",
         start_wd=args.weight_decay,
