@@ -79,7 +79,8 @@ def _check(everyone: list[tuple[int, Announcement]]) -> None:
         others = f" (ranks {[r for r, _ in failed]} report an error)" if len(failed) > 1 else ""
         # The same class everywhere, that of the first failure where it is one that a bad argument or layout raises.
         kind = next((k for k in (LayoutError, ValueError, TypeError) if isinstance(error, k)), LayoutError)
-        raise kind(str(error) if len(everyone) == 1 else f"on rank {rank}: {error}{others}") from error
+        where = "" if len(everyone) == 1 or str(error).startswith("rank ") else f"on rank {rank}: "
+        raise kind(f"{where}{error}{others}") from error
     first_rank, first = everyone[0]
     reference: dict[int, tuple[int, Announcement]] = {}
     for rank, announced in everyone:
