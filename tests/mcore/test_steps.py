@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 import dist_clip
+from dist_clip.frameworks.megatron import compat
 from tests.distributed.counting import CollectiveLog
 from tests.harness import pool
 
@@ -194,6 +195,48 @@ def test_a_nan_on_one_rank(nonfinite: str, config: Config) -> None:
             assert "weight" in bad["error"]
 
 
+def above_the_threshold(config: Config) -> list[dict[str, Any]]:
+    """Newer versions skip a step whose norm exceeds grad_norm_skip_threshold, after clipping: nothing may remember it."""
+    setup = build(config)
+    setup.optimizer.config.grad_norm_skip_threshold = 20.0
+    clipper = dist_clip.megatron.attach(
+        setup.optimizer, dist_clip.AdaGC(warmup_steps=1), model=setup.chunks, log_global_norm=False
+    )
+    step_with_ready_grads = setup.optimizer.step_with_ready_grads
+    norms = []
+
+    def as_newer_versions_do() -> bool:
+        norms.append(float(setup.optimizer.get_grad_norm()))  # it is there before the step, not only after
+        return False if norms[-1] > 20.0 else step_with_ready_grads()
+
+    setup.optimizer.step_with_ready_grads = as_newer_versions_do
+    out = []
+    for step in range(1, 5):
+        setup.backward(step, factor=100.0 if step == 3 else 1.0)
+        state = str(clipper.state_dict())
+        success, norm, _ = setup.optimizer.step()
+        out.append(
+            {
+                "success": success,
+                "norm": float(norm),
+                "before": norms[-1],
+                "scales": clipper.last_report.scales.tolist(),
+            }
+        )
+        out[-1] |= {"same_state": state == str(clipper.state_dict()), "steps": clipper.steps}
+    return out
+
+
+@pytest.mark.parametrize("config", [Config(zero=True), Config(pp=2)], ids=str)
+def test_a_step_above_megatrons_threshold_is_not_remembered(config: Config) -> None:
+    for records in pool(2, "megatron").run(above_the_threshold, config):
+        assert [record["success"] for record in records] == [True, True, False, True]
+        assert [record["same_state"] for record in records] == [False, False, True, False]
+        assert set(records[2]["scales"]) == {1.0}
+        assert records[2]["before"] > 20
+        assert records[-1]["steps"] == 3
+
+
 # ---- detaching, and the built-in clipping ----------------------------------------------------------------------------
 
 
@@ -257,6 +300,38 @@ def both_norms(config: Config) -> tuple[float, float]:
 def test_the_norm_is_megatrons_where_megatrons_is_right(world: int, config: Config) -> None:
     for theirs, ours in pool(world, "megatron").run(both_norms, config):
         assert ours == pytest.approx(theirs, rel=1e-6)
+
+
+def test_contract_precision_aware_optimizers_keep_their_gradient_elsewhere() -> None:
+    """They need Transformer Engine: a stand-in with the attributes of DistributedOptimizer."""
+    from types import SimpleNamespace
+
+    low, full = torch.zeros(4, dtype=torch.bfloat16), torch.zeros(3)
+    low_shard, full_shard = low[1:3], full[:2]
+    low_shard.decoupled_grad, full_shard.decoupled_grad = torch.ones(2), torch.full((2,), 2.0)
+    ranges = {id(low): SimpleNamespace(start=1, end=3), id(full): SimpleNamespace(start=0, end=2)}
+    leaf = SimpleNamespace(
+        config=SimpleNamespace(use_precision_aware_optimizer_no_fp8_or_ds_fp8=True),
+        model_float16_groups=[[low]],
+        model_fp32_groups=[[full]],
+        shard_float16_groups=[[low_shard]],
+        shard_fp32_groups=[[full_shard]],
+        shard_fp32_from_float16_groups=[[None]],  # Transformer Engine's optimizer holds them
+        _get_model_param_range_map=lambda param: {"param": ranges[id(param)]},
+    )
+    found = list(compat.pieces(leaf))
+    assert [
+        (piece.param is param, piece.start, piece.stop) for piece, param in zip(found, (low, full), strict=True)
+    ] == [
+        (True, 1, 3),
+        (True, 0, 2),
+    ]
+    assert [
+        piece.read() is shard.decoupled_grad for piece, shard in zip(found, (low_shard, full_shard), strict=True)
+    ] == [
+        True,
+        True,
+    ]
 
 
 def bare(config: Config) -> dict[str, Any]:
