@@ -12,6 +12,7 @@ import atexit
 import contextlib
 import datetime
 import faulthandler
+import functools
 import multiprocessing
 import os
 import pickle
@@ -51,6 +52,25 @@ class WorkerError(AssertionError):
         self.timed_out = timed_out
 
 
+class _OneLoopGloo(dist.ProcessGroupGloo):
+    """A gloo group on this process's one event loop.
+
+    torch gives every group a loop of its own, which wakes up a hundred times a second: a few hundred groups, as the
+    layouts of Megatron make them, would leave a small machine little time for the tests.
+    """
+
+    def __init__(self, store: dist.Store, rank: int, size: int, timeout: datetime.timedelta) -> None:
+        options = dist.ProcessGroupGloo._Options()
+        options._devices = [_gloo_device()]
+        options._timeout = timeout
+        super().__init__(store, rank, size, options)
+
+
+@functools.cache
+def _gloo_device() -> Any:
+    return dist.ProcessGroupGloo.create_default_device()
+
+
 def _worker(rank: int, world_size: int, port: int, path: list[str], stacks: str, pipe: Connection) -> None:
     """Serve calls until the parent closes the pipe."""
     os.setsid()  # a process group of its own, with whatever children the tests make: it ends as a whole
@@ -58,6 +78,7 @@ def _worker(rank: int, world_size: int, port: int, path: list[str], stacks: str,
     torch.set_num_threads(1)
     with open(stacks, "w") as stack_file:
         faulthandler.register(signal.SIGUSR1, stack_file, all_threads=True)
+        dist.distributed_c10d.ProcessGroupGloo = _OneLoopGloo
         store = dist.TCPStore("127.0.0.1", port, world_size + 1, is_master=False)
         # Shorter than the parent's timeout, so that a collective that nobody joins says where it was called.
         timeout = datetime.timedelta(seconds=TIMEOUT / 2)

@@ -6,8 +6,10 @@ process that trains the whole model on that batch is the oracle of every configu
 
 from __future__ import annotations
 
+import collections
 import functools
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-LAYERS, HIDDEN, HEADS, VOCAB, LENGTH = 4, 16, 4, 32, 8
-BATCH = 4  # sequences, each a micro-batch of its own where there are pipeline stages
+HIDDEN, HEADS, VOCAB, LENGTH = 16, 4, 32, 8
+BATCH, MICRO_BATCHES = 4, 2  # sequences of a step, and the parts that a rank takes them in
 LR = 3e-3
 
 
@@ -27,6 +29,7 @@ class Config:
     tp: int = 1
     pp: int = 1
     vpp: int | None = None
+    layers: int = 2
     cp: int = 1
     ep: int = 1
     etp: int | None = None
@@ -46,7 +49,7 @@ class Config:
     @property
     def single(self) -> Config:
         """The same model in one process."""
-        return Config(tied=self.tied, experts=self.experts, pieces=self.cp)
+        return Config(layers=self.layers, tied=self.tied, experts=self.experts, pieces=self.cp)
 
 
 @dataclass
@@ -72,6 +75,28 @@ def start() -> None:
     import megatron.core  # noqa: F401
 
     megatron_cpu.patch_megatron()
+    dist.new_group = _Groups(dist.new_group)
+
+
+class _Groups:
+    """`torch.distributed.new_group` with a memory: a build's n-th group of the same ranks is the n-th ever made of them.
+
+    Megatron makes dozens of groups a build and keeps them, and its models, alive for good. Every gloo group has three
+    threads that wake up a hundred times a second: a few hundred of them leave a small machine no time for the tests.
+    """
+
+    def __init__(self, new_group: Callable[..., Any]) -> None:
+        self.new_group = new_group
+        self.made: dict[Any, list[Any]] = collections.defaultdict(list)
+        self.asked: collections.Counter[Any] = collections.Counter()
+
+    def __call__(self, ranks: Any = None, timeout: Any = None, backend: Any = None, *args: Any, **kwargs: Any) -> Any:
+        key = (None if ranks is None else tuple(ranks), backend)
+        groups = self.made[key]
+        if self.asked[key] == len(groups):
+            groups.append(self.new_group(ranks, timeout, backend, *args, **kwargs))
+        self.asked[key] += 1
+        return groups[self.asked[key] - 1]
 
 
 def build(config: Config, *, seed: int = 0) -> Setup:
@@ -88,6 +113,7 @@ def build(config: Config, *, seed: int = 0) -> Setup:
 
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
+    dist.new_group.asked.clear()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tp,
         pipeline_model_parallel_size=config.pp,
@@ -98,7 +124,7 @@ def build(config: Config, *, seed: int = 0) -> Setup:
         num_distributed_optimizer_instances=config.instances,
     )
     destroy_num_microbatches_calculator()
-    init_num_microbatches_calculator(dist.get_rank(), None, BATCH, 1, 1)
+    init_num_microbatches_calculator(dist.get_rank(), None, BATCH, BATCH // MICRO_BATCHES, 1)
     model_parallel_cuda_manual_seed(1234)
     transformer = transformer_config(config)
     ddp_config = DistributedDataParallelConfig(
@@ -154,7 +180,7 @@ def transformer_config(config: Config) -> Any:
         }
     dtype = torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else torch.float32
     transformer = TransformerConfig(
-        num_layers=LAYERS,
+        num_layers=config.layers,
         hidden_size=HIDDEN,
         num_attention_heads=HEADS,
         ffn_hidden_size=2 * HIDDEN,
@@ -317,8 +343,8 @@ def _backward(setup: Setup, step: int, factor: float) -> float:
     if config.cp > 1:  # this rank's part of each sequence; attention stays within it
         part = parallel_state.get_context_parallel_rank()
         tokens, targets, positions = (t.chunk(config.cp, dim=1)[part] for t in (tokens, targets, positions))
-    rows = config.pieces
-    tokens, targets, positions = (t.reshape(BATCH * rows, -1) for t in (tokens, targets, positions))
+    tokens, targets, positions = (t.reshape(BATCH * config.pieces, -1) for t in (tokens, targets, positions))
+    rows = len(tokens) // MICRO_BATCHES
     # Megatron multiplies by the size of the context-parallel group, for losses that are sums.
     scale = spike(step) * factor / config.cp
     for chunk in setup.chunks:
@@ -339,9 +365,9 @@ def _backward(setup: Setup, step: int, factor: float) -> float:
 
     losses = get_forward_backward_func()(
         forward_step_func=forward_step,
-        data_iterator=[iter(range(BATCH)) for _ in setup.chunks] if config.vpp else iter(range(BATCH)),
+        data_iterator=[iter(range(MICRO_BATCHES)) for _ in setup.chunks] if config.vpp else iter(range(MICRO_BATCHES)),
         model=setup.chunks if config.vpp else setup.chunks[0],
-        num_microbatches=BATCH,
+        num_microbatches=MICRO_BATCHES,
         seq_length=tokens.shape[1],
         micro_batch_size=rows,
         forward_only=False,

@@ -170,7 +170,7 @@ CASES: dict[str, Callable[[Config], Case]] = {
         ("fsdp_param", Config(), ["embedding.word_embeddings.weight", "Megatron-FSDP"]),
         ("grad_norm_group", Config(), ["embedding.word_embeddings.weight", "grad_norm_group"]),
         ("megatron_fsdp", Config(zero=True), ["Megatron-FSDP", "distributed optimizer"]),
-        ("too_few_chunks", Config(pp=2, vpp=2), ["belong to none of the 1 model chunks"]),
+        ("too_few_chunks", Config(pp=2, vpp=2, layers=4), ["belong to none of the 1 model chunks"]),
         ("another_model", Config(tp=2), ["no optimizer steps it", "embedding.word_embeddings.weight"]),
         ("not_a_model", Config(tp=2), ["model must be a module"]),
         ("no_chunks", Config(tp=2), ["model must be a module"]),

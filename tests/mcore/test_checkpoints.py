@@ -105,7 +105,7 @@ PAIRS = [
     (Config(tp=2, pp=2), 4, Config(), 2),
     (Config(), 2, Config(tp=2, pp=2), 4),
     (Config(tp=2, pp=2, tied=True, zero=True), 4, Config(zero=True, tied=True), 2),
-    (Config(zero=True), 2, Config(pp=2, vpp=2, zero=True), 2),
+    (Config(zero=True, layers=4), 2, Config(pp=2, vpp=2, zero=True, layers=4), 2),
     (Config(ep=2, experts=4, zero=True), 2, Config(pp=2, ep=2, experts=4, zero=True), 4),
     (Config(tp=2, ep=2, etp=1, experts=4, sequence_parallel=True), 4, Config(ep=2, experts=4), 2),
 ]

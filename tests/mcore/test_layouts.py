@@ -13,7 +13,7 @@ CONFIGS: dict[str, tuple[int, Config]] = {
     "tp2-sp": (2, Config(tp=2, sequence_parallel=True)),
     "pp2": (2, Config(pp=2)),
     "pp2-tied": (2, Config(pp=2, tied=True)),
-    "pp2-interleaved-tied": (2, Config(pp=2, vpp=2, tied=True)),
+    "pp2-interleaved-tied": (2, Config(pp=2, vpp=2, tied=True, layers=4)),
     "tp2-pp2-tied-sp": (4, Config(tp=2, pp=2, tied=True, sequence_parallel=True)),
     "dp2": (2, Config()),
     "zero": (2, Config(zero=True)),
