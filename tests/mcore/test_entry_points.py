@@ -176,7 +176,7 @@ def test_no_flags_no_policy() -> None:
 # ---- launch/train_megatron.py ----------------------------------------------------------------------------------------
 
 SMALL = ["--hidden-size", 32, "--seq-length", 64, "--num-layers", 2, "--train-iters", 100, "--grad-clip-mode", "adagc"]
-SMALL += ["--adagc-warmup-steps", 20, "--adagc-gamma-init", "median", "--cpu", "--lr", "6e-3"]
+SMALL += ["--adagc-warmup-steps", 20, "--adagc-gamma-init", "median", "--cpu", "--lr", "6e-3", "--micro-batch-size", 4]
 TP_PP = ["--tensor-model-parallel-size", 2, "--pipeline-model-parallel-size", 2, "--use-distributed-optimizer"]
 
 
