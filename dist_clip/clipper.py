@@ -314,16 +314,24 @@ class GradClipper:
         return explain_table(self)
 
     def state_dict(self) -> dict[str, Any]:
-        """State by FQN, as CPU tensors, with the policies' configuration: what this rank's stage knows."""
+        """State by FQN, with the policies' configuration: what this rank's stage knows. See `dist_clip.state`.
+
+        For ``torch.save``. A clipper is also a Stateful of `torch.distributed.checkpoint`: put it into what is saved and
+        loaded, beside model and optimizer.
+        """
         return state.state_dict(self)
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Load what `state_dict` returned. Nothing changes unless all of it fits.
+    def load_state_dict(self, state_dict: Mapping[str, Any], *, strict: bool = True) -> None:
+        """Load what `state_dict` returned, under this layout or another. Nothing changes unless all of it fits.
+
+        Args:
+            strict: with False, missing and unknown tensors and changed hyper-parameters are a warning that names them: what
+                fits is loaded, the rest starts afresh. With other rules than those that made the state, all of it does.
 
         Raises:
-            ValueError: another format, another policy, missing or unknown tensors, each named.
+            ValueError: another format, other policies, missing or unknown tensors, each named.
         """
-        state.load_state_dict(self, state_dict)
+        state.load_state_dict(self, state_dict, strict=strict)
 
     @property
     def steps(self) -> int:

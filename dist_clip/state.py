@@ -1,23 +1,236 @@
-"""The clipper's state as plain data: keyed by FQN, free of the layout, checked before anything is loaded."""
+"""The clipper's state as plain data: keyed by FQN, free of the layout, checked before anything is loaded.
+
+Two forms. A *snapshot* has, for each element, the tensors that decide anything from here on. A *state dict*, which users
+save, has the same under keys that do not depend on the step: `torch.distributed.checkpoint` loads into the keys that
+the clipper has at that time, which may be at another step than the one that was saved.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+import warnings
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dist_clip.policies.base import State
+from dist_clip.policies.base import Policy, State
 
 if TYPE_CHECKING:
     from dist_clip.clipper import GradClipper
     from dist_clip.domains import Domain
 
 FORMAT_VERSION = 1
+_LAYOUT = "layout"
+"""Key, beside a tensor's shards, of how the tensor was cut into them."""
+
+Tell = Callable[[str], None]
+"""What is done about a state that does not fit: raise, or warn."""
+
+
+# ---------------------------------------------------------------------------------------------------------- state dicts
 
 
 def state_dict(clipper: GradClipper) -> dict[str, Any]:
+    """``{"format_version", "step", "policies", "names", "tensors": {fqn: {slot: value}}, "global": {pattern: {slot:
+    value}}, "shards": {fqn: {"layout": text, "k of n": {slot: value}}}}``.
+
+    `policies` are lines of JSON, one a rule; `names` are the FQNs of the whole model, those of other pipeline stages
+    included. `shards` is for scope "shard". A value is a 0-dim CPU tensor, or, for what only a warm-up records, a list of
+    numbers, empty once the warm-up is over.
+    """
+    taken = snapshot(clipper)
+    shards: dict[str, dict[str, Any]] = {}
+    tensors: dict[str, dict[str, Any]] = {}
+    for name, entry in taken["tensors"].items():
+        value = _listed(entry, clipper.policy_for(name))
+        if name in taken["shards"]:
+            shards[name] = {_LAYOUT: _cut_of(clipper, name), taken["shards"][name]: value}
+        else:
+            tensors[name] = value
+    rules = {domain.pattern: domain.policy for domain in clipper.domains}
+    return {
+        "format_version": taken["format_version"],
+        "step": taken["step"],
+        "policies": [json.dumps(policy) for policy in taken["policies"]],
+        "names": sorted({*clipper.layout.names, *clipper.names_elsewhere}),
+        "tensors": tensors,
+        "global": {pattern: _listed(entry, rules[pattern]) for pattern, entry in taken["global"].items()},
+        "shards": shards,
+    }
+
+
+def load_state_dict(clipper: GradClipper, loaded: Mapping[str, Any], *, strict: bool = True) -> None:
+    """Load what `state_dict` made, under this layout or another. Nothing changes unless all of it fits."""
+    if not isinstance(loaded, Mapping):
+        raise ValueError(f"not a state of GradClipper: {type(loaded).__name__}")
+    kinds = {"policies": list, "names": list, "tensors": Mapping, "global": Mapping, "shards": Mapping}
+    absent = {"format_version", "step", *kinds} - set(loaded)
+    if absent:
+        raise ValueError(f"not a state of GradClipper: it lacks {sorted(absent)}")
+    for key, kind in kinds.items():
+        if not isinstance(loaded[key], kind):
+            expected = "a list" if kind is list else "a dict"
+            raise ValueError(f"the state's {key!r} must be {expected}, got {type(loaded[key]).__name__}")
+    sections = {key: loaded[key] for key in ("tensors", "global", "shards")}
+    step = _checked_step(loaded)
+    tell = _refuse if strict else _warn
+    if not _policies_fit(clipper, [_parsed(line) for line in loaded["policies"]], tell):
+        restore(clipper, _afresh(clipper, 0))
+        return
+    _check_names(clipper, loaded["names"], sections, tell)
+    restore(clipper, _chosen(clipper, step, sections))
+
+
+def _chosen(clipper: GradClipper, step: int, sections: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The snapshot that a state dict comes to on this rank: its part of what was saved, where there is such, else afresh."""
+    chosen = _afresh(clipper, step)
+    recut = []
+    for name, cleared in chosen["tensors"].items():
+        entry = sections["tensors"].get(name)
+        if name in chosen["shards"]:
+            pieces = sections["shards"].get(name, {})
+            same_cut = pieces.get(_LAYOUT) == _cut_of(clipper, name)
+            entry = pieces.get(chosen["shards"][name]) if same_cut else None
+            if entry is None:
+                recut.append(name)
+        if entry is not None:
+            chosen["tensors"][name] = _unlisted(entry, clipper.policy_for(name), cleared)
+    rules = {domain.pattern: domain.policy for domain in clipper.domains}
+    for pattern, cleared in chosen["global"].items():
+        if pattern in sections["global"]:
+            chosen["global"][pattern] = _unlisted(sections["global"][pattern], rules[pattern], cleared)
+    if recut:
+        warnings.warn(
+            f"scope 'shard': {len(recut)} tensors ({_some(recut)}) are cut into other shards than when the state was saved, "
+            "so what their shards remember starts afresh: a shard's first norm sets its gamma",
+            stacklevel=4,
+        )
+    return chosen
+
+
+def _parsed(line: Any) -> dict[str, Any]:
+    try:
+        policy = json.loads(line)
+        return {"pattern": policy["pattern"], "policy": policy["policy"], **policy}
+    except (TypeError, ValueError, KeyError):
+        raise ValueError(f"the state's policies are damaged: {line!r} is none") from None
+
+
+def _policies_fit(clipper: GradClipper, saved: list[dict[str, Any]], tell: Tell) -> bool:
+    """Whether the state is of the same rules for the same patterns; changed hyper-parameters are told and let pass."""
+    mine = _policies(clipper)
+    if [_kind(policy) for policy in saved] != [_kind(policy) for policy in mine]:
+        tell(f"the state was made by other policies: it has {saved}, the clipper {mine}")
+        return False
+    changed = [
+        f"{key} was {old.get(key)!r} and is {new.get(key)!r} (for {new['pattern']!r})"
+        for old, new in zip(saved, mine, strict=True)
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key)
+    ]
+    if changed:
+        tell(f"the state was made by other policies: {', '.join(changed)}")
+    return True
+
+
+def _kind(policy: Mapping[str, Any]) -> tuple[Any, ...]:
+    return policy["pattern"], policy["policy"], policy.get("scope")
+
+
+def _check_names(clipper: GradClipper, names: list[str], sections: Mapping[str, Mapping[str, Any]], tell: Tell) -> None:
+    mine = {*clipper.layout.names, *clipper.names_elsewhere}
+    saved = {*names, *sections["tensors"], *sections["shards"]}
+    lost = {
+        name
+        for domain in clipper.domains
+        if domain.policy.rule_scope == "tensor"
+        for name in (clipper.layout.names[i] for i in domain.indices)
+        if name not in sections["tensors"]
+    }
+    lost |= {d.pattern for d in clipper.domains if d.policy.rule_scope == "global"} - set(sections["global"])
+    missing, unknown = sorted((mine - saved) | lost), sorted(saved - mine)
+    if missing or unknown:
+        hint = ": were they renamed? Then rename them in the state too" if missing and unknown else ""
+        tell(f"the state does not fit this model: missing {missing}, unknown {unknown}{hint}")
+
+
+def _refuse(message: str) -> None:
+    raise ValueError(f"{message}. Pass strict=False to load what fits; the rest starts afresh")
+
+
+def _warn(message: str) -> None:
+    warnings.warn(f"{message}. What fits is loaded, the rest starts afresh", stacklevel=4)
+
+
+def _afresh(clipper: GradClipper, step: int = 0) -> dict[str, Any]:
+    """The snapshot of a clipper that has observed nothing, at any step."""
+    tensors: dict[str, dict[str, Tensor]] = {}
+    shared: dict[str, dict[str, Tensor]] = {}
+    shards: dict[str, str] = {}
+    for domain in clipper.domains:
+        if domain.policy.rule_scope == "global":
+            shared[domain.pattern] = _cleared(domain.policy, step)
+            continue
+        for i in domain.indices:
+            name = clipper.layout.names[i]
+            tensors[name] = _cleared(domain.policy, step)
+            if domain.policy.rule_scope == "shard":
+                shards[name] = _shard_of(clipper, i)
+    return {**_frame(clipper, step), "tensors": tensors, "global": shared, "shards": shards}
+
+
+def _cleared(policy: Policy, step: int) -> dict[str, Tensor]:
+    state = policy.init_state(1, torch.device("cpu"))
+    return {slot: state[slot][..., 0] for slot in policy.slots_after(step)}
+
+
+def _lasting(policy: Policy) -> tuple[str, ...]:
+    """Slots of every step, also of those after a warm-up."""
+    return policy.slots_after(2**62)
+
+
+def _listed(entry: Mapping[str, Tensor], policy: Policy) -> dict[str, Any]:
+    """Slots under keys that do not depend on the step: what only a warm-up records becomes a list, empty after it."""
+    lasting = _lasting(policy)
+    out: dict[str, Any] = {slot: entry[slot] for slot in lasting}
+    for slot in policy.slots_after(0):
+        if slot not in lasting:
+            value = entry.get(slot)
+            out[slot] = [] if value is None else value.reshape(-1).tolist()
+    return out
+
+
+def _unlisted(entry: Any, policy: Policy, cleared: Mapping[str, Tensor]) -> Any:
+    """The inverse of `_listed`, for a clipper that needs the slots of `cleared`. What is wrong is left for _fill to tell."""
+    if not isinstance(entry, Mapping):
+        return entry
+    # A record that this clipper has no use for, its warm-up being over, is let go.
+    out = {slot: value for slot, value in entry.items() if slot in cleared or not isinstance(value, list)}
+    for slot, empty in cleared.items():
+        record = entry.get(slot, None if slot in _lasting(policy) else [])
+        if isinstance(record, list):
+            # Also of a warm-up of another length or kind, or over: as much of it as there is.
+            rows = torch.tensor(record[: empty.numel()], dtype=empty.dtype)
+            out[slot] = torch.cat([rows, empty.reshape(-1)[len(rows) :]]).view(empty.shape)
+    return out
+
+
+def _cut_of(clipper: GradClipper, name: str) -> str:
+    return clipper.layout.tensors[clipper.layout.names.index(name)].placement
+
+
+def _some(names: Iterable[str]) -> str:
+    names = list(names)
+    return ", ".join(map(repr, names[:3])) + (", ..." if len(names) > 3 else "")
+
+
+# ------------------------------------------------------------------------------------------------------------ snapshots
+
+
+def snapshot(clipper: GradClipper) -> dict[str, Any]:
     """``{"format_version", "step", "policies", "tensors": {fqn: {slot: tensor}}, "global": {pattern: {slot: tensor}},
     "shards": {fqn: "k of n"}}``, the last for tensors under scope "shard", whose state belongs to one shard."""
     step = clipper.steps
@@ -33,19 +246,16 @@ def state_dict(clipper: GradClipper) -> dict[str, Any]:
             tensors[name] = _element(domain, k, step)
             if domain.policy.rule_scope == "shard":
                 shards[name] = _shard_of(clipper, i)
-    return {
-        "format_version": FORMAT_VERSION,
-        "step": step,
-        "policies": _policies(clipper),
-        "tensors": tensors,
-        "global": global_state,
-        "shards": shards,
-    }
+    return {**_frame(clipper, step), "tensors": tensors, "global": global_state, "shards": shards}
 
 
-def load_state_dict(clipper: GradClipper, loaded: Mapping[str, Any]) -> None:
-    """Check everything, then copy: a state that does not fit changes nothing."""
-    step = _check_frame(clipper, loaded)
+def restore(clipper: GradClipper, loaded: Mapping[str, Any]) -> None:
+    """Load a snapshot. Check everything, then copy: one that does not fit changes nothing."""
+    step = _checked_step(loaded)
+    if list(loaded["policies"]) != _policies(clipper):
+        raise ValueError(
+            f"the state was made by other policies: it has {list(loaded['policies'])}, the clipper {_policies(clipper)}"
+        )
     fresh: list[State] = []
     expected: set[str] = set()
     for domain in clipper.domains:
@@ -81,27 +291,18 @@ def load_state_dict(clipper: GradClipper, loaded: Mapping[str, Any]) -> None:
     clipper.set_steps(step)
 
 
-def _check_frame(clipper: GradClipper, loaded: Mapping[str, Any]) -> int:
-    """Check all that is not state of some tensor; the step."""
-    if not isinstance(loaded, Mapping):
-        raise ValueError(f"not a state of GradClipper: {type(loaded).__name__}")
-    missing_keys = {"format_version", "step", "policies", "tensors", "global", "shards"} - set(loaded)
-    if missing_keys:
-        raise ValueError(f"not a state of GradClipper: it lacks {sorted(missing_keys)}")
+def _frame(clipper: GradClipper, step: int) -> dict[str, Any]:
+    return {"format_version": FORMAT_VERSION, "step": step, "policies": _policies(clipper)}
+
+
+def _checked_step(loaded: Mapping[str, Any]) -> int:
     if loaded["format_version"] != FORMAT_VERSION:
         raise ValueError(
             f"the state has format version {loaded['format_version']!r}; this dist_clip reads version {FORMAT_VERSION}"
         )
-    for key in ("tensors", "global", "shards"):
-        if not isinstance(loaded[key], Mapping):
-            raise ValueError(f"the state's {key!r} must be a dict, got {type(loaded[key]).__name__}")
     step = loaded["step"]
     if isinstance(step, bool) or not isinstance(step, int) or step < 0:
         raise ValueError(f"the state's step must be an int of at least 0, got {step!r}")
-    if list(loaded["policies"]) != _policies(clipper):
-        raise ValueError(
-            f"the state was made by other policies: it has {list(loaded['policies'])}, the clipper {_policies(clipper)}"
-        )
     return step
 
 

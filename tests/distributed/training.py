@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 import dist_clip
+from dist_clip.state import snapshot
 from tests import reference
 
 from .layouts import LAYOUTS, Layout, Setup
@@ -167,7 +168,7 @@ def plain_report(report: Any) -> dict[str, Any]:
 
 def state_of(clipper: Any) -> tuple[dict[str, float], dict[str, float]]:
     """Per-tensor gammas, and the state of the one domain that these tests have."""
-    state = clipper.state_dict()
+    state = snapshot(clipper)
     gammas = {name: entry["gamma"].item() for name, entry in state["tensors"].items()}
     domain = next(iter(state["global"].values()), {})
     return gammas, {key: value.item() for key, value in domain.items() if value.numel() == 1}

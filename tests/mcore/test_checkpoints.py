@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 import dist_clip
+from dist_clip.state import snapshot
 from tests.harness import WorkerError, pool
 
 from .setups import Config, Setup, build
@@ -56,7 +57,7 @@ def steps(setup: Setup, clipper: Any, first: int, last: int) -> list[dict[str, A
 
 def values(clipper: Any) -> dict[str, Any]:
     """The state as plain numbers, mergeable over stages."""
-    state = clipper.state_dict()
+    state = snapshot(clipper)
     out = {
         f"{name}/{slot}": value.tolist() for name, entry in state["tensors"].items() for slot, value in entry.items()
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import subprocess
 import sys
@@ -47,8 +48,9 @@ def test_an_unmodified_script(extra: list[str], tmp_path: Path) -> None:
     assert all(line.endswith("| 2.5") for line in ours)
     state = torch.load(tmp_path / "rank0.pt", weights_only=False)["dist_clip"]
     assert state["step"] == 6
-    assert state["policies"][0]["lambda_rel"] == 1.1
-    assert state["policies"][0]["warmup_steps"] == 3
+    policy = json.loads(state["policies"][0])
+    assert policy["lambda_rel"] == 1.1
+    assert policy["warmup_steps"] == 3
     assert all(entry["gamma"] > 0 for entry in state["tensors"].values())
 
 

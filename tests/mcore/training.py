@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 import dist_clip
+from dist_clip.state import snapshot
 from tests import reference
 from tests.harness import pool
 
@@ -149,7 +150,7 @@ def record_clips(clipper: Any, pieces: list[tuple[str, Tensor, Tensor]]) -> None
 
 
 def plain_state(clipper: Any) -> dict[str, Any]:
-    state = clipper.state_dict()
+    state = snapshot(clipper)
     return {
         "gamma": {name: entry["gamma"].item() for name, entry in state["tensors"].items() if "gamma" in entry},
         "global": {k: v.item() for entry in state["global"].values() for k, v in entry.items() if v.numel() == 1},

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 import dist_clip
+from dist_clip.state import snapshot
 
 RTOL = 1e-6
 GRAD_RTOL = 2e-6
@@ -310,7 +311,7 @@ class Trial:
         finite = {n: x for n, x in norms.items() if math.isfinite(x) or self.nonfinite != "zero"}
         assert report.global_norm is not None
         assert report.global_norm.item() == pytest.approx(total(finite), rel=RTOL, nan_ok=True), f"{where}: global norm"
-        state = self.clipper.state_dict()
+        state = snapshot(self.clipper)
         assert state["step"] == self.t
         want = self.reference.state()
         got = flat_state(state, self.global_gamma)
@@ -465,7 +466,7 @@ def two_tensors(policy: Any, **kwargs: Any) -> tuple[nn.Parameter, nn.Parameter,
 
 
 def gamma(clipper: dist_clip.GradClipper, name: str) -> float:
-    entry = clipper.state_dict()["tensors"].get(name, {})
+    entry = snapshot(clipper)["tensors"].get(name, {})
     return float(entry.get("gamma", math.nan))
 
 

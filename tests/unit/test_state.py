@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import dist_clip
+from dist_clip.state import snapshot
 
 WARMUP = 4
 
@@ -29,8 +30,12 @@ def test_one_scalar_a_tensor_after_the_warm_up(gamma_init: Any, scope: Any) -> N
     model = nn.Linear(3, 2)
     clipper = dist_clip.GradClipper(model, dist_clip.AdaGC(warmup_steps=WARMUP, gamma_init=gamma_init, scope=scope))
     run(clipper, model, WARMUP)
-    for entry in clipper.state_dict()["tensors"].values():
+    for entry in snapshot(clipper)["tensors"].values():
         assert {name: (value.dtype, value.numel()) for name, value in entry.items()} == {"gamma": (torch.float32, 1)}
+    saved = clipper.state_dict()["tensors" if scope == "tensor" else "shards"]
+    for entry in saved.values():
+        entry = entry if scope == "tensor" else entry["0 of 1"]
+        assert all(value == [] for slot, value in entry.items() if slot != "gamma")
     run(clipper, model, 1)
     assert sum(value.numel() for domain in clipper.domains for value in domain.state.values()) == 2
 
@@ -115,3 +120,114 @@ def test_groups_that_cover_everything_leave_the_same_state() -> None:
     again = dist_clip.GradClipper(nn.Linear(3, 2), dist_clip.ZClip(), groups=groups)
     again.load_state_dict(clipper.state_dict())
     assert str(again.state_dict()) == str(clipper.state_dict())
+
+
+# ---- strict and not ----------------------------------------------------------------------------------------------------
+
+
+class Three(nn.Module):
+    def __init__(self, *names: str) -> None:
+        super().__init__()
+        for name in names:
+            self.register_parameter(name, nn.Parameter(torch.zeros(3)))
+
+
+def trained(policy: dist_clip.Policy, *names: str, steps: int = 6) -> dist_clip.GradClipper:
+    model = Three(*names)
+    clipper = dist_clip.GradClipper(model, policy)
+    run(clipper, model, steps)
+    return clipper
+
+
+def gammas(clipper: dist_clip.GradClipper) -> dict[str, float]:
+    return {name: float(entry["gamma"]) for name, entry in snapshot(clipper)["tensors"].items()}
+
+
+def test_missing_unknown_and_renamed_tensors_are_named() -> None:
+    policy = dist_clip.AdaGC(warmup_steps=2)
+    old, new = trained(policy, "kept", "gone"), trained(policy, "kept", "new", steps=3)
+    before = str(new.state_dict())
+    with pytest.raises(ValueError, match=r"missing \['new'\], unknown \['gone'\].*renamed.*strict=False"):
+        new.load_state_dict(old.state_dict())
+    assert str(new.state_dict()) == before
+    with pytest.warns(UserWarning, match=r"missing \['new'\], unknown \['gone'\]"):
+        new.load_state_dict(old.state_dict(), strict=False)
+    assert gammas(new) == {"kept": gammas(old)["kept"], "new": 0.0}
+    assert new.steps == old.steps
+
+
+def test_a_renamed_tensor_can_be_renamed_in_the_state() -> None:
+    policy = dist_clip.AdaGC(warmup_steps=2)
+    old, new = trained(policy, "kept", "gone"), trained(policy, "kept", "new", steps=3)
+    state = old.state_dict()
+    state["names"] = ["kept", "new"]
+    state["tensors"]["new"] = state["tensors"].pop("gone")
+    new.load_state_dict(state)
+    assert gammas(new) == {"kept": gammas(old)["kept"], "new": gammas(old)["gone"]}
+
+
+def test_changed_hyper_parameters() -> None:
+    old = trained(dist_clip.AdaGC(warmup_steps=2, beta=0.9), "w")
+    new = trained(dist_clip.AdaGC(warmup_steps=2, beta=0.99, lambda_rel=1.1), "w", steps=0)
+    with pytest.raises(ValueError, match=r"beta was 0\.9 and is 0\.99 .*lambda_rel was 1\.04 and is 1\.1"):
+        new.load_state_dict(old.state_dict())
+    assert new.steps == 0
+    with pytest.warns(UserWarning, match=r"beta was 0\.9 and is 0\.99"):
+        new.load_state_dict(old.state_dict(), strict=False)
+    assert gammas(new) == gammas(old)
+    assert new.steps == 6
+
+
+@pytest.mark.parametrize(
+    "policy", [dist_clip.ZClip(), dist_clip.AdaGC(scope="global"), dist_clip.GlobalNorm()], ids=str
+)
+def test_other_rules_start_afresh(policy: dist_clip.Policy) -> None:
+    """Nothing that one rule remembers is of use to another: with strict=False it is a new warm-up."""
+    old, new = trained(dist_clip.AdaGC(warmup_steps=2), "w"), trained(policy, "w", steps=3)
+    with pytest.raises(ValueError, match="other policies"):
+        new.load_state_dict(old.state_dict())
+    assert new.steps == 3
+    with pytest.warns(UserWarning, match="other policies"):
+        new.load_state_dict(old.state_dict(), strict=False)
+    assert new.steps == 0
+    assert str(new.state_dict()) == str(trained(policy, "w", steps=0).state_dict())
+
+
+@pytest.mark.parametrize("steps", [2, 3, 4, 6])
+@pytest.mark.parametrize("warmup", [3, 5])
+@pytest.mark.parametrize("gamma_init", ["median", "mean", "min"])
+def test_a_warm_up_of_another_length(gamma_init: Any, warmup: int, steps: int) -> None:
+    """As much of the record as there is; and training goes on."""
+    old = trained(dist_clip.AdaGC(warmup_steps=4, gamma_init="median"), "w", steps=steps)
+    policy = dist_clip.AdaGC(warmup_steps=warmup, gamma_init=gamma_init)
+    model = Three("w")
+    new = dist_clip.GradClipper(model, policy)
+    with pytest.warns(UserWarning, match=r"warmup_steps was 4"):
+        new.load_state_dict(old.state_dict(), strict=False)
+    assert gammas(new) == gammas(old)
+    assert new.steps == steps
+    if gamma_init == "median" and steps < min(4, warmup):
+        known, record = snapshot(old)["tensors"]["w"]["history"], snapshot(new)["tensors"]["w"]["history"]
+        assert torch.equal(record[:steps], known[:steps])
+        assert record[steps:].isnan().all()
+    run(new, model, 4)
+    assert 0 < gammas(new)["w"] < math.inf
+
+
+def test_the_keys_do_not_depend_on_the_step() -> None:
+    """`torch.distributed.checkpoint` loads into the keys that a clipper has before it knows the step."""
+
+    def keys(value: Any) -> Any:
+        return {key: keys(each) for key, each in value.items()} if isinstance(value, dict) else None
+
+    for policy in (dist_clip.AdaGC(warmup_steps=2, gamma_init="median"), dist_clip.ZClip(), dist_clip.GlobalNorm()):
+        clippers = [trained(policy, "a", "b", steps=steps) for steps in (0, 1, 2, 5)]
+        assert len({str(keys(clipper.state_dict())) for clipper in clippers}) == 1
+
+
+@pytest.mark.parametrize("line", [3, "{", '{"pattern": "*"}', "[]"], ids=str)
+def test_damaged_policies(line: Any) -> None:
+    clipper = trained(dist_clip.AdaGC(warmup_steps=2), "w")
+    state = clipper.state_dict()
+    with pytest.raises(ValueError, match="policies are damaged"):
+        clipper.load_state_dict({**state, "policies": [line]}, strict=False)

@@ -214,8 +214,8 @@ class MegatronAttachment:
                 "a warm-up",
                 stacklevel=2,
             )
-        elif isinstance(found.get("tensors"), Mapping):
-            self._clipper.load_state_dict(found)
-        else:
+        elif isinstance(found, Mapping) and isinstance(found.get("tensors"), list):
             checkpoint.load(self._clipper, found)
+        else:
+            self._clipper.load_state_dict(found)
         return result

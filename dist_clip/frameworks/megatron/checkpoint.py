@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dist_clip.state import restore, snapshot
+
 if TYPE_CHECKING:
     from dist_clip.clipper import GradClipper
 
@@ -26,7 +28,7 @@ Packed = list[dict[str, Any]]
 
 def save(clipper: GradClipper) -> dict[str, Any]:
     """The state of the whole model. Collective over the pipeline stages (over all ranks with scope "shard")."""
-    mine = clipper.state_dict()
+    mine = snapshot(clipper)
     stages = _gather(mine, clipper.pp_group)
     tensors: dict[str, dict[str, Tensor]] = {}
     for stage in stages:
@@ -54,7 +56,7 @@ def load(clipper: GradClipper, payload: Any) -> None:
     shards: Mapping[int, Any] = payload["shards"]
     if shards:
         mine = shards.get(dist.get_rank(), {"shards": {}, "tensors": []})
-        own = clipper.state_dict()["shards"]
+        own = snapshot(clipper)["shards"]
         fits = mine["shards"] == own and len(shards) == dist.get_world_size()
         if _all_agree(fits, clipper.device):
             state["shards"] = dict(mine["shards"])
@@ -68,7 +70,7 @@ def load(clipper: GradClipper, payload: Any) -> None:
             for name in own:
                 state["tensors"][name] = _cleared(clipper, name, int(state["step"]))
             state["shards"] = own
-    clipper.load_state_dict(state)
+    restore(clipper, state)
 
 
 def pack(tensors: Mapping[str, Mapping[str, Tensor]]) -> Packed:

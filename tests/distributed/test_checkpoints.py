@@ -1,0 +1,276 @@
+"""The clipper in `torch.distributed.checkpoint`, beside model and optimizer: saved under one layout, loaded under another.
+
+Each run is interrupted after SAVED_AT steps. What is compared: the state right after loading, tensor by tensor, with the
+one that was saved; and state and parameters at the end with those of the run that was not interrupted: bitwise on the same
+layout, up to rounding on another.
+"""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.stateful import Stateful
+from torch.distributed.tensor import DTensor
+
+import dist_clip
+from dist_clip.state import snapshot
+from tests.harness import WorkerError, pool
+
+from .layouts import LAYOUTS, Config, Setup
+from .model import make_net
+from .training import POLICIES, WARMUP, make_clipper
+
+SAVED_AT, END = WARMUP + 2, WARMUP + 6
+DENSE, UNEVEN, TIED, MOE = Config(blocks=4), Config(blocks=4, odd=True), Config(blocks=4, tied=True), Config(experts=4)
+
+# As pipeline stages need it, each with an optimizer of its own.
+OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)
+
+
+class Training:
+    """One run of a layout, with an AdamW over whatever parameters the layout has."""
+
+    def __init__(self, layout: str, config: Config, policy: Any) -> None:
+        self.setup: Setup = LAYOUTS[layout].build(make_net(config, torch.float64), config)
+        self.clipper = make_clipper(self.setup, policy)
+        params = [param for _, param in self.setup.named]
+        self.optimizer = torch.optim.AdamW(params, lr=3e-3, eps=1e-5, foreach=False)
+        self.model = self.setup.modules[0] if len(self.setup.modules) == 1 else nn.ModuleList(self.setup.modules)
+
+    def steps(self, first: int, last: int) -> None:
+        for step in range(first, last + 1):
+            self.optimizer.zero_grad()
+            self.setup.backward(step)
+            self.clipper.clip_()
+            self.optimizer.step()
+
+    def checkpoint(self) -> dict[str, Any]:
+        model, optimizer = get_state_dict(self.model, self.optimizer, options=OPTIONS)
+        return {"model": model, "optimizer": optimizer, "clipper": self.clipper}
+
+    def load(self, path: str) -> None:
+        state = self.checkpoint()
+        dcp.load(state, checkpoint_id=path)
+        parts = {"model_state_dict": state["model"], "optim_state_dict": state["optimizer"]}
+        set_state_dict(self.model, self.optimizer, **parts, options=OPTIONS)
+
+    def outcome(self) -> dict[str, Any]:
+        params = {}
+        for name, param in self.setup.named:
+            value = param.detach()
+            params[name] = (value.full_tensor() if isinstance(value, DTensor) else value).clone()
+        return {"state": plain(self.clipper), "params": params}
+
+
+def plain(clipper: Any) -> dict[str, Any]:
+    """The state as plain numbers, mergeable over pipeline stages."""
+    taken = snapshot(clipper)
+    out = {f"{n}/{slot}": value.tolist() for n, entry in taken["tensors"].items() for slot, value in entry.items()}
+    out |= {f"{n}/{slot}": value.tolist() for n, entry in taken["global"].items() for slot, value in entry.items()}
+    return {**out, "step": taken["step"]}
+
+
+def save_and_go_on(layout: str, config: Config, policy: str, path: str, saved_at: int) -> dict[str, Any]:
+    training = Training(layout, config, POLICIES[policy].ours())
+    assert isinstance(training.clipper, Stateful)
+    training.steps(1, saved_at)
+    saved = plain(training.clipper)
+    dcp.save(training.checkpoint(), checkpoint_id=path)
+    training.steps(saved_at + 1, END)
+    return {"saved": saved, **training.outcome()}
+
+
+def load_and_go_on(layout: str, config: Config, policy: str, path: str, saved_at: int) -> dict[str, Any]:
+    training = Training(layout, config, POLICIES[policy].ours())
+    training.steps(1, 2)  # a past of its own, which loading has to replace
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        training.load(path)
+    loaded = plain(training.clipper)
+    training.steps(saved_at + 1, END)
+    told = [str(w.message) for w in caught if "scope 'shard'" in str(w.message)]
+    return {"loaded": loaded, "warnings": told, **training.outcome()}
+
+
+def merged(ranks: list[dict[str, Any]], key: str) -> dict[str, Any]:
+    """One state of all stages; ranks that know the same value know the same bits."""
+    out: dict[str, Any] = {}
+    for rank in ranks:
+        for name, value in rank[key].items():
+            assert str(out.setdefault(name, value)) == str(value), name
+    return out
+
+
+def round_trip(
+    first: tuple[str, int], second: tuple[str, int], config: Config, policy: str, path: Path, saved_at: int = SAVED_AT
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    before = pool(first[1]).run(save_and_go_on, first[0], config, policy, str(path), saved_at)
+    after = pool(second[1]).run(load_and_go_on, second[0], config, policy, str(path), saved_at)
+    return before, after
+
+
+PAIRS = [
+    (("ddp", 2), ("fsdp", 4), UNEVEN),
+    (("fsdp", 4), ("ddp", 2), UNEVEN),
+    (("fsdp", 2), ("hsdp", 4), UNEVEN),
+    (("hsdp", 4), ("tp-fsdp", 4), DENSE),
+    (("tp-fsdp", 4), ("ddp", 2), DENSE),
+    (("ddp", 2), ("pp", 4), DENSE),
+    (("pp", 4), ("fsdp", 2), DENSE),
+    (("pp", 2), ("pp", 4), DENSE),
+    (("pp-fsdp", 4), ("tp-fsdp", 4), DENSE),
+    (("tp-fsdp", 4), ("pp-fsdp", 4), DENSE),
+    (("tp", 2), ("fsdp-dim1", 4), DENSE),
+    (("fsdp-offload", 2), ("tp-sequence-fsdp", 4), DENSE),
+    (("pp-tied", 4), ("fsdp-tied", 2), TIED),
+    (("ddp-tied", 2), ("pp-tied-fsdp", 4), TIED),
+    (("ep", 4), ("ddp", 2), MOE),
+    (("ep", 2), ("ep", 4), MOE),
+]
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "config"), PAIRS, ids=lambda v: f"{v[0]}{v[1]}" if type(v) is tuple else ""
+)
+def test_another_layout(first: tuple[str, int], second: tuple[str, int], config: Config, tmp_path: Path) -> None:
+    before, after = round_trip(first, second, config, "adagc-median", tmp_path)
+    saved = merged(before, "saved")
+    assert str(merged(after, "loaded")) == str({name: saved[name] for name in merged(after, "loaded")})
+    assert merged(after, "loaded").keys() == saved.keys()
+    assert all(rank["warnings"] == [] for rank in after)
+    end, straight = merged(after, "state"), merged(before, "state")
+    assert end == {name: pytest.approx(value, rel=1e-5) for name, value in straight.items()}
+    params = {name: param for rank in before for name, param in rank["params"].items()}
+    for rank in after:
+        for name, param in rank["params"].items():
+            torch.testing.assert_close(param, params[name], rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+EXACT = [(policy, SAVED_AT) for policy in POLICIES]
+EXACT += [(policy, WARMUP - 2) for policy in ("adagc", "adagc-median", "adagc-mean", "adagc-shard", "zclip")]
+
+
+@pytest.mark.parametrize(("policy", "saved_at"), EXACT)
+def test_resuming_on_the_same_layout_is_exact(policy: str, saved_at: int, tmp_path: Path) -> None:
+    before, after = round_trip(("fsdp", 2), ("fsdp", 2), UNEVEN, policy, tmp_path, saved_at)
+    for interrupted, straight in zip(after, before, strict=True):
+        assert str(interrupted["loaded"]) == str(straight["saved"])
+        assert str(interrupted["state"]) == str(straight["state"])
+        for name, param in interrupted["params"].items():
+            assert torch.equal(param, straight["params"][name]), name
+
+
+def shards_elsewhere(path: str) -> dict[str, Any]:
+    training = Training("fsdp", DENSE, POLICIES["adagc-shard"].ours())
+    saved = training.clipper.state_dict()
+    before = plain(training.clipper)
+    error = ""
+    try:
+        dcp.load({"clipper": training.clipper}, checkpoint_id=path)
+    except BaseException as caught:
+        error = str(caught)
+    unchanged = str(plain(training.clipper)) == str(before)
+    planner = dcp.DefaultLoadPlanner(allow_partial_load=True)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        dcp.load({"clipper": training.clipper}, checkpoint_id=path, planner=planner)
+    state = plain(training.clipper)
+    training.steps(SAVED_AT + 1, END)
+    texts = [str(w.message) for w in told if "scope 'shard'" in str(w.message)]
+    return {"error": error, "unchanged": unchanged, "state": state, "told": texts, "cuts": len(saved["shards"])}
+
+
+def test_shards_of_another_layout_start_afresh_and_say_so(tmp_path: Path) -> None:
+    """What a shard remembers is of no use to a shard of another cut. By default the checkpoint's reader refuses."""
+    pool(2).run(save_and_go_on, "fsdp", DENSE, "adagc-shard", str(tmp_path), SAVED_AT)
+    for rank in pool(4).run(shards_elsewhere, str(tmp_path)):
+        assert "Missing key in checkpoint state_dict: clipper.shards." in rank["error"]
+        assert rank["unchanged"]
+        assert len(rank["told"]) == 1
+        assert f"{rank['cuts']} tensors" in rank["told"][0]
+        assert rank["state"].pop("step") == SAVED_AT
+        assert set(rank["state"].values()) == {0.0}
+
+
+def damaged(layout: str, path: str) -> dict[str, Any]:
+    training = Training(layout, DENSE, POLICIES["adagc-median"].ours())
+    training.steps(1, 3)
+    before = str(plain(training.clipper))
+    error = ""
+    try:
+        dcp.load({"clipper": training.clipper}, checkpoint_id=path)
+    except BaseException as caught:
+        error = f"{type(caught).__name__}: {caught}"
+    return {"error": error, "unchanged": str(plain(training.clipper)) == before}
+
+
+@pytest.mark.parametrize("damage", ["cut short", "lost", "overwritten"])
+def test_a_damaged_checkpoint_changes_nothing(damage: str, tmp_path: Path) -> None:
+    pool(2).run(save_and_go_on, "fsdp", DENSE, "adagc-median", str(tmp_path), WARMUP - 1)
+    for file in tmp_path.glob("*.distcp"):
+        content = file.read_bytes()
+        if damage == "cut short":
+            file.write_bytes(content[: len(content) // 2])
+        elif damage == "lost":
+            file.unlink()
+        else:
+            file.write_bytes(b"\x00" * len(content))
+    for rank in pool(2).run(damaged, "fsdp", str(tmp_path)):
+        assert rank["error"]
+        assert rank["unchanged"]
+
+
+def other_model(path: str, config: Config) -> None:
+    setup = LAYOUTS["fsdp"].build(make_net(config, torch.float64), config)
+    clipper = make_clipper(setup, POLICIES["adagc-median"].ours())
+    dcp.load({"clipper": clipper}, checkpoint_id=path)
+
+
+def test_another_model_is_named_on_every_rank(tmp_path: Path) -> None:
+    """Fewer tensors than were saved: the checkpoint's reader would load that in silence."""
+    pool(2).run(save_and_go_on, "fsdp", DENSE, "adagc-median", str(tmp_path), SAVED_AT)
+    with pytest.raises(WorkerError) as caught:
+        pool(2).run(other_model, str(tmp_path), Config(blocks=4, tied=True))
+    assert not caught.value.timed_out
+    assert str(caught.value).count("unknown ['head.bias', 'head.weight']") == 2
+    with pytest.raises(WorkerError) as caught:
+        pool(2).run(other_model, str(tmp_path), Config(blocks=5))
+    assert not caught.value.timed_out
+    assert str(caught.value).count("clipper.tensors.blocks.4.") >= 2
+
+
+def alone_and_together(path: str) -> list[str]:
+    """torch.save on rank 0, loaded everywhere with weights_only=True."""
+    training = Training("fsdp", UNEVEN, POLICIES["adagc-mean"].ours())
+    training.steps(1, 3)
+    if dist.get_rank() == 0:
+        torch.save(training.clipper.state_dict(), path)
+    dist.barrier()
+    other = Training("ddp", UNEVEN, POLICIES["adagc-mean"].ours())
+    other.clipper.load_state_dict(torch.load(path, weights_only=True))
+    return [str(plain(training.clipper)), str(plain(other.clipper))]
+
+
+def test_plain_files(tmp_path: Path) -> None:
+    for before, after in pool(2).run(alone_and_together, str(tmp_path / "clipper.pt")):
+        assert after == before
+
+
+def test_a_plain_file_cut_short(tmp_path: Path) -> None:
+    model = nn.Linear(3, 2)
+    clipper = dist_clip.GradClipper(model, dist_clip.AdaGC())
+    before = clipper.state_dict()
+    path = tmp_path / "clipper.pt"
+    torch.save(before, path)
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(RuntimeError):
+        clipper.load_state_dict(torch.load(path, weights_only=True))
+    assert str(clipper.state_dict()) == str(before)
