@@ -81,14 +81,18 @@ def load_state_dict(clipper: GradClipper, loaded: Mapping[str, Any], *, strict: 
         restore(clipper, _afresh(clipper, 0))
         return
     _check_names(clipper, loaded["names"], sections, tell)
-    restore(clipper, _chosen(clipper, step, sections))
+    restore(clipper, _chosen(clipper, step, sections, set(loaded["names"])))
 
 
-def _chosen(clipper: GradClipper, step: int, sections: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def _chosen(
+    clipper: GradClipper, step: int, sections: Mapping[str, Mapping[str, Any]], names: set[str]
+) -> dict[str, Any]:
     """The snapshot that a state dict comes to on this rank: its part of what was saved, where there is such, else afresh."""
     chosen = _afresh(clipper, step)
     recut = []
     for name, cleared in chosen["tensors"].items():
+        if name not in names:
+            continue
         entry = sections["tensors"].get(name)
         if name in chosen["shards"]:
             pieces = sections["shards"].get(name, {})
@@ -142,7 +146,8 @@ def _kind(policy: Mapping[str, Any]) -> tuple[Any, ...]:
 
 def _check_names(clipper: GradClipper, names: list[str], sections: Mapping[str, Mapping[str, Any]], tell: Tell) -> None:
     mine = {*clipper.layout.names, *clipper.names_elsewhere}
-    saved = {*names, *sections["tensors"], *sections["shards"]}
+    # The names decide: a partial load leaves entries that were in the clipper before it.
+    unknown = sorted({*names, *sections["tensors"], *sections["shards"]} - mine)
     lost = {
         name
         for domain in clipper.domains
@@ -151,7 +156,7 @@ def _check_names(clipper: GradClipper, names: list[str], sections: Mapping[str, 
         if name not in sections["tensors"]
     }
     lost |= {d.pattern for d in clipper.domains if d.policy.rule_scope == "global"} - set(sections["global"])
-    missing, unknown = sorted((mine - saved) | lost), sorted(saved - mine)
+    missing = sorted((mine - set(names)) | lost)
     if missing or unknown:
         hint = ": were they renamed? Then rename them in the state too" if missing and unknown else ""
         tell(f"the state does not fit this model: missing {missing}, unknown {unknown}{hint}")
