@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from dist_clip.errors import LayoutError
 from dist_clip.layout import Layout, LogicalTensor
 from dist_clip.readers.dtensor import MeshGroups, read_dtensor
+from dist_clip.readers.fsdp1 import FlatParameters, is_flat
 from dist_clip.readers.naming import modules_of, named_parameters
 
 
@@ -20,11 +22,6 @@ def build_layout(target: Any, *, allow_empty: bool = False, skip: Callable[[str]
     """Read and check the layout of `target` (see `named_parameters`), without the names that `skip` matches."""
     sparse = set()
     for module in modules_of(target):
-        if type(module).__name__ == "FullyShardedDataParallel":
-            raise LayoutError(
-                "the model is wrapped in FullyShardedDataParallel (FSDP1), whose per-tensor norms cannot be read yet: use "
-                "fully_shard (FSDP2)"
-            )
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.sparse:
             sparse.add(id(module.weight))
     pairs = named_parameters(target)
@@ -33,7 +30,9 @@ def build_layout(target: Any, *, allow_empty: bool = False, skip: Callable[[str]
     floating = [(name, p) for name, p in pairs if p.is_floating_point() or p.is_complex()]
     if pairs and not any(p.requires_grad for _, p in floating) and not allow_empty:
         raise LayoutError(f"all {len(pairs)} parameters are frozen (requires_grad=False): there is nothing to clip")
-    kept = [(name, p) for name, p in floating if not skip(name)]
+    flat = FlatParameters(modules_of(target))
+    # A flat parameter is excluded tensor by tensor, once it is known what it is made of.
+    kept = [(name, p) for name, p in floating if is_flat(p) or not skip(name)]
     if not kept and not allow_empty:
         raise LayoutError(f"all {len(pairs)} parameters are excluded: there is nothing to clip")
     for name, param in kept:
@@ -47,21 +46,28 @@ def build_layout(target: Any, *, allow_empty: bool = False, skip: Callable[[str]
                 f"rank {_rank()}: {name!r} belongs to an embedding that makes sparse gradients, which cannot be clipped: "
                 "construct it with sparse=False, or exclude this tensor"
             )
-    return layout_of_parameters(kept)
+    layout = layout_of_parameters(kept, flat)
+    tensors = tuple(t for t in layout if not (is_flat(t.param) and skip(t.name)))
+    if not tensors and not allow_empty:
+        raise LayoutError(f"all {len(layout)} tensors are excluded: there is nothing to clip")
+    return dataclasses.replace(layout, tensors=tensors)
 
 
-def layout_of_parameters(pairs: Sequence[tuple[str, Tensor]]) -> Layout:
+def layout_of_parameters(pairs: Sequence[tuple[str, Tensor]], flat: FlatParameters | None = None) -> Layout:
+    """The layout of `pairs`; those of FSDP1 can only be read where `flat` knows their modules."""
+    flat = flat or FlatParameters(())
     groups = MeshGroups()
-    tensors = []
+    tensors: list[LogicalTensor] = []
     for name, param in pairs:
         if param.is_complex() and param.requires_grad:
             raise LayoutError(f"rank {_rank()}: {name!r} is complex ({param.dtype}); view it as real to clip it")
-        if type(param).__name__ == "FlatParameter":
-            raise LayoutError(
-                f"rank {_rank()}: {name!r} is a flat parameter of FullyShardedDataParallel (FSDP1), whose per-tensor norms "
-                "cannot be read yet: use fully_shard (FSDP2)"
+        several = flat.read(name, param)
+        if several is not None:
+            tensors += several
+        else:
+            tensors.append(
+                read_dtensor(name, param, groups) if isinstance(param, DTensor) else _read_plain(name, param)
             )
-        tensors.append(read_dtensor(name, param, groups) if isinstance(param, DTensor) else _read_plain(name, param))
     return Layout(tuple(tensors))
 
 

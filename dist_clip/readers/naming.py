@@ -77,12 +77,16 @@ def _param_group_parameters(groups: Iterable[Mapping[str, Any]]) -> list[tuple[s
     return pairs
 
 
+def without_wrappers(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part not in _WRAPPER_NAMES)
+
+
 def _unwrapped(pairs: list[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
     """Names as they would be without wrappers. DDP's ``module.`` can only be told from an attribute of that name when it
     leads every name."""
     if not all(isinstance(name, str) for name, _ in pairs):
         return pairs  # _unique says what is wrong
-    names = [".".join(part for part in name.split(".") if part not in _WRAPPER_NAMES) for name, _ in pairs]
+    names = [without_wrappers(name) for name, _ in pairs]
     if names and all(name.startswith("module.") for name in names):
         names = [name.removeprefix("module.") for name in names]
     return [(name, param) for name, (_, param) in zip(names, pairs, strict=True)]

@@ -15,7 +15,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FullyShardedDataParallel,
+    MixedPrecisionPolicy,
+    ShardingStrategy,
+    fully_shard,
+)
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module, distribute_tensor
 from torch.distributed.tensor.parallel import (
@@ -26,7 +33,7 @@ from torch.distributed.tensor.parallel import (
 )
 from torch.nn.parallel import DistributedDataParallel
 
-from .model import BATCH, Config, Net, batch, loss_of, named_once, spike
+from .model import BATCH, Block, Config, Net, batch, loss_of, named_once, spike
 
 
 @dataclass
@@ -180,6 +187,73 @@ def dtensor_dp(net: Net, config: Config) -> Setup:
         (loss.full_tensor() * spike(step)).backward()
 
     return Setup([net], backward, groups={"dp"})
+
+
+# ---------------------------------------------------------------- FSDP1
+
+
+class Piece:
+    """This rank's range of one tensor inside a flat parameter, as far as a test reads it: its values and its gradient."""
+
+    def __init__(self, flat: nn.Parameter, position: int) -> None:
+        info = flat._shard_param_infos[position]
+        self._flat = flat
+        start = info.offset_in_shard if info.in_shard else 0
+        self._range = slice(start, start + (info.numel_in_shard or 0))
+
+    def detach(self) -> Tensor:
+        return self._flat.detach()[self._range]
+
+    @property
+    def grad(self) -> Tensor | None:
+        return None if self._flat.grad is None else self._flat.grad[self._range]
+
+    @grad.setter
+    def grad(self, value: None) -> None:
+        self._flat.grad = value
+
+
+@dataclass
+class FlatSetup(Setup):
+    """use_orig_params=False: the optimizer has flat parameters, and the tests look at the tensors inside."""
+
+    @property
+    def named(self) -> list[tuple[str, Any]]:
+        pairs = []
+        for name, flat in self.modules[0].named_parameters():
+            prefix = name.removesuffix("_flat_param")
+            pairs += [(clean(prefix + fqn), Piece(flat, i)) for i, fqn in enumerate(flat._fqns)]
+        return pairs
+
+
+@dataclass
+class OriginalSetup(Setup):
+    @property
+    def named(self) -> list[tuple[str, nn.Parameter]]:
+        return [(clean(name), param) for name, param in named_once(self.modules)]
+
+
+def clean(name: str) -> str:
+    return name.replace("_fsdp_wrapped_module.", "")
+
+
+def fsdp1(
+    net: Net, config: Config, *, strategy: str = "FULL_SHARD", original: bool = True, nested: bool = True, **kwargs: Any
+) -> Setup:
+    """Each block wrapped, then the rest; or all in one flat parameter."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    if strategy.startswith(("HYBRID", "_HYBRID")):
+        kwargs["device_mesh"] = mesh((2, world // 2), ("replicate", "shard"))
+    model = FullyShardedDataParallel(
+        net,
+        sharding_strategy=ShardingStrategy[strategy],
+        auto_wrap_policy=ModuleWrapPolicy({Block}) if nested else None,
+        use_orig_params=original,
+        device_id=torch.device("cpu"),
+        **kwargs,
+    )
+    kind = OriginalSetup if original else FlatSetup
+    return kind([model], data_parallel_backward(model, net, config, rank, world))
 
 
 # ---------------------------------------------------------------- tensor parallelism
@@ -478,5 +552,19 @@ LAYOUTS: dict[str, Layout] = {
 }
 
 LAYOUTS["hsdp-tp"] = Layout(hsdp_tp, Config(width=6, hidden=10, vocab=7), worlds=())  # eight ranks: tested apart
+
+# Old and wrapped in many ways: tested apart, in test_fsdp1.py.
+LAYOUTS |= {
+    "fsdp1": Layout(fsdp1, UNEVEN, ()),
+    "fsdp1-flat": Layout(functools.partial(fsdp1, original=False), UNEVEN, ()),
+    "fsdp1-one-flat": Layout(functools.partial(fsdp1, original=False, nested=False), Config(tied=True), ()),
+    "fsdp1-frozen": Layout(fsdp1, FROZEN, ()),
+    "fsdp1-grad-op": Layout(functools.partial(fsdp1, strategy="SHARD_GRAD_OP"), DENSE, ()),
+    "fsdp1-grad-op-flat": Layout(functools.partial(fsdp1, strategy="SHARD_GRAD_OP", original=False), DENSE, ()),
+    "fsdp1-hybrid": Layout(functools.partial(fsdp1, strategy="HYBRID_SHARD"), UNEVEN, ()),
+    "fsdp1-hybrid-flat": Layout(functools.partial(fsdp1, strategy="HYBRID_SHARD", original=False), UNEVEN, ()),
+    "fsdp1-no-shard": Layout(functools.partial(fsdp1, strategy="NO_SHARD"), UNEVEN, ()),
+    "fsdp1-no-shard-flat": Layout(functools.partial(fsdp1, strategy="NO_SHARD", original=False), UNEVEN, ()),
+}
 
 CASES = [(name, world) for name, layout in LAYOUTS.items() for world in layout.worlds]

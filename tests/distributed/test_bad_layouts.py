@@ -510,19 +510,6 @@ def test_group_on_one_stage_is_not_an_error() -> None:
         assert kind == "nothing", text
 
 
-def fsdp1() -> tuple[str, str]:
-    from torch.distributed.fsdp import FullyShardedDataParallel
-
-    net = FullyShardedDataParallel(make_net(Config()), device_id=torch.device("cpu"))
-    return outcome(lambda: dist_clip.GradClipper(net, dist_clip.AdaGC()))
-
-
-def test_fsdp1_is_refused() -> None:
-    for kind, text in pool(2).run(fsdp1):
-        assert kind in ("LayoutError", "ValueError", "TypeError", "NotImplementedError"), (kind, text)
-        assert "FSDP1" in text or "FullyShardedDataParallel" in text, text
-
-
 def before_sharding() -> tuple[tuple[str, str], tuple[str, str]]:
     """Parameters that were replaced after the clipper was built: the clip must say so, not clip thin air."""
     net = make_net(Config())

@@ -99,10 +99,13 @@ def local_grad(param: nn.Parameter) -> Tensor | None:
 
 
 @functools.cache
-def held(layout: str) -> dict[str, Tensor]:
-    """FQN -> flat indices, within the logical tensor, of the elements that this rank holds."""
+def held(layout: str, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
+    """FQN -> flat indices, within the logical tensor, of the elements that this rank holds.
+
+    `dtype`: FSDP1 aligns its original tensors in the flat parameter to so many bytes, so the cut depends on it.
+    """
     chosen = LAYOUTS[layout]
-    setup = chosen.build(make_index_net(chosen.config), chosen.config)
+    setup = chosen.build(make_index_net(chosen.config).to(dtype), chosen.config)
     return {name: local(param).detach().flatten().long() for name, param in setup.named}
 
 
@@ -123,13 +126,14 @@ def flat(tensors: list[Tensor | None]) -> Tensor:
 
 def train(layout: str, policy: str | None, optimizer: str, dtype: torch.dtype, steps: int = STEPS) -> dict[str, Any]:
     """Train on this rank; everything that happened, as plain data."""
-    index = held(layout)
+    index = held(layout, dtype if layout.startswith("fsdp1") else torch.float64)
     setup = build(layout, dtype)
     names, params = zip(*setup.named, strict=True)
     clipper = make_clipper(setup, POLICIES[policy].ours()) if policy else None
     # AdamW is elementwise: on the local tensors it is the same, and without DTensor's dispatch for each of its many
     # operations. SGD runs on what users hand to their optimizer.
-    owned = [nn.Parameter(local(param.detach())) for param in params] if optimizer == "adamw" else params
+    direct = optimizer != "adamw" and all(isinstance(param, nn.Parameter) for param in params)
+    owned = params if direct else [nn.Parameter(local(param.detach())) for param in params]
     optim = OPTIMIZERS[optimizer](owned)
     records = []
     for step in range(1, steps + 1):

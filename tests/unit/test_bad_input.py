@@ -238,14 +238,17 @@ def test_complex_gradients_in_clip_grad_norm() -> None:
 @pytest.mark.usefixtures("world_of_one")
 @pytest.mark.parametrize("use_orig_params", [False, True])
 @pytest.mark.filterwarnings("ignore")
-def test_fsdp1_is_refused(use_orig_params: bool) -> None:
+def test_parameters_of_fsdp1_without_their_module_are_refused(use_orig_params: bool) -> None:
     model = nn.Sequential(
         FullyShardedDataParallel(linear(), device_id=torch.device("cpu"), use_orig_params=use_orig_params),
         nn.Linear(3, 1),
     )
     for target in (model, [model], model[0]):
-        with pytest.raises(dist_clip.LayoutError, match=r"(?i)FSDP|FullyShardedDataParallel"):
-            dist_clip.GradClipper(target, dist_clip.GlobalNorm())
+        names = dist_clip.GradClipper(target, dist_clip.GlobalNorm()).layout.names
+        assert "0.weight" in names or "weight" in names
+    for parameters in (model.parameters(), model.named_parameters(), torch.optim.SGD(model.parameters())):
+        with pytest.raises(dist_clip.LayoutError, match=r"FSDP1.*pass the wrapped module"):
+            dist_clip.GradClipper(parameters, dist_clip.GlobalNorm())
 
 
 # ---- process groups --------------------------------------------------------------------------------------------------
