@@ -42,12 +42,13 @@ def state_dict(clipper: GradClipper) -> dict[str, Any]:
     numbers, empty once the warm-up is over.
     """
     taken = snapshot(clipper)
+    cuts = _cuts(clipper)
     shards: dict[str, dict[str, Any]] = {}
     tensors: dict[str, dict[str, Any]] = {}
     for name, entry in taken["tensors"].items():
         value = _listed(entry, clipper.policy_for(name))
         if name in taken["shards"]:
-            shards[name] = {_LAYOUT: _cut_of(clipper, name), taken["shards"][name]: value}
+            shards[name] = {_LAYOUT: cuts[name], taken["shards"][name]: value}
         else:
             tensors[name] = value
     rules = {domain.pattern: domain.policy for domain in clipper.domains}
@@ -74,6 +75,8 @@ def load_state_dict(clipper: GradClipper, loaded: Mapping[str, Any], *, strict: 
         if not isinstance(loaded[key], kind):
             expected = "a list" if kind is list else "a dict"
             raise ValueError(f"the state's {key!r} must be {expected}, got {type(loaded[key]).__name__}")
+    if not all(isinstance(name, str) for name in loaded["names"]):
+        raise ValueError("the state's 'names' must be strings")
     sections = {key: loaded[key] for key in ("tensors", "global", "shards")}
     step = _checked_step(loaded)
     tell = _refuse if strict else _warn
@@ -89,15 +92,17 @@ def _chosen(
 ) -> dict[str, Any]:
     """The snapshot that a state dict comes to on this rank: its part of what was saved, where there is such, else afresh."""
     chosen = _afresh(clipper, step)
+    cuts = _cuts(clipper)
     recut = []
     for name, cleared in chosen["tensors"].items():
         if name not in names:
             continue
         entry = sections["tensors"].get(name)
         if name in chosen["shards"]:
-            pieces = sections["shards"].get(name, {})
-            same_cut = pieces.get(_LAYOUT) == _cut_of(clipper, name)
-            entry = pieces.get(chosen["shards"][name]) if same_cut else None
+            pieces = sections["shards"].get(name)
+            if not isinstance(pieces, Mapping) or pieces.get(_LAYOUT) != cuts[name]:
+                pieces = {}
+            entry = pieces.get(chosen["shards"][name])
             if entry is None:
                 recut.append(name)
         if entry is not None:
@@ -218,13 +223,16 @@ def _unlisted(entry: Any, policy: Policy, cleared: Mapping[str, Tensor]) -> Any:
         record = entry.get(slot, None if slot in _lasting(policy) else [])
         if isinstance(record, list):
             # Also of a warm-up of another length or kind, or over: as much of it as there is.
+            if not all(isinstance(value, (int, float)) for value in record):
+                raise ValueError(f"the state is damaged: {slot} must be a list of numbers, got {record}")
             rows = torch.tensor(record[: empty.numel()], dtype=empty.dtype)
             out[slot] = torch.cat([rows, empty.reshape(-1)[len(rows) :]]).view(empty.shape)
     return out
 
 
-def _cut_of(clipper: GradClipper, name: str) -> str:
-    return clipper.layout.tensors[clipper.layout.names.index(name)].placement
+def _cuts(clipper: GradClipper) -> dict[str, str]:
+    """How each tensor is cut into shards."""
+    return {tensor.name: tensor.placement for tensor in clipper.layout}
 
 
 def _some(names: Iterable[str]) -> str:

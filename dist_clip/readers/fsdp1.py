@@ -69,6 +69,12 @@ def _read(handle: Any, position: int, name: str, param: Tensor) -> LogicalTensor
     ranks = frozenset(dist.get_process_group_ranks(group))
     own = frozenset({dist.get_rank()})
     info = flat._shard_param_infos[position]
+    whole = flat._unpadded_unsharded_size.numel()
+    starts = [
+        start
+        for (start, _), padding in zip(handle._get_flat_param_offsets(), flat._is_padding_mask, strict=True)
+        if not padding
+    ]
     numel = info.numel_in_shard or 0
     original = param is not flat
     strategy = handle._sharding_strategy.name
@@ -84,7 +90,8 @@ def _read(handle: Any, position: int, name: str, param: Tensor) -> LogicalTensor
         read=_original_reader(name, param, numel) if original else _flat_reader(name, flat, info),
         # Gradients may be offloaded to the CPU, but the group reduces where the model computes.
         device=handle.device,
-        placement=f"{strategy} (FSDP1) over {group.size()} ranks",
+        # Where it is in the flat parameter decides how it is cut.
+        placement=f"{strategy} (FSDP1) over {group.size()} ranks, from {starts[position]} of {whole}",
     )
 
 

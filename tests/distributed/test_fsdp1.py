@@ -64,7 +64,7 @@ def test_names_are_those_of_the_model(original: bool) -> None:
     for rank in ranks:
         assert set(rank["names"]) == expected
         assert rank["clipped"] == pytest.approx(1e-3, rel=1e-2)
-        assert "FULL_SHARD (FSDP1) over 2 ranks" in rank["explain"]
+        assert "FULL_SHARD (FSDP1) over 2 ranks, from 0 of" in rank["explain"]
     # Each tensor is on one rank or on both.
     assert sum(rank["grads"] for rank in ranks) >= len(expected)
 

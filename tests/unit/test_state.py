@@ -225,6 +225,16 @@ def test_the_keys_do_not_depend_on_the_step() -> None:
         assert len({str(keys(clipper.state_dict())) for clipper in clippers}) == 1
 
 
+def test_a_damaged_record() -> None:
+    clipper = trained(dist_clip.AdaGC(warmup_steps=9, gamma_init="median"), "w", steps=3)
+    state = clipper.state_dict()
+    state["tensors"]["w"]["history"][1] = "x"
+    with pytest.raises(ValueError, match="history must be a list of numbers"):
+        clipper.load_state_dict(state)
+    with pytest.raises(ValueError, match="names"):
+        clipper.load_state_dict({**clipper.state_dict(), "names": [3]})
+
+
 @pytest.mark.parametrize("line", [3, "{", '{"pattern": "*"}', "[]"], ids=str)
 def test_damaged_policies(line: Any) -> None:
     clipper = trained(dist_clip.AdaGC(warmup_steps=2), "w")
