@@ -234,6 +234,7 @@ def wrap_precision(model: Any, transformer: Any) -> Any:
 
 
 def layer_wise(optimizer_config: Any, chunks: list[Any]) -> Any:
+    import megatron.core
     from megatron.core.optimizer import get_megatron_optimizer
     from megatron.core.optimizer.layer_wise_optimizer import LayerWiseDistributedOptimizer
     from megatron.core.process_groups_config import ProcessGroupCollection
@@ -243,7 +244,10 @@ def layer_wise(optimizer_config: Any, chunks: list[Any]) -> Any:
     made = get_megatron_optimizer(optimizer_config, chunks)
     optimizer_config.bf16 = bf16
     groups = ProcessGroupCollection.use_mpu_process_groups()
-    return LayerWiseDistributedOptimizer(list(made.chained_optimizers), optimizer_config, groups)
+    optimizers = list(made.chained_optimizers)
+    if bf16 and tuple(map(int, megatron.core.__version__.split(".")[:2])) >= (0, 19):
+        optimizers = [wrapped.optimizer for wrapped in optimizers]  # newer versions wrap them themselves
+    return LayerWiseDistributedOptimizer(optimizers, optimizer_config, groups)
 
 
 # ---------------------------------------------------------------- weights and data
