@@ -94,7 +94,7 @@ def _chosen(
     chosen = _afresh(clipper, step)
     cuts = _cuts(clipper)
     recut = []
-    for name, cleared in chosen["tensors"].items():
+    for name, empty in chosen["tensors"].items():
         if name not in names:
             continue
         entry = sections["tensors"].get(name)
@@ -106,11 +106,11 @@ def _chosen(
             if entry is None:
                 recut.append(name)
         if entry is not None:
-            chosen["tensors"][name] = _unlisted(entry, clipper.policy_for(name), cleared)
+            chosen["tensors"][name] = _unlisted(entry, clipper.policy_for(name), empty)
     rules = {domain.pattern: domain.policy for domain in clipper.domains}
-    for pattern, cleared in chosen["global"].items():
+    for pattern, empty in chosen["global"].items():
         if pattern in sections["global"]:
-            chosen["global"][pattern] = _unlisted(sections["global"][pattern], rules[pattern], cleared)
+            chosen["global"][pattern] = _unlisted(sections["global"][pattern], rules[pattern], empty)
     if recut:
         warnings.warn(
             f"scope 'shard': {len(recut)} tensors ({_some(recut)}) are cut into other shards than when the state was saved, "
@@ -175,24 +175,13 @@ def _warn(message: str) -> None:
     warnings.warn(f"{message}. What fits is loaded, the rest starts afresh", stacklevel=4)
 
 
-def _afresh(clipper: GradClipper, step: int = 0) -> dict[str, Any]:
+def _afresh(clipper: GradClipper, step: int) -> dict[str, Any]:
     """The snapshot of a clipper that has observed nothing, at any step."""
-    tensors: dict[str, dict[str, Tensor]] = {}
-    shared: dict[str, dict[str, Tensor]] = {}
-    shards: dict[str, str] = {}
-    for domain in clipper.domains:
-        if domain.policy.rule_scope == "global":
-            shared[domain.pattern] = _cleared(domain.policy, step)
-            continue
-        for i in domain.indices:
-            name = clipper.layout.names[i]
-            tensors[name] = _cleared(domain.policy, step)
-            if domain.policy.rule_scope == "shard":
-                shards[name] = _shard_of(clipper, i)
-    return {**_frame(clipper, step), "tensors": tensors, "global": shared, "shards": shards}
+    return _assembled(clipper, step, lambda domain, k: cleared(domain.policy, step))
 
 
-def _cleared(policy: Policy, step: int) -> dict[str, Tensor]:
+def cleared(policy: Policy, step: int) -> dict[str, Tensor]:
+    """The state of one element of which nothing was observed, at any step."""
     state = policy.init_state(1, torch.device("cpu"))
     return {slot: state[slot][..., 0] for slot in policy.slots_after(step)}
 
@@ -213,13 +202,13 @@ def _listed(entry: Mapping[str, Tensor], policy: Policy) -> dict[str, Any]:
     return out
 
 
-def _unlisted(entry: Any, policy: Policy, cleared: Mapping[str, Tensor]) -> Any:
-    """The inverse of `_listed`, for a clipper that needs the slots of `cleared`. What is wrong is left for _fill to tell."""
+def _unlisted(entry: Any, policy: Policy, afresh: Mapping[str, Tensor]) -> Any:
+    """The inverse of `_listed`, for a clipper that needs the slots of `afresh`. What is wrong is left for _fill to tell."""
     if not isinstance(entry, Mapping):
         return entry
     # A record that this clipper has no use for, its warm-up being over, is let go.
-    out = {slot: value for slot, value in entry.items() if slot in cleared or not isinstance(value, list)}
-    for slot, empty in cleared.items():
+    out = {slot: value for slot, value in entry.items() if slot in afresh or not isinstance(value, list)}
+    for slot, empty in afresh.items():
         record = entry.get(slot, None if slot in _lasting(policy) else [])
         if isinstance(record, list):
             # Also of a warm-up of another length or kind, or over: as much of it as there is.
@@ -247,19 +236,25 @@ def snapshot(clipper: GradClipper) -> dict[str, Any]:
     """``{"format_version", "step", "policies", "tensors": {fqn: {slot: tensor}}, "global": {pattern: {slot: tensor}},
     "shards": {fqn: "k of n"}}``, the last for tensors under scope "shard", whose state belongs to one shard."""
     step = clipper.steps
+    return _assembled(clipper, step, lambda domain, k: _element(domain, k, step))
+
+
+def _assembled(clipper: GradClipper, step: int, element: Callable[[Domain, int], dict[str, Tensor]]) -> dict[str, Any]:
+    """A snapshot whose elements, number k of a domain, are what `element` says."""
     tensors: dict[str, dict[str, Tensor]] = {}
-    global_state: dict[str, dict[str, Tensor]] = {}
+    shared: dict[str, dict[str, Tensor]] = {}
     shards: dict[str, str] = {}
     for domain in clipper.domains:
         if domain.policy.rule_scope == "global":
-            global_state[domain.pattern] = _element(domain, 0, step)
+            shared[domain.pattern] = element(domain, 0)
             continue
         for k, i in enumerate(domain.indices):
             name = clipper.layout.names[i]
-            tensors[name] = _element(domain, k, step)
+            tensors[name] = element(domain, k)
             if domain.policy.rule_scope == "shard":
                 shards[name] = _shard_of(clipper, i)
-    return {**_frame(clipper, step), "tensors": tensors, "global": global_state, "shards": shards}
+    frame = {"format_version": FORMAT_VERSION, "step": step, "policies": _policies(clipper)}
+    return {**frame, "tensors": tensors, "global": shared, "shards": shards}
 
 
 def restore(clipper: GradClipper, loaded: Mapping[str, Any]) -> None:
@@ -302,10 +297,6 @@ def restore(clipper: GradClipper, loaded: Mapping[str, Any]) -> None:
                 value = domain.state[slot].copy_(value)  # in place: its memory never moves
             domain.state[slot] = value
     clipper.set_steps(step)
-
-
-def _frame(clipper: GradClipper, step: int) -> dict[str, Any]:
-    return {"format_version": FORMAT_VERSION, "step": step, "policies": _policies(clipper)}
 
 
 def _checked_step(loaded: Mapping[str, Any]) -> int:

@@ -21,7 +21,8 @@ from dist_clip.readers.naming import modules_of, named_parameters
 def build_layout(target: Any, *, allow_empty: bool = False, skip: Callable[[str], bool] = lambda name: False) -> Layout:
     """Read and check the layout of `target` (see `named_parameters`), without the names that `skip` matches."""
     sparse = set()
-    for module in modules_of(target):
+    modules = modules_of(target)
+    for module in modules:
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.sparse:
             sparse.add(id(module.weight))
     pairs = named_parameters(target)
@@ -30,11 +31,9 @@ def build_layout(target: Any, *, allow_empty: bool = False, skip: Callable[[str]
     floating = [(name, p) for name, p in pairs if p.is_floating_point() or p.is_complex()]
     if pairs and not any(p.requires_grad for _, p in floating) and not allow_empty:
         raise LayoutError(f"all {len(pairs)} parameters are frozen (requires_grad=False): there is nothing to clip")
-    flat = FlatParameters(modules_of(target))
+    flat = FlatParameters(modules)
     # A flat parameter is excluded tensor by tensor, once it is known what it is made of.
     kept = [(name, p) for name, p in floating if is_flat(p) or not skip(name)]
-    if not kept and not allow_empty:
-        raise LayoutError(f"all {len(pairs)} parameters are excluded: there is nothing to clip")
     for name, param in kept:
         if param.is_meta:
             raise LayoutError(
@@ -49,7 +48,7 @@ def build_layout(target: Any, *, allow_empty: bool = False, skip: Callable[[str]
     layout = layout_of_parameters(kept, flat)
     tensors = tuple(t for t in layout if not (is_flat(t.param) and skip(t.name)))
     if not tensors and not allow_empty:
-        raise LayoutError(f"all {len(layout)} tensors are excluded: there is nothing to clip")
+        raise LayoutError(f"all {len(pairs)} parameters are excluded: there is nothing to clip")
     return dataclasses.replace(layout, tensors=tensors)
 
 

@@ -22,27 +22,27 @@ class FlatParameters:
     """The flat parameters of all FSDP1 modules among `modules`, and the original parameters that came from them."""
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
-        self._handles: dict[int, Any] = {}  # id(flat parameter) -> handle
-        self._originals: dict[int, tuple[Any, int]] = {}  # id(original parameter) -> handle, position
+        self._units: dict[int, _Unit] = {}  # by id(flat parameter)
+        self._originals: dict[int, tuple[_Unit, int]] = {}  # id(original parameter) -> unit, position
         for module in modules:
             handle = getattr(module, "_handle", None) if type(module).__name__ == "FullyShardedDataParallel" else None
             if handle is None:  # a wrapper with no parameters of its own
                 continue
-            self._handles[id(handle.flat_param)] = handle
+            unit = self._units[id(handle.flat_param)] = _Unit(handle)
             for position, param in enumerate(handle.flat_param._params or ()):
-                self._originals[id(param)] = (handle, position)
+                self._originals[id(param)] = (unit, position)
 
     def read(self, name: str, param: Tensor) -> list[LogicalTensor] | None:
         """The logical tensors behind the parameter of that name, or None where it is none of FSDP1's."""
         if id(param) in self._originals:
-            handle, position = self._originals[id(param)]
-            return [_read(handle, position, name, param)]
-        if id(param) in self._handles:
-            handle = self._handles[id(param)]
+            unit, position = self._originals[id(param)]
+            return [unit.read(position, name, param)]
+        if id(param) in self._units:
+            unit = self._units[id(param)]
             prefix = name.removesuffix("_flat_param")
             return [
-                _read(handle, position, prefix + without_wrappers(fqn), param)
-                for position, fqn in enumerate(handle.flat_param._fqns)
+                unit.read(position, prefix + without_wrappers(fqn), param)
+                for position, fqn in enumerate(unit.flat._fqns)
             ]
         if getattr(param, "_fsdp_flattened", False):
             raise LayoutError(
@@ -57,42 +57,43 @@ def is_flat(param: Tensor | None) -> bool:
     return getattr(param, "_is_flat_param", False)
 
 
-def _read(handle: Any, position: int, name: str, param: Tensor) -> LogicalTensor:
-    flat = handle.flat_param
-    if any(extension is not None for extension in flat._param_extensions):
-        raise LayoutError(
-            f"rank {dist.get_rank()}: {name!r} is a DTensor inside FullyShardedDataParallel (FSDP1): use fully_shard "
-            "(FSDP2), which shards such tensors along both meshes"
+class _Unit:
+    """One flat parameter and what its tensors have in common."""
+
+    def __init__(self, handle: Any) -> None:
+        self.flat = handle.flat_param
+        self._handle = handle
+        self._sharded = handle.uses_sharded_strategy
+        self._ranks = frozenset(dist.get_process_group_ranks(handle.process_group))
+        offsets = zip(handle._get_flat_param_offsets(), self.flat._is_padding_mask, strict=True)
+        self._starts = [start for (start, _), padding in offsets if not padding]
+
+    def read(self, position: int, name: str, param: Tensor) -> LogicalTensor:
+        """Tensor number `position`, whose gradient `param` has: the tensor itself, or the flat parameter."""
+        flat, group = self.flat, self._handle.process_group
+        if any(extension is not None for extension in flat._param_extensions):
+            raise LayoutError(
+                f"rank {dist.get_rank()}: {name!r} is a DTensor inside FullyShardedDataParallel (FSDP1): use fully_shard "
+                "(FSDP2), which shards such tensors along both meshes"
+            )
+        info = flat._shard_param_infos[position]
+        numel = info.numel_in_shard or 0
+        strategy, whole = self._handle._sharding_strategy.name, flat._unpadded_unsharded_size.numel()
+        return LogicalTensor(
+            name=name,
+            shape=tuple(flat._shapes[position]),
+            dtype=param.dtype,
+            param=param,
+            shard_numel=numel,
+            norm_groups=(group,) if self._sharded and group.size() > 1 else (),
+            component=self._ranks if self._sharded else frozenset({dist.get_rank()}),
+            mesh_ranks=self._ranks,
+            read=_flat_reader(name, flat, info) if param is flat else _original_reader(name, param, numel),
+            # Gradients may be offloaded to the CPU, but the group reduces where the model computes.
+            device=self._handle.device,
+            # Where it is in the flat parameter decides how it is cut.
+            placement=f"{strategy} (FSDP1) over {group.size()} ranks, from {self._starts[position]} of {whole}",
         )
-    sharded = handle.uses_sharded_strategy
-    group = handle.process_group
-    ranks = frozenset(dist.get_process_group_ranks(group))
-    own = frozenset({dist.get_rank()})
-    info = flat._shard_param_infos[position]
-    whole = flat._unpadded_unsharded_size.numel()
-    starts = [
-        start
-        for (start, _), padding in zip(handle._get_flat_param_offsets(), flat._is_padding_mask, strict=True)
-        if not padding
-    ]
-    numel = info.numel_in_shard or 0
-    original = param is not flat
-    strategy = handle._sharding_strategy.name
-    return LogicalTensor(
-        name=name,
-        shape=tuple(flat._shapes[position]),
-        dtype=param.dtype,
-        param=param,
-        shard_numel=numel,
-        norm_groups=(group,) if sharded and group.size() > 1 else (),
-        component=ranks if sharded else own,
-        mesh_ranks=ranks,
-        read=_original_reader(name, param, numel) if original else _flat_reader(name, flat, info),
-        # Gradients may be offloaded to the CPU, but the group reduces where the model computes.
-        device=handle.device,
-        # Where it is in the flat parameter decides how it is cut.
-        placement=f"{strategy} (FSDP1) over {group.size()} ranks, from {starts[position]} of {whole}",
-    )
 
 
 def _original_reader(name: str, param: Tensor, numel: int) -> Callable[[], Tensor | None]:

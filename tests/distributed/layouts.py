@@ -33,7 +33,7 @@ from torch.distributed.tensor.parallel import (
 )
 from torch.nn.parallel import DistributedDataParallel
 
-from .model import BATCH, Block, Config, Net, batch, loss_of, named_once, spike
+from .model import BATCH, Block, Config, Net, batch, clean, loss_of, named_once, spike
 
 
 @dataclass
@@ -226,17 +226,6 @@ class FlatSetup(Setup):
         return pairs
 
 
-@dataclass
-class OriginalSetup(Setup):
-    @property
-    def named(self) -> list[tuple[str, nn.Parameter]]:
-        return [(clean(name), param) for name, param in named_once(self.modules)]
-
-
-def clean(name: str) -> str:
-    return name.replace("_fsdp_wrapped_module.", "")
-
-
 def fsdp1(
     net: Net, config: Config, *, strategy: str = "FULL_SHARD", original: bool = True, nested: bool = True, **kwargs: Any
 ) -> Setup:
@@ -252,7 +241,7 @@ def fsdp1(
         device_id=torch.device("cpu"),
         **kwargs,
     )
-    kind = OriginalSetup if original else FlatSetup
+    kind = Setup if original else FlatSetup
     return kind([model], data_parallel_backward(model, net, config, rank, world))
 
 

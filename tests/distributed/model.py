@@ -202,4 +202,9 @@ def named_once(modules: list[nn.Module]) -> Iterator[tuple[str, nn.Parameter]]:
     """Named parameters of the modules under clean FQNs, each once."""
     for module in modules:
         for name, param in module.named_parameters():
-            yield name.removeprefix("module."), param
+            yield clean(name), param
+
+
+def clean(name: str) -> str:
+    """A name without what DDP and FSDP1 put into it."""
+    return name.removeprefix("module.").replace("_fsdp_wrapped_module.", "")

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dist_clip.state import restore, snapshot
+from dist_clip.state import cleared, restore, snapshot
 
 if TYPE_CHECKING:
     from dist_clip.clipper import GradClipper
@@ -68,7 +68,7 @@ def load(clipper: GradClipper, payload: Any) -> None:
                 stacklevel=2,
             )
             for name in own:
-                state["tensors"][name] = _cleared(clipper, name, int(state["step"]))
+                state["tensors"][name] = cleared(clipper.policy_for(name), int(state["step"]))
             state["shards"] = own
     restore(clipper, state)
 
@@ -119,13 +119,6 @@ def _check_names(clipper: GradClipper, loaded: Mapping[str, Any]) -> None:
         raise ValueError(
             f"the checkpoint's clipping state does not fit this model: missing {missing}, unknown {unknown}"
         )
-
-
-def _cleared(clipper: GradClipper, name: str, step: int) -> dict[str, Tensor]:
-    """The state of a tensor of which nothing was observed."""
-    policy = clipper.policy_for(name)
-    state = policy.init_state(1, torch.device("cpu"))
-    return {slot: state[slot][..., 0] for slot in policy.slots_after(step)}
 
 
 def _gather(mine: Any, group: Any) -> list[Any]:
