@@ -1,10 +1,12 @@
 """Owns the comparison of a distributed training run with the single-process reference.
 
-`train` runs on every rank and records, step by step, the local gradients before and after clipping and the report.
-`check` runs in the test's process, puts the shards together by their recorded flat indices, and compares twice:
+`train` runs on every rank and records, step by step, the local gradients before and after clipping and the report. Several
+policies are run side by side on the very same gradients, each with a clipper of its own; the optimizer follows the last
+of them. (Training is nine tenths of the time.) `check` runs in the test's process, puts the shards together by their recorded flat indices, and compares twice:
 - step by step, the reference is fed the very gradients that the ranks had before clipping; what differs can only be
   the clipping. Norms, scales, gamma, clipped gradients.
-- as a whole, a single process trains the same model on the whole batch with the reference's clipping. Parameters.
+- as a whole, for the policy that was followed, a single process trains the same model on the whole batch with the
+  reference's clipping. Parameters.
 """
 
 from __future__ import annotations
@@ -124,12 +126,14 @@ def flat(tensors: list[Tensor | None]) -> Tensor:
     return torch.cat([torch.empty(0, dtype=torch.float64)] + [t.double().flatten() for t in tensors if t is not None])
 
 
-def train(layout: str, policy: str | None, optimizer: str, dtype: torch.dtype, steps: int = STEPS) -> dict[str, Any]:
-    """Train on this rank; everything that happened, as plain data."""
+def train(
+    layout: str, policies: tuple[str, ...], optimizer: str, dtype: torch.dtype, steps: int = STEPS
+) -> dict[str, Any]:
+    """Train on this rank, following the last of `policies`; everything that happened, as plain data."""
     index = held(layout, dtype if layout.startswith("fsdp1") else torch.float64)
     setup = build(layout, dtype)
     names, params = zip(*setup.named, strict=True)
-    clipper = make_clipper(setup, POLICIES[policy].ours()) if policy else None
+    clippers = {policy: make_clipper(setup, POLICIES[policy].ours()) for policy in policies}
     # AdamW is elementwise: on the local tensors it is the same, and without DTensor's dispatch for each of its many
     # operations. SGD runs on what users hand to their optimizer.
     direct = optimizer != "adamw" and all(isinstance(param, nn.Parameter) for param in params)
@@ -142,11 +146,16 @@ def train(layout: str, policy: str | None, optimizer: str, dtype: torch.dtype, s
         setup.backward(step)
         before = [local_grad(param) for param in params]
         record: dict[str, Any] = {"present": [grad is not None for grad in before], "before": flat(before)}
-        if clipper is not None:
-            record["report"] = plain_report(clipper.clip_())
-            record["after"] = flat([local_grad(param) for param in params])
+        record["clipped"] = {}
+        restore = remember_gradients(setup.modules) if len(clippers) > 1 else None
+        for policy, clipper in clippers.items():
+            if restore is not None:
+                restore()
+            clipped: dict[str, Any] = {"report": plain_report(clipper.clip_())}
+            clipped["after"] = flat([local_grad(param) for param in params])
             if step >= WARMUP:
-                record["gamma"], record["global"] = state_of(clipper)
+                clipped["gamma"], clipped["global"] = state_of(clipper)
+            record["clipped"][policy] = clipped
         records.append(record)
         if owned is not params:
             for mine, param in zip(owned, params, strict=True):
@@ -159,6 +168,20 @@ def train(layout: str, policy: str | None, optimizer: str, dtype: torch.dtype, s
         "records": records,
         "params": {name: local(param).detach().clone() for name, param in setup.named},
     }
+
+
+def remember_gradients(modules: list[nn.Module]) -> Callable[[], None]:
+    """Returns what puts all gradients back as they are now: the same tensors, with the same bits."""
+    params = {id(param): param for module in modules for param in module.parameters()}.values()
+    kept = [(param, param.grad, local(param.grad).detach().clone()) for param in params if param.grad is not None]
+
+    def restore() -> None:
+        for param, grad, copy in kept:
+            local(grad).copy_(copy)
+            if param.grad is not grad:
+                param.grad = grad
+
+    return restore
 
 
 def plain_report(report: Any) -> dict[str, Any]:
@@ -187,6 +210,13 @@ def assert_close(actual: Tensor, expected: Tensor, where: str, **tolerances: Any
 
 def close(actual: float, expected: float, rtol: float = RTOL) -> bool:
     return math.isclose(actual, expected, rel_tol=rtol, abs_tol=1e-12)
+
+
+def of_policy(ranks: list[dict[str, Any]], policy: str) -> list[dict[str, Any]]:
+    """The ranks' records as if only that policy had been run."""
+    return [
+        {**rank, "records": [{**record, **record["clipped"][policy]} for record in rank["records"]]} for rank in ranks
+    ]
 
 
 class Run:
@@ -299,11 +329,14 @@ def check_gradients(run: Run, layout: str, dtype: torch.dtype) -> None:
             assert_close(whole[name], grad.double().flatten(), f"step {step}, {name}", rtol=1e-4, atol=1e-5 * scale)
 
 
-def check(run: Run, layout_name: str, policy_name: str, optimizer: str, dtype: torch.dtype) -> None:
+def check(
+    run: Run, layout_name: str, policy_name: str, optimizer: str, dtype: torch.dtype, *, followed: bool = True
+) -> None:
+    """`followed`: the optimizer took this policy's gradients, so that its whole path can be compared."""
     layout, policy = LAYOUTS[layout_name], POLICIES[policy_name]
     run.verify_cover()
     rule = policy.theirs()
-    shadow = Shadow(layout, optimizer, dtype) if layout.same_params and not layout.trajectory else None
+    shadow = Shadow(layout, optimizer, dtype) if followed and layout.same_params and not layout.trajectory else None
     clipped_something = False
     for step in range(1, len(run.ranks[0]["records"]) + 1):
         whole = run.whole_grads(step)
@@ -319,7 +352,7 @@ def check(run: Run, layout_name: str, policy_name: str, optimizer: str, dtype: t
             shadow.step(run, outcome, policy)
     assert clipped_something, "the test is to blame: nothing was clipped after the warm-up"
 
-    if layout.trajectory:
+    if followed and layout.trajectory:
         # Pieces differ between world sizes, so only whole-tensor runs can be shared between tests.
         if policy.scope == "shard":
             alone = train_alone(layout, policy_name, optimizer, dtype, len(run.ranks[0]["records"]), run)
