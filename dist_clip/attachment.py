@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import weakref
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from dist_clip.errors import LayoutError
+from dist_clip.freshness import ClippedGradients
+from dist_clip.scaling import check_unscaled
 
 if TYPE_CHECKING:
     from dist_clip.clipper import GradClipper
@@ -43,7 +43,7 @@ class Attachment:
         self._clipper = clipper
         self._stepped: set[int] = set()
         self._report: ClipReport | None = None
-        self._clipped: dict[int, tuple[weakref.ref[Tensor], int | None]] = {}
+        self._clipped = ClippedGradients()
         self._sizes: dict[int, list[int]] = {}
         self._found_inf: dict[int, Any] = {}
         for optimizer in optimizers:
@@ -51,7 +51,7 @@ class Attachment:
         self._handles = [optimizer.register_step_pre_hook(self._before_step) for optimizer in optimizers]
         if clipper.may_skip:
             self._handles += [optimizer.register_step_post_hook(self._after_step) for optimizer in optimizers]
-        self._optimizers = len(optimizers)
+        self._optimizers = optimizers
         clipper.attachment = self
 
     def remove(self) -> None:
@@ -92,34 +92,24 @@ class Attachment:
         # The order of steps is the same on every rank; gradients are a second reason to clip, never one not to: a rank
         # that has none of them goes by the order alone.
         if not self._stepped or id(optimizer) in self._stepped or self._has_new_gradients(optimizer):
+            if self._clipper.scaler is not None:
+                for other in self._optimizers:
+                    if self._has_new_gradients(other):
+                        check_unscaled(self._clipper.scaler, other)
             self._report = self._clipper.clip_()
             self._stepped = set()
-            self._remember_gradients()
+            self._clipped.remember(self._clipper.layout)
         self._stepped.add(id(optimizer))
-        if len(self._stepped) == self._optimizers:
+        if len(self._stepped) == len(self._optimizers):
             self._stepped = set()
         if self._clipper.may_skip:
             self._let_skip(optimizer)
 
-    def _remember_gradients(self) -> None:
-        self._clipped = {}
-        for tensor in self._clipper.layout:
-            if tensor.param is not None and tensor.param.grad is not None:
-                grad = tensor.param.grad
-                self._clipped[id(tensor.param)] = (weakref.ref(grad), _version(grad))
-
     def _has_new_gradients(self, optimizer: torch.optim.Optimizer) -> bool:
         """Whether a gradient of `optimizer` is another one, or has been written to, since the last clip."""
         covered = {id(tensor.param) for tensor in self._clipper.layout}
-        for group in optimizer.param_groups:
-            for param in group["params"]:
-                grad: Tensor | None = param.grad
-                if grad is None or id(param) not in covered:
-                    continue
-                ref, version = self._clipped.get(id(param), (None, None))
-                if ref is None or ref() is not grad or version != _version(grad):
-                    return True
-        return False
+        params = [param for group in optimizer.param_groups for param in group["params"]]
+        return any(id(param) in covered and self._clipped.is_new(param) for param in params)
 
     def _let_skip(self, optimizer: torch.optim.Optimizer) -> None:
         """See to it that the step changes nothing if the round's clip says so."""
@@ -145,8 +135,3 @@ class Attachment:
 def _holds_dtensors(optimizer: torch.optim.Optimizer) -> bool:
     # A fused kernel refuses a plain flag beside DTensor parameters.
     return any(isinstance(param, DTensor) for group in optimizer.param_groups for param in group["params"])
-
-
-def _version(grad: Tensor) -> int | None:
-    """How often the tensor has been written to in place; None where that is not counted (inference mode)."""
-    return None if grad.is_inference() else grad._version

@@ -9,20 +9,24 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.amp import GradScaler
 
 from dist_clip import state
 from dist_clip.attachment import Attachment, Detachable
 from dist_clip.construction import Arguments, Construction, construct
 from dist_clip.cover import check_cover
+from dist_clip.desync import DesyncDetector, Standing, compare
 from dist_clip.domains import Domain, Measured, NonFinite, make_domains, rule_for
 from dist_clip.explain import explain_table
 from dist_clip.faults import any_rank, raise_nonfinite
+from dist_clip.freshness import ClippedGradients
 from dist_clip.kernels import Kernels
 from dist_clip.layout import Layout
 from dist_clip.policies.base import Policy, is_finite, is_nonfinite
 from dist_clip.readers import PartialReducer
 from dist_clip.reduction import PendingSum, PipelineReducer, ReductionPlan
 from dist_clip.report import ClipReport, GlobalNorms
+from dist_clip.scaling import found_inf
 
 
 class GradClipper:
@@ -49,6 +53,10 @@ class GradClipper:
         skip_above: a step whose global norm exceeds this is to be skipped, as with ``nonfinite="skip"``; default none is.
         kernels: what measures accelerator tensors: "torch", "apex" or "transformer_engine" (see `dist_clip.kernels`);
             default, the environment variable DIST_CLIP_KERNELS, else torch.
+        scaler: the GradScaler of fp16 training, if there is one. Clipping before ``scaler.unscale_`` is then an error, and a
+            step that the scaler skips leaves the state as it was: as with ``nonfinite="skip"``, which this implies.
+        detect_desync: look, at each step that reduces anything, whether all ranks have clipped equally often and share
+            one state. It rides along with the packed vector and is no collective more; see `check_in_sync`.
 
     Raises:
         LayoutError: no parameters, all frozen, duplicate names, complex or sparse gradients, a wrong process group,
@@ -69,15 +77,29 @@ class GradClipper:
         log_global_norm: bool = False,
         skip_above: float = math.inf,
         kernels: str | Kernels | None = None,
+        scaler: GradScaler | None = None,
+        detect_desync: bool = False,
     ) -> None:
         self.policy = policy
-        self.nonfinite: NonFinite = nonfinite
+        self.nonfinite: NonFinite = nonfinite if scaler is None else "skip"
+        self.scaler = scaler
         self.log_global_norm = log_global_norm
         self.skip_above = skip_above
         self.last_report: ClipReport | None = None
         self.attachment: Detachable | None = None
+        self._detect_desync = detect_desync
         arguments = Arguments(
-            policy, pp_group, process_group, nonfinite, groups, exclude, log_global_norm, skip_above, kernels
+            policy,
+            pp_group,
+            process_group,
+            nonfinite,
+            groups,
+            exclude,
+            log_global_norm,
+            skip_above,
+            kernels,
+            scaler,
+            detect_desync,
         )
         # The state is updated in place, which autograd's inference mode would forbid ever after.
         with torch.inference_mode(False), torch.no_grad():
@@ -98,8 +120,14 @@ class GradClipper:
         if whole is None and world > 1 and made.pp_group is None:
             whole = made.process_group or dist.group.WORLD
         self._plan = ReductionPlan(
-            made.layout, process_group=whole, copies_among=world // stages, shared=made.elsewhere
+            made.layout,
+            process_group=whole,
+            copies_among=world // stages,
+            shared=made.elsewhere,
+            meet=self._detect_desync,
         )
+        self._clipped = ClippedGradients()
+        self._detector = DesyncDetector(self._standing, made.device) if self._detect_desync else None
         check_cover(made.layout, self._plan, made.process_group)
         self._pipeline = PipelineReducer(made.pp_group) if stages > 1 else None
         self._partial = PartialReducer(made.layout.tensors)
@@ -131,7 +159,17 @@ class GradClipper:
 
         Returns:
             The report, also kept as ``last_report``.
+
+        Raises:
+            RuntimeError: with ``scaler``: the gradients are not unscaled yet.
+            DesyncError: with ``detect_desync``: ranks are out of step. On the CPU before anything is clipped; elsewhere at
+                the call after, so that the host need not wait.
+            NonFiniteGradError: with ``nonfinite="raise"``.
+            LayoutError: parameters were replaced since the construction.
         """
+        overflow = None if self.scaler is None else found_inf(self.scaler, self.device)
+        if self._detector is not None:
+            self._detector.raise_if_found()
         self._partial.reduce_(self.layout.tensors)
         shards = [tensor.read() for tensor in self.layout]
         num_grads = sum(shard is not None for shard in shards)
@@ -141,7 +179,7 @@ class GradClipper:
             self._pending.result()
             self._pending = None
         measured = self._measure(shards)
-        totals, flag, skip = self._totals(measured)
+        totals, flag, skip = self._totals(measured, overflow)
         if self.nonfinite == "raise":
             flag = any_rank(flag, self.process_group)
             if bool(flag):
@@ -153,6 +191,8 @@ class GradClipper:
         self.kernels.scale_(shards, scales, uniform=uniform)
         if self.nonfinite == "zero":
             self.kernels.zero_where_(shards, measured.bad)
+        if self._detector is not None:
+            self._clipped.remember(self.layout)
         self.last_report = ClipReport(
             names=self.layout.names,
             tensor_norms=measured.norms.float(),
@@ -172,7 +212,7 @@ class GradClipper:
             if self.nonfinite == "zero" and self._any_shard_scope:
                 # Per shard: a faulty shard is left out, the tensor's other shards are not.
                 sums = torch.where(self._shard_scope & is_nonfinite(local), 0.0, local)
-            whole = self._plan.reduce(sums).sqrt()
+            whole = self._reduce(sums).sqrt()
             norms = torch.where(self._shard_scope, local.sqrt(), whole) if self._any_shard_scope else whole
         else:
             whole, norms = None, local.sqrt()
@@ -182,6 +222,54 @@ class GradClipper:
             whole = None if whole is None else torch.where(is_finite(whole), whole, 0.0)
             return Measured(local, whole, norms, clean, bad)
         return Measured(local, whole, norms, norms, bad)
+
+    def _reduce(self, sums: Tensor) -> Tensor:
+        """The shards' squared norms added over the norm groups; what tells whether ranks are in step goes with them."""
+        if self._detector is None or not self._plan.stages:
+            return self._plan.reduce(sums)
+        # Scope "shard" is left out: there each rank remembers something else.
+        common = [value for d in self._domains if d.policy.rule_scope != "shard" for value in d.state.values()]
+        riders = self._detector.riders(self._calls, self._again(), [self._t, *common])
+        added, arrived = self._plan.reduce_with(sums, riders)
+        self._detector.judge(riders, arrived)
+        return added
+
+    def _sum_over_stages(self, sums: Tensor) -> Tensor:
+        if self._pipeline is None:
+            return sums
+        if self._detector is None:
+            return self._pipeline.sum(sums)
+        riders = self._detector.riders(self._calls, self._again())  # stages have states of their own
+        added = self._pipeline.sum(torch.cat([sums, riders]))
+        self._detector.judge(riders, [(self.pp_group, added[len(sums) :])])
+        return added[: len(sums)]
+
+    def _again(self) -> bool:
+        """Whether this rank has gradients, and all of them are those of the last clip."""
+        params = [t.param for t in self.layout if t.param is not None and t.param.grad is not None]
+        return bool(params) and not any(self._clipped.is_new(param) for param in params)
+
+    def _standing(self) -> Standing:
+        taken = state.snapshot(self)
+        entries = {**taken["global"], **{n: e for n, e in taken["tensors"].items() if n not in taken["shards"]}}
+        values = {
+            name: {slot: tuple(value.nan_to_num(nan=-1.0).flatten().tolist()) for slot, value in entry.items()}
+            for name, entry in entries.items()
+        }
+        return Standing(self._calls, self._again(), self.layout.names, values)
+
+    def check_in_sync(self) -> None:
+        """Compare all ranks' step and state, whatever the layout. Collective over `process_group`; reads the state.
+
+        For now and then (after loading a checkpoint, every thousand steps). ``detect_desync=True`` does the same at
+        each step and for free, but only where there is a packed vector to ride along with: not under DDP, nor, after
+        AdaGC's warm-up, from one pipeline stage to another.
+
+        Raises:
+            DesyncError: the same on every rank, naming the ranks and the first tensor whose state differs.
+        """
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            compare(self._standing(), self.process_group)
 
     def _needs_total(self, domain: Domain) -> bool:
         # Where steps may be skipped the host cannot know how many were, so how long the warm-up lasts; and the stages
@@ -197,8 +285,10 @@ class GradClipper:
             or any(d.policy.rule_scope == "tensor" or self._needs_total(d) for d in self._domains)
         )
 
-    def _totals(self, measured: Measured) -> tuple[list[Tensor | None], Tensor, Tensor]:
+    def _totals(self, measured: Measured, overflow: Tensor | None) -> tuple[list[Tensor | None], Tensor, Tensor]:
         """Global norm of each domain that needs one, the non-finite flag, and whether the step is to be skipped.
+
+        `overflow`: whether a GradScaler will skip the step on this rank.
 
         Every rank of a stage takes part in every tensor of it, so global norms follow from the reduced tensor norms;
         only pipeline stages have to ask each other, with one number a domain and one for the flag.
@@ -207,13 +297,14 @@ class GradClipper:
         needed = [self._needs_total(d) for d in self._domains]
         if self.may_skip and measured.whole is not None:
             flag = is_nonfinite(measured.whole).any()
+        if overflow is not None:
+            flag = torch.logical_or(flag, overflow)  # also of gradients that the clipper does not look at
         if not any(needed):
             return [None] * len(needed), flag, torch.zeros_like(flag)
         assert measured.whole is not None
         squares = torch.where(self._counts, measured.whole.square(), 0.0)
         sums = torch.stack([*(squares.index_select(0, d.index).sum() for d in self._domains), flag.double()])
-        if self._pipeline is not None:
-            sums = self._pipeline.sum(sums)
+        sums = self._sum_over_stages(sums)
         *squared, flags = sums.unbind()
         totals = [total.sqrt() if need else None for total, need in zip(squared, needed, strict=True)]
         skip = torch.zeros_like(flag)

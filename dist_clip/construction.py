@@ -21,6 +21,7 @@ from dist_clip.kernels import TORCH, Kernels, choose
 from dist_clip.layout import Layout, LayoutReader
 from dist_clip.policies.base import Policy
 from dist_clip.readers import build_layout, named_parameters
+from dist_clip.scaling import checked_scaler
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +37,8 @@ class Arguments:
     log_global_norm: Any
     skip_above: Any
     kernels: Any
+    scaler: Any
+    detect_desync: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,6 +132,7 @@ class _Draft:
         self.pp_group = checked_group(arguments.pp_group, "pp_group")
         self.rules = checked_rules(arguments.policy, arguments.nonfinite, arguments.groups, arguments.exclude)
         self.exclude = tuple(arguments.exclude)
+        checked_scaler(arguments.scaler, arguments.nonfinite)
         _check_reporting(arguments)
         self.kernels = choose(arguments.kernels)
         layout, excluded = self._read()
@@ -145,7 +149,8 @@ class _Draft:
             config=(
                 f"{policies}; nonfinite={arguments.nonfinite!r}, log_global_norm={arguments.log_global_norm}, "
                 f"skip_above={arguments.skip_above}, pp_group={'given' if self.pp_group is not None else None}, "
-                f"kernels={self.kernels.name}"
+                f"kernels={self.kernels.name}, detect_desync={arguments.detect_desync}, "
+                f"scaler={'given' if arguments.scaler is not None else None}"
             ),
             patterns=patterns,
             matched=frozenset(matched),
@@ -178,6 +183,8 @@ class _Draft:
 def _check_reporting(arguments: Arguments) -> None:
     if not isinstance(arguments.log_global_norm, bool):
         raise TypeError(f"log_global_norm must be a bool, got {arguments.log_global_norm!r}")
+    if not isinstance(arguments.detect_desync, bool):
+        raise TypeError(f"detect_desync must be a bool, got {arguments.detect_desync!r}")
     above = arguments.skip_above
     if isinstance(above, bool) or not isinstance(above, numbers.Real):
         raise TypeError(f"skip_above must be a number, got {above!r}")

@@ -7,3 +7,7 @@ class LayoutError(ValueError):
 
 class NonFiniteGradError(RuntimeError):
     """A gradient norm is NaN or Inf and ``nonfinite="raise"`` (or ``error_if_nonfinite``) was asked for."""
+
+
+class DesyncError(RuntimeError):
+    """Ranks are out of step: one has clipped more often than others, or remembers something else. See `dist_clip.desync`."""

@@ -34,6 +34,10 @@ class Stage:
     index: Tensor | None
     sends: Tensor | None = None
 
+    def collective_for(self, p: float) -> Collective:
+        # A maximum is gathered too: some libraries' MAX loses a NaN (gloo's does), amax does not.
+        return "all_gather" if math.isinf(p) else self.collective
+
     def take(self, vector: Tensor) -> Tensor:
         packed = vector.clone() if self.index is None else vector.index_select(0, self.index)
         # where, not a product: a silent copy's NaN must not be multiplied in (its own copy sends it anyway).
@@ -64,10 +68,17 @@ class ReductionPlan:
         process_group: a group all of whose ranks have this very layout, if one is known (it must have been checked).
         copies_among: number of ranks that may hold copies of this rank's tensors (world size over pipeline stages).
         shared: names of which ranks outside `process_group` or its pipeline stage hold copies (tied across stages).
+        meet: take one union wherever there is anything to reduce, so that all ranks of `process_group` meet in it.
     """
 
     def __init__(
-        self, layout: Layout, *, process_group: Any = None, copies_among: int, shared: Collection[str] = ()
+        self,
+        layout: Layout,
+        *,
+        process_group: Any = None,
+        copies_among: int,
+        shared: Collection[str] = (),
+        meet: bool = False,
     ) -> None:
         self.stages: list[Stage] = []
         groups: list[Any] = []
@@ -75,7 +86,7 @@ class ReductionPlan:
         for i, tensor in enumerate(layout):
             for group in tensor.norm_groups:
                 members.setdefault(_position(group, groups), []).append(i)
-        if process_group is not None and _union_is_better(layout, groups, process_group):
+        if process_group is not None and ((meet and groups) or _union_is_better(layout, groups, process_group)):
             self._plan_union(layout, process_group, shared)
         elif groups:
             self._plan_chain(layout, groups, members, copies_among, shared)
@@ -135,17 +146,25 @@ class ReductionPlan:
 
     def reduce(self, sums: Tensor, p: float = 2.0) -> Tensor:
         """Add (for ``p = inf``: take the largest of) the shards' power sums, float64 [n]; returns a new [n]."""
-        if not self.stages:
-            return sums
+        return self.reduce_with(sums, None, p)[0] if self.stages else sums
+
+    def reduce_with(
+        self, sums: Tensor, riders: Tensor | None, p: float = 2.0
+    ) -> tuple[Tensor, list[tuple[Any, Tensor]]]:
+        """As `reduce`; `riders`, float64 [k], travel at the end of every packed vector. Returns their sums by group, too."""
         out = sums.clone()
-        for level in range(self.stages[-1].level + 1):
-            running = [_launch(stage, out, p) for stage in self.stages if stage.level == level]
+        arrived: list[tuple[Any, Tensor]] = []
+        levels = self.stages[-1].level + 1 if self.stages else 0
+        for level in range(levels):
+            running = [_launch(stage, out, p, riders) for stage in self.stages if stage.level == level]
             for stage, buffer, work in running:
                 work.wait()
-                if buffer.numel() > len(stage.indices):
-                    buffer = _add_up(buffer, stage.group.size(), p)
-                out = stage.put(out, buffer)
-        return out
+                values = buffer if stage.collective_for(p) == "all_reduce" else _add_up(buffer, stage.group.size(), p)
+                if riders is not None:
+                    arrived.append((stage.group, values[len(stage.indices) :]))
+                    values = values[: len(stage.indices)]
+                out = stage.put(out, values)
+        return out, arrived
 
     def describe(self, index: int) -> str:
         """How tensor `index` is reduced, for people."""
@@ -185,10 +204,11 @@ class PipelineReducer:
         return self.start(values, p).result()
 
 
-def _launch(stage: Stage, sums: Tensor, p: float) -> tuple[Stage, Tensor, Any]:
+def _launch(stage: Stage, sums: Tensor, p: float, riders: Tensor | None) -> tuple[Stage, Tensor, Any]:
     packed = stage.take(sums)
-    if stage.collective == "all_gather" or math.isinf(p):
-        # A maximum is gathered too: some libraries' MAX loses a NaN (gloo's does), amax does not.
+    if riders is not None:
+        packed = torch.cat([packed, riders])
+    if stage.collective_for(p) == "all_gather":
         gathered = packed.new_empty(stage.group.size() * packed.numel())
         return stage, gathered, _all_gather(gathered, packed, group=stage.group, async_op=True)
     return stage, packed, dist.all_reduce(packed, group=stage.group, async_op=True)

@@ -1,9 +1,9 @@
 """Every layout, every policy, at 2 and 4 gloo processes, against the single-process reference.
 
-30 optimizer steps with loss spikes after a warm-up of 5. All policies clip the same gradients; whose clipped gradients the
-optimizer takes, so that the whole path is compared too, goes in turn from layout to layout. What is compared and why the
-tolerances are what they are is said in training.py. AdamW runs are in float32, as users train; SGD runs in float64, where the whole path of
-a single process can be followed to 1e-6, which float32 rounding would hide.
+30 optimizer steps with loss spikes after a warm-up of 5. All policies clip the same gradients; whose clipped gradients
+the optimizer takes, so that the whole path is compared too, goes in turn from layout to layout. What is compared and why
+the tolerances are what they are is said in training.py. AdamW runs are in float32, as users train; SGD runs in float64,
+where the whole path of a single process can be followed to 1e-6, which float32 rounding would hide.
 """
 
 from __future__ import annotations

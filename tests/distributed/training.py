@@ -1,8 +1,9 @@
 """Owns the comparison of a distributed training run with the single-process reference.
 
-`train` runs on every rank and records, step by step, the local gradients before and after clipping and the report. Several
-policies are run side by side on the very same gradients, each with a clipper of its own; the optimizer follows the last
-of them. (Training is nine tenths of the time.) `check` runs in the test's process, puts the shards together by their recorded flat indices, and compares twice:
+`train` runs on every rank and records, step by step, the local gradients before and after clipping and the report.
+Several policies are run side by side on the very same gradients, each with a clipper of its own; the optimizer follows
+the last of them. (Training is nine tenths of the time.) `check` runs in the test's process, puts the shards together by
+their recorded flat indices, and compares twice:
 - step by step, the reference is fed the very gradients that the ranks had before clipping; what differs can only be
   the clipping. Norms, scales, gamma, clipped gradients.
 - as a whole, for the policy that was followed, a single process trains the same model on the whole batch with the

@@ -13,10 +13,10 @@ PACKAGE = Path(__file__).parents[2] / "dist_clip"
 
 # A module may import from layers before its own, and from its own.
 LAYERS = [
-    {"errors", "layout"},
+    {"errors", "layout", "scaling"},
     {"groups"},
     {"readers", "kernels", "policies"},
-    {"agreement", "faults", "domains", "reduction", "report"},
+    {"agreement", "desync", "faults", "freshness", "domains", "reduction", "report"},
     {"construction", "cover", "state", "explain", "attachment"},
     {"clipper", "functional"},
     {"__init__", "frameworks", "megatron"},
