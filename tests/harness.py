@@ -56,13 +56,16 @@ class _OneLoopGloo(dist.ProcessGroupGloo):
     """A gloo group on this process's one event loop.
 
     torch gives every group a loop of its own, which wakes up a hundred times a second: a few hundred groups, as the
-    layouts of Megatron make them, would leave a small machine little time for the tests.
+    layouts of Megatron make them, would leave a small machine little time for the tests. And whoever makes a group
+    without a word about its timeout (device meshes do) would get half an hour, here it is at most `longest`.
     """
+
+    longest = datetime.timedelta(seconds=TIMEOUT / 2)
 
     def __init__(self, store: dist.Store, rank: int, size: int, timeout: datetime.timedelta) -> None:
         options = dist.ProcessGroupGloo._Options()
         options._devices = [_gloo_device()]
-        options._timeout = timeout
+        options._timeout = min(timeout, self.longest)
         super().__init__(store, rank, size, options)
 
 
@@ -71,7 +74,9 @@ def _gloo_device() -> Any:
     return dist.ProcessGroupGloo.create_default_device()
 
 
-def _worker(rank: int, world_size: int, port: int, path: list[str], stacks: str, pipe: Connection) -> None:
+def _worker(
+    rank: int, world_size: int, port: int, path: list[str], stacks: str, patience: float, pipe: Connection
+) -> None:
     """Serve calls until the parent closes the pipe."""
     os.setsid()  # a process group of its own, with whatever children the tests make: it ends as a whole
     sys.path[:] = path
@@ -80,8 +85,7 @@ def _worker(rank: int, world_size: int, port: int, path: list[str], stacks: str,
         faulthandler.register(signal.SIGUSR1, stack_file, all_threads=True)
         dist.distributed_c10d.ProcessGroupGloo = _OneLoopGloo
         store = dist.TCPStore("127.0.0.1", port, world_size + 1, is_master=False)
-        # Shorter than the parent's timeout, so that a collective that nobody joins says where it was called.
-        timeout = datetime.timedelta(seconds=TIMEOUT / 2)
+        timeout = _OneLoopGloo.longest = datetime.timedelta(seconds=patience)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timeout)
         while True:
             try:
@@ -97,9 +101,13 @@ def _worker(rank: int, world_size: int, port: int, path: list[str], stacks: str,
 
 
 class Pool:
-    """`world_size` processes in one gloo process group that run functions on demand."""
+    """`world_size` processes in one gloo process group that run functions on demand.
 
-    def __init__(self, world_size: int) -> None:
+    `patience`: seconds that a collective waits for a rank that does not join it. Shorter than the parent's timeout, so
+    that one which nobody joins says where it was called.
+    """
+
+    def __init__(self, world_size: int, patience: float = TIMEOUT / 2) -> None:
         context = multiprocessing.get_context("forkserver")
         # The server imports torch once; workers forked from it start in milliseconds.
         context.set_forkserver_preload(_PRELOAD)
@@ -113,7 +121,8 @@ class Pool:
         self._processes = []
         for rank in range(world_size):
             ours, theirs = context.Pipe()
-            arguments = (rank, world_size, self._store.port, list(sys.path), str(self._stack_file(rank)), theirs)
+            where = (list(sys.path), str(self._stack_file(rank)))
+            arguments = (rank, world_size, self._store.port, *where, patience, theirs)
             # Not daemons, which may have no children: Megatron writes checkpoints in some.
             process = context.Process(target=_worker, args=arguments)
             process.start()
@@ -187,19 +196,20 @@ class Pool:
         self._stacks.cleanup()
 
 
-_pools: dict[tuple[int, str], Pool] = {}
+_pools: dict[tuple[int, str, float], Pool] = {}
 
 
-def pool(world_size: int, kind: str = "") -> Pool:
+def pool(world_size: int, kind: str = "", patience: float = TIMEOUT / 2) -> Pool:
     """The pool of that world size, started now if there is none or if the last test broke it.
 
     `kind`: pools of different kinds share no processes. For tests that change torch for the whole process.
+    `patience`: seconds that a collective waits for a rank that does not join it.
     """
-    key = (world_size, kind)
+    key = (world_size, kind, patience)
     if key not in _pools or not _pools[key].alive:
         if key in _pools:
             _pools.pop(key).close()
-        _pools[key] = Pool(world_size)
+        _pools[key] = Pool(world_size, patience)
     return _pools[key]
 
 

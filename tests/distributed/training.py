@@ -409,11 +409,11 @@ def check_report(run: Run, rank: int, step: int, policy: Policy, outcome: refere
     assert report["num_grads"] == sum(record["present"]), where
     assert report["empty"] == (not any(record["present"])), where
     assert not report["nonfinite"], where
-    # A tensor has a gradient where any rank has a piece of it; a shard that is a tensor of its own, where this one has.
+    # A tensor counts where any rank's gradient of it is not zero; a shard that is a tensor of its own, where this one's is.
     if policy.scope == "shard":
-        counted = {name for name in run.piece_of[rank] if present[name]}
+        counted = {n for n, key in run.piece_of[rank].items() if present[n] and outcome.norms[key] > 0}
     else:
-        counted = {name for name in names if name in outcome.norms}
+        counted = {name for name in names if outcome.norms.get(name, 0.0) > 0}
     clipped = sum(scale < 1 for name, scale in zip(names, report["scales"], strict=True) if name in counted)
     fraction = clipped / max(1, len(counted))
     assert close(report["clipped_fraction"], fraction), f"{where}: {report['clipped_fraction']} {fraction}"
