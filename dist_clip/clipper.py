@@ -26,7 +26,7 @@ from dist_clip.policies.base import Policy, is_finite, is_nonfinite
 from dist_clip.readers import PartialReducer
 from dist_clip.reduction import PendingSum, PipelineReducer, ReductionPlan
 from dist_clip.report import ClipReport, GlobalNorms
-from dist_clip.scaling import found_inf
+from dist_clip.scaling import found_inf, tell
 
 
 class GradClipper:
@@ -54,7 +54,9 @@ class GradClipper:
         kernels: what measures accelerator tensors: "torch", "apex" or "transformer_engine" (see `dist_clip.kernels`);
             default, the environment variable DIST_CLIP_KERNELS, else torch.
         scaler: the GradScaler of fp16 training, if there is one. Clipping before ``scaler.unscale_`` is then an error, and a
-            step that the scaler skips leaves the state as it was: as with ``nonfinite="skip"``, which this implies.
+            step that the scaler skips leaves the state as it was: as with ``nonfinite="skip"``, which this implies. The
+            scaler is told what other ranks found, so that all of them skip; with `attach` under tensor or pipeline
+            parallelism that comes too late, so clip by hand there.
         detect_desync: look, at each step that reduces anything, whether all ranks have clipped equally often and share
             one state. It rides along with the packed vector and is no collective more; see `check_in_sync`.
 
@@ -81,8 +83,7 @@ class GradClipper:
         detect_desync: bool = False,
     ) -> None:
         self.policy = policy
-        self.nonfinite: NonFinite = nonfinite if scaler is None else "skip"
-        self.scaler = scaler
+        self.nonfinite: NonFinite = nonfinite
         self.log_global_norm = log_global_norm
         self.skip_above = skip_above
         self.last_report: ClipReport | None = None
@@ -112,6 +113,9 @@ class GradClipper:
         self.kernels = made.kernels
         self.pp_group = made.pp_group
         self.process_group = made.process_group
+        self.scaler = made.scaler
+        if made.scaler is not None:
+            self.nonfinite = "skip"
         self.may_skip = self.nonfinite == "skip" or self.skip_above < math.inf
 
         world = dist.get_world_size(made.process_group) if dist.is_available() and dist.is_initialized() else 1
@@ -180,6 +184,8 @@ class GradClipper:
             self._pending = None
         measured = self._measure(shards)
         totals, flag, skip = self._totals(measured, overflow)
+        if self.scaler is not None:
+            tell(self.scaler, skip)
         if self.nonfinite == "raise":
             flag = any_rank(flag, self.process_group)
             if bool(flag):

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.amp import GradScaler
 
 from dist_clip.agreement import Announcement, agree, told
 from dist_clip.domains import checked_rules
@@ -55,6 +56,7 @@ class Construction:
         counted: whether this stage's copy of each tensor counts in the global norm.
         elsewhere: names that other pipeline stages hold.
         kernels: what measures and scales.
+        scaler: the GradScaler, if there is one that scales.
     """
 
     layout: Layout
@@ -67,6 +69,7 @@ class Construction:
     counted: tuple[bool, ...]
     elsewhere: frozenset[str]
     kernels: Kernels
+    scaler: GradScaler | None
 
     def check_not_stale(self) -> None:
         """Raise if the module's parameters are no longer those of the construction: they would not be clipped."""
@@ -101,6 +104,7 @@ def construct(target: Any, arguments: Arguments) -> Construction:
         counted=tuple(name not in earlier for name in draft.layout.names),
         elsewhere=frozenset(name for _, a in everyone if a.stage != announcement.stage for name in a.names),
         kernels=draft.kernels,
+        scaler=draft.scaler,
     )
 
 
@@ -118,6 +122,7 @@ class _Draft:
         self.modules: Any = None
         self.known: frozenset[int] = frozenset()
         self.kernels: Kernels = TORCH
+        self.scaler: GradScaler | None = None
 
     def announce(self) -> Announcement:
         """Do all that this rank can do alone; a failure becomes part of what it tells the others, so that all raise."""
@@ -132,7 +137,7 @@ class _Draft:
         self.pp_group = checked_group(arguments.pp_group, "pp_group")
         self.rules = checked_rules(arguments.policy, arguments.nonfinite, arguments.groups, arguments.exclude)
         self.exclude = tuple(arguments.exclude)
-        checked_scaler(arguments.scaler, arguments.nonfinite)
+        self.scaler = checked_scaler(arguments.scaler, arguments.nonfinite)
         _check_reporting(arguments)
         self.kernels = choose(arguments.kernels)
         layout, excluded = self._read()
@@ -150,7 +155,7 @@ class _Draft:
                 f"{policies}; nonfinite={arguments.nonfinite!r}, log_global_norm={arguments.log_global_norm}, "
                 f"skip_above={arguments.skip_above}, pp_group={'given' if self.pp_group is not None else None}, "
                 f"kernels={self.kernels.name}, detect_desync={arguments.detect_desync}, "
-                f"scaler={'given' if arguments.scaler is not None else None}"
+                f"scaler={'given' if self.scaler is not None else None}"
             ),
             patterns=patterns,
             matched=frozenset(matched),

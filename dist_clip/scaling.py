@@ -10,7 +10,7 @@ from torch.amp.grad_scaler import GradScaler, OptState
 
 
 def checked_scaler(scaler: Any, nonfinite: str) -> GradScaler | None:
-    """`scaler`, if it is a GradScaler (or None) that goes with `nonfinite`.
+    """`scaler`, if it is a GradScaler that goes with `nonfinite`; None for None, and for a scaler that is disabled.
 
     Raises:
         TypeError, ValueError: it is not, or does not.
@@ -19,6 +19,8 @@ def checked_scaler(scaler: Any, nonfinite: str) -> GradScaler | None:
         return None
     if not isinstance(scaler, GradScaler):
         raise TypeError(f"scaler must be a torch.amp.GradScaler, got {type(scaler).__name__}: {scaler!r}")
+    if not scaler.is_enabled():
+        return None
     if nonfinite in ("zero", "raise"):
         raise ValueError(
             f"nonfinite={nonfinite!r} does not go with a GradScaler, which finds the largest scale by letting gradients "
@@ -40,7 +42,7 @@ def check_unscaled(scaler: GradScaler, optimizer: torch.optim.Optimizer) -> None
     """
     # The scaler has no public way to ask. Keyed by optimizer: "stage", and a flag for each device.
     state = scaler._per_optimizer_states.get(id(optimizer), {"stage": OptState.READY})
-    if scaler.is_enabled() and state["stage"] is OptState.READY:
+    if state["stage"] is OptState.READY:
         raise RuntimeError(
             f"the gradients of {type(optimizer).__name__} are still multiplied by the GradScaler's scale, and are clipped "
             "together with those of the optimizer that steps now: call scaler.unscale_ for each of the attached optimizers "
@@ -54,14 +56,25 @@ def found_inf(scaler: GradScaler, device: torch.device) -> Tensor:
     Raises:
         RuntimeError: no optimizer's gradients have been unscaled since its last step.
     """
-    if not scaler.is_enabled():
-        return torch.zeros((), dtype=torch.bool, device=device)
-    unscaled = [s for s in scaler._per_optimizer_states.values() if s["stage"] is OptState.UNSCALED]
-    if not unscaled:
+    flags = [flag.to(device, non_blocking=True) for flag in _flags(scaler)]
+    if not any(s["stage"] is OptState.UNSCALED for s in scaler._per_optimizer_states.values()):
         raise RuntimeError(
             f"the gradients are still multiplied by the GradScaler's scale, or were stepped with already: {_ORDER}"
         )
-    flags = [
-        flag.to(device, non_blocking=True) for state in unscaled for flag in state["found_inf_per_device"].values()
-    ]
     return torch.stack(flags).sum() > 0 if flags else torch.zeros((), dtype=torch.bool, device=device)
+
+
+def tell(scaler: GradScaler, skip: Tensor) -> None:
+    """Have the scaler skip the step, and lower its scale, where `skip` says so, bool 0-dim.
+
+    A scaler hears of its own rank's gradients (with DTensors, of their mesh's). Under tensor or pipeline parallelism some
+    ranks would step and others not, and from then on their scales would differ.
+    """
+    for flag in _flags(scaler):
+        torch._foreach_copy_([flag], [torch.maximum(flag, skip.to(flag.device, non_blocking=True).to(flag.dtype))])
+
+
+def _flags(scaler: GradScaler) -> list[Tensor]:
+    """The scaler's flags, fp32, of the optimizers that have been unscaled and have not stepped: one each and device."""
+    states = [s for s in scaler._per_optimizer_states.values() if s["stage"] is OptState.UNSCALED]
+    return [flag for state in states for flag in state["found_inf_per_device"].values()]

@@ -141,8 +141,8 @@ def fsdp_dim1(net: Net, config: Config) -> Setup:
     return fsdp(net, config, shard_placement_fn=lambda param: Shard(1) if param.dim() == 2 else Shard(0))
 
 
-def fsdp_mp(net: Net, config: Config, reduce_dtype: torch.dtype) -> Setup:
-    return fsdp(net, config, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=reduce_dtype))
+def fsdp_mp(net: Net, config: Config, reduce_dtype: torch.dtype, param_dtype: torch.dtype = torch.bfloat16) -> Setup:
+    return fsdp(net, config, mp_policy=MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype))
 
 
 def fsdp_offload(net: Net, config: Config) -> Setup:
@@ -541,6 +541,11 @@ LAYOUTS: dict[str, Layout] = {
 }
 
 LAYOUTS["hsdp-tp"] = Layout(hsdp_tp, Config(width=6, hidden=10, vocab=7), worlds=())  # eight ranks: tested apart
+
+# fp16 needs a GradScaler: tested apart, in test_mixed_precision.py.
+LAYOUTS["fsdp-fp16"] = Layout(
+    functools.partial(fsdp_mp, reduce_dtype=torch.float32, param_dtype=torch.float16), DENSE, ()
+)
 
 # Old and wrapped in many ways: tested apart, in test_fsdp1.py.
 LAYOUTS |= {

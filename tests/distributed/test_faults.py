@@ -1,7 +1,7 @@
 """Faults that a long run meets, injected: what docs/faults.md promises of each.
 
 NaN and Inf: test_nonfinite.py. Damaged checkpoints: test_checkpoints.py. Layouts that differ: test_bad_layouts.py. Ranks out
-of step: test_desync.py. fp16 and its scaler: test_grad_scaler.py.
+of step: test_desync.py. fp16 and its scaler: test_mixed_precision.py.
 """
 
 from __future__ import annotations

@@ -492,6 +492,15 @@ def check_agreement(run: Run, step: int, policy: Policy) -> None:
             assert mine == theirs, f"step {step}, {name}: {theirs} on rank {first}, {mine} on rank {rank}"
 
 
+def check_agreement_of_state(run: Run, step: int) -> None:
+    """All ranks remember the same bits of the tensors they share."""
+    seen: dict[str, float] = {}
+    for rank, entry in enumerate(run.ranks):
+        record = entry["records"][step - 1]
+        for name, value in {**record["gamma"], **record["global"]}.items():
+            assert seen.setdefault(name, value) == value, f"step {step}: rank {rank} remembers another {name}"
+
+
 def trajectory_rtol(rule: Any, dtype: torch.dtype) -> float:
     """How far norms and scales of two paths may differ that were rounded differently from the first step on.
 
