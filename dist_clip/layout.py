@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol, runtime_checkable
@@ -73,7 +74,7 @@ class Layout:
     def __iter__(self) -> Iterator[LogicalTensor]:
         return iter(self.tensors)
 
-    @property
+    @functools.cached_property
     def names(self) -> tuple[str, ...]:
         return tuple(t.name for t in self.tensors)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,12 +18,24 @@ from dist_clip.groups import current_device
 from dist_clip.layout import LogicalTensor
 
 
+@dataclasses.dataclass(frozen=True)
+class _Spread:
+    """What tensors with one mesh and one placement have in common; the fields are those of `LogicalTensor`."""
+
+    norm_groups: tuple[dist.ProcessGroup, ...]
+    component: frozenset[int]
+    mesh_ranks: frozenset[int]
+    device: torch.device
+    placement: str
+
+
 class MeshGroups:
-    """Process groups and copies of device meshes, looked up once a mesh and not once a tensor."""
+    """Process groups and copies of device meshes, looked up once a mesh and placement and not once a tensor."""
 
     def __init__(self) -> None:
         self._groups: dict[tuple[int, int], dist.ProcessGroup] = {}
         self._components: dict[tuple[int, tuple[int, ...]], frozenset[int]] = {}
+        self._spreads: dict[tuple[int, tuple[Any, ...]], _Spread] = {}
         self._meshes: list[Any] = []  # keeps the ids above valid
 
     def group(self, mesh: Any, dim: int) -> dist.ProcessGroup:
@@ -42,17 +55,41 @@ class MeshGroups:
             self._components[key] = frozenset(mesh.mesh[index].flatten().tolist())
         return self._components[key]
 
+    def spread(self, name: str, mesh: Any, placements: tuple[Any, ...]) -> _Spread:
+        """How a parameter with these placements lies on the mesh; `name` is for errors."""
+        key = (id(mesh), placements)
+        if key not in self._spreads:
+            self._meshes.append(mesh)
+            self._spreads[key] = _spread(name, mesh, placements, self)
+        return self._spreads[key]
+
 
 def read_dtensor(name: str, param: DTensor, groups: MeshGroups) -> LogicalTensor:
     """The logical tensor of a DTensor parameter: one norm group per mesh dim along which it is sharded."""
-    mesh = param.device_mesh
+    spread = groups.spread(name, param.device_mesh, param.placements)
+    return LogicalTensor(
+        name=name,
+        shape=tuple(param.shape),
+        dtype=param.dtype,
+        param=param,
+        shard_numel=param.to_local().numel(),
+        norm_groups=spread.norm_groups,
+        component=spread.component,
+        mesh_ranks=spread.mesh_ranks,
+        read=_reader(name, param),
+        device=spread.device,
+        placement=spread.placement,
+    )
+
+
+def _spread(name: str, mesh: Any, placements: tuple[Any, ...], groups: MeshGroups) -> _Spread:
     if mesh.get_coordinate() is None:
         raise LayoutError(
             f"rank {dist.get_rank()}: {name!r} lives on a device mesh of ranks {mesh.mesh.flatten().tolist()}, to which "
             "this rank does not belong; leave it out of what this rank passes"
         )
     sharded = []
-    for dim, placement in enumerate(param.placements):
+    for dim, placement in enumerate(placements):
         if _is_sharding(placement):
             if mesh.size(dim) > 1:
                 sharded.append(dim)
@@ -69,19 +106,13 @@ def read_dtensor(name: str, param: DTensor, groups: MeshGroups) -> LogicalTensor
             f"({error})"
         ) from error
     sizes = [group.size() for group in norm_groups]
-    return LogicalTensor(
-        name=name,
-        shape=tuple(param.shape),
-        dtype=param.dtype,
-        param=param,
-        shard_numel=param.to_local().numel(),
+    return _Spread(
         norm_groups=norm_groups,
         component=groups.component(mesh, tuple(sharded)),
         mesh_ranks=groups.component(mesh, tuple(range(mesh.ndim))),
-        read=_reader(name, param),
         # A CPU-offloaded shard is measured on the CPU, but a mesh of accelerators reduces on accelerators.
         device=current_device(mesh.device_type),
-        placement=f"{param.placements} on a mesh {tuple(mesh.shape)}, norm groups of {sizes}",
+        placement=f"{placements} on a mesh {tuple(mesh.shape)}, norm groups of {sizes}",
     )
 
 
@@ -91,6 +122,8 @@ def _is_sharding(placement: Any) -> bool:
 
 
 def _reader(name: str, param: DTensor) -> Callable[[], Tensor | None]:
+    placements = param.placements
+
     def read() -> Tensor | None:
         grad = param.grad
         if grad is None:
@@ -100,11 +133,11 @@ def _reader(name: str, param: DTensor) -> Callable[[], Tensor | None]:
                 f"{name!r} is a DTensor but its gradient is a {type(grad).__name__}; assign a DTensor gradient with the "
                 "parameter's placements"
             )
-        if grad.placements != param.placements:
+        if grad.placements != placements:
             # Bring the gradient to where the optimizer needs it anyway. What is Partial along a replicated dimension was
             # reduced before, packed; what is left is for DTensor to do, tensor by tensor: a Partial gradient of a parameter
             # that plain DTensor (not FSDP2) shards, or a gradient that is whole.
-            grad = param.grad = grad.redistribute(param.device_mesh, param.placements)
+            grad = param.grad = grad.redistribute(param.device_mesh, placements)
         return wait(grad.to_local())
 
     return read
