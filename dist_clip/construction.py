@@ -130,11 +130,11 @@ class _Draft:
         self.rules = checked_rules(arguments.policy, arguments.nonfinite, arguments.groups, arguments.exclude)
         self.exclude = tuple(arguments.exclude)
         _check_reporting(arguments)
-        self.kernels = choose(arguments.kernels)
         layout, excluded = self._read()
         _check_process_group(layout, self.process_group)
         self.layout = layout
         self.device = layout.device or device_of(self.pp_group)
+        self.kernels = choose(arguments.kernels, self.device)
         patterns = frozenset(self.exclude) | {pattern for pattern, _ in self.rules[:-1]}
         matched = excluded | {p for p in patterns for name in layout.names if fnmatch.fnmatchcase(name, p)}
         policies = ", ".join(f"{pattern!r}: {rule!r}" for pattern, rule in self.rules)
