@@ -9,8 +9,8 @@ which gives a block out again only when the stream has passed the copy. The rest
 
 **CUDA graphs.** A captured copy happens again at every replay, from the same pinned memory. So a capture gets tables and a
 buffer of its own, and they are kept for good, for nobody tells when a graph is gone: 8 bytes a tensor and a chunk for each
-capture. Pinning memory is not allowed during a capture, so a plan has a buffer in reserve, made on a step outside of one
-(a kernel must have run before it can be captured, too).
+capture. Pinning memory is not allowed during a capture, so a plan has some buffers in reserve, made on a step outside of
+one (a kernel must have run before it can be captured, too).
 
 **Streams.** Each stream has its own tables: what one stream sends another does not wait for.
 """
@@ -30,6 +30,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # Lists of sizes remembered: one for each set of gradients that are None.
 _READINGS = 32
+# Captures of one plan in a row, with no step outside of a capture between them.
+_RESERVE = 16
 
 Kind: TypeAlias = "tuple[torch.device, torch.dtype, int] | bool | None"
 """What the kernels serve, by device, dtype and elements; False for what is torch's; None for nothing at all."""
@@ -71,7 +73,7 @@ class Plan:
         launches: one for each dtype that occurs.
         chunks: of all of them.
         meta: pinned int64 [3m + 1 + chunks], the table that `triton_jit` describes.
-        reserve: pinned int64 [m] for the addresses of a capture.
+        reserve: pinned int64 [m] tensors for the addresses of captures.
         streams: the tables of each stream.
     """
 
@@ -80,7 +82,7 @@ class Plan:
     launches: list[Launch]
     chunks: int
     meta: Tensor
-    reserve: Tensor | None = None
+    reserve: list[Tensor] = dataclasses.field(default_factory=list)
     streams: dict[int, OnDevice] = dataclasses.field(default_factory=dict)
 
 
@@ -107,7 +109,11 @@ class Tables:
         self._captured: list[tuple[Plan, int, OnDevice]] = []
 
     def read(self, shards: Sequence[Tensor | None]) -> Reading:
-        """Divide the tensors between the kernels and torch. Worked out once for a list of devices, dtypes and sizes."""
+        """Divide the tensors between the kernels and torch. Worked out once for a list of devices, dtypes and sizes.
+
+        Raises:
+            RuntimeError: for the first time, and during a capture.
+        """
         kinds = tuple([self._kind(shard) for shard in shards])
         reading = self._readings.get(kinds)
         if reading is None:
@@ -122,13 +128,16 @@ class Tables:
         Args:
             first: this is the first call of a step. In a capture that one sends, and the others of the step use what it
                 sent: a graph must not rely on what another one sends.
+
+        Raises:
+            RuntimeError: too many captures since the last step outside of one.
         """
         addresses = [self._address(shards[i]) for i in plan.positions]
         stream, capturing = self._stream(plan.device)
         if capturing:
             return self._capture(plan, addresses, stream, first)
-        if plan.reserve is None:
-            plan.reserve = self._pinned(addresses, plan.device)
+        if not plan.reserve:
+            plan.reserve += self._pinned(addresses * _RESERVE, plan.device).view(_RESERVE, -1).unbind()
         known = plan.streams.get(stream)
         if known is not None and known.addresses == addresses:
             return known
@@ -141,9 +150,9 @@ class Tables:
         for its_plan, its_stream, sent in [] if first else self._captured[::-1]:
             if its_plan is plan and its_stream == stream and sent.addresses == addresses:
                 return sent
-        buffer, plan.reserve = plan.reserve, None
-        if buffer is None:
-            buffer = self._pinned(addresses, plan.device)
+        if not plan.reserve:
+            raise _too_early(plan.positions)
+        buffer = plan.reserve.pop()
         buffer.copy_(torch.tensor(addresses, dtype=torch.int64, device="cpu"))
         sent = OnDevice(self._send(plan.meta, plan.device), addresses, self._send(buffer, plan.device), buffer)
         self._captured.append((plan, stream, sent))
@@ -171,6 +180,8 @@ class Tables:
         return Reading(plans, frozenset(i for i, kind in enumerate(kinds) if kind is False))
 
     def _plan(self, device: torch.device, members: list[tuple[torch.dtype, int, int]]) -> Plan:
+        if self._stream(device)[1]:
+            raise _too_early(members)
         members.sort(key=lambda member: DTYPES.index(member[0]))
         chunks = [-(-numel // self._chunk) for _, _, numel in members]
         launches, first = [], 0
@@ -202,6 +213,13 @@ class Tables:
 
     def _send(self, buffer: Tensor, device: torch.device) -> Tensor:
         return buffer.to(device, non_blocking=True)
+
+
+def _too_early(tensors: Sequence[object]) -> RuntimeError:
+    return RuntimeError(
+        f"these {len(tensors)} gradients cannot be clipped in a CUDA graph yet: clip as many of the same sizes once outside of "
+        f"a capture, and again after {_RESERVE} captures"
+    )
 
 
 def _fills_its_memory(tensor: Tensor) -> bool:
