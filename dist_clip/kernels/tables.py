@@ -101,6 +101,9 @@ class Reading:
 class Tables:
     """The tables of one user of the kernels."""
 
+    # Subclasses may have no memory of their own (a FakeTensor) or not yet their values: they are torch's.
+    _served: tuple[type, ...] = (Tensor, nn.Parameter)
+
     def __init__(self, device_type: str, chunk: int) -> None:
         """``device_type``: whose tensors are served. ``chunk``: elements in a chunk."""
         self._device_type = device_type
@@ -163,8 +166,7 @@ class Tables:
     def _kind(self, shard: Tensor | None) -> Kind:
         if shard is None or shard.numel() == 0:
             return None
-        # Subclasses may have no memory of their own (a FakeTensor) or not yet their values: they are torch's.
-        if type(shard) not in (Tensor, nn.Parameter) or shard.device.type != self._device_type:
+        if type(shard) not in self._served or shard.device.type != self._device_type:
             return False
         if shard.dtype not in DTYPES or not (shard.is_contiguous() or _fills_its_memory(shard)):
             return False
@@ -190,9 +192,9 @@ class Tables:
             launches.append(Launch(dtype, first, count))
             first += count
         positions = [i for _, i, _ in members]
-        owners = torch.arange(len(members), device="cpu").repeat_interleave(torch.tensor(chunks, device="cpu"))
         starts = itertools.accumulate(chunks, initial=0)
-        meta = [*(numel for _, _, numel in members), *starts, *positions, *owners.tolist()]
+        owners = (e for e, count in enumerate(chunks) for _ in range(count))
+        meta = [*(numel for _, _, numel in members), *starts, *positions, *owners]
         return Plan(device, positions, launches, sum(chunks), self._pinned(meta, device))
 
     # ------------------------------------------------------------------------------------------- what touches a device
@@ -217,8 +219,8 @@ class Tables:
 
 def _too_early(tensors: Sequence[object]) -> RuntimeError:
     return RuntimeError(
-        f"these {len(tensors)} gradients cannot be clipped in a CUDA graph yet: clip as many of the same sizes once outside of "
-        f"a capture, and again after {_RESERVE} captures"
+        f"these {len(tensors)} gradients cannot be clipped in a CUDA graph yet: clip as many of the same sizes once outside "
+        f"of a capture, and again after {_RESERVE} captures"
     )
 
 
