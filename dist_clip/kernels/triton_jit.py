@@ -36,7 +36,8 @@ LANES = 512
 """Chunks that `add_chunks` adds at a time."""
 
 # Squares of fp32 and bf16 elements may leave fp32's range. Where the sum of a chunk says so, it is taken again of elements
-# times a power of two, which loses nothing. What has underflowed in a sum above 1e-25 is less than 1e-8 of it.
+# times a power of two. What has underflowed in a sum above 1e-25 is less than 1e-8 of it; beside elements whose squares
+# overflow, what the second factor makes underflow counts for less still.
 _TINY = tl.constexpr(1e-25)
 _UP, _UP_SQUARED = tl.constexpr(2.0**100), tl.constexpr(2.0**-200)
 _DOWN, _DOWN_SQUARED = tl.constexpr(2.0**-75), tl.constexpr(2.0**150)
@@ -59,7 +60,8 @@ def _elements(address, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
 
 @triton.jit
 def _widened(x, DTYPE: tl.constexpr):
-    """What was loaded, as fp32. The bits of a bf16 are the upper half of an fp32's."""
+    """What was loaded, as fp32. The bits of a bf16 are the upper half of an fp32's; a cast of the interpreter's is wrong
+    for subnormal ones."""
     if DTYPE == tl.bfloat16:
         wide = (x.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
     else:
@@ -71,7 +73,7 @@ def _widened(x, DTYPE: tl.constexpr):
 def _rounded(x, DTYPE: tl.constexpr):
     """fp32 values as they are stored, rounded once to nearest even.
 
-    bf16 is rounded here and not by a cast: Triton's interpreter, with which the kernels are tested, cuts off in casts.
+    bf16 is rounded here and not by a cast: Triton's interpreter, with which the kernels are tested, cuts off in a cast.
     """
     if DTYPE == tl.bfloat16:
         # One NaN for all: adding to the bits of some would make them an infinity, or overflow.

@@ -510,6 +510,10 @@ def compiled() -> dict[tuple[int, str, str], str]:
             sources[name, str(dtype)] = ASTSource(getattr(triton_jit, name), types, constants)
     types = {"meta": "*i64", "m": "i32", "partials": "*fp64", "sums": "*fp64", "LANES": "constexpr"}
     sources["add_chunks", "fp64"] = ASTSource(triton_jit.add_chunks, types, {"LANES": triton_jit.LANES})
+    for name in (*data, "add_chunks"):
+        arguments = [p for p in getattr(triton_jit, name).params if not p.is_constexpr]
+        assert arguments
+        assert all(p.do_not_specialize for p in arguments), "alignment or size would make it another kernel"
     return {
         (capability, *key): triton.compile(source, target=GPUTarget("cuda", capability, 32)).asm["ptx"]
         for key, source in sources.items()
@@ -519,7 +523,8 @@ def compiled() -> dict[tuple[int, str, str], str]:
 
 def test_compiled_code(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The real compiler takes the kernels, down to machine code. Aligned tensors are read and written 16 bytes at a time;
-    no atomics, no registers spilled, and subnormal numbers are not flushed to zero."""
+    no atomics, no registers spilled, subnormal numbers are not flushed to zero; and there is one kernel for a dtype, so
+    that all sums are added in one order and a capture finds what a step before it has compiled."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
