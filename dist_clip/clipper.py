@@ -20,7 +20,7 @@ from dist_clip.domains import Domain, Measured, NonFinite, make_domains, rule_fo
 from dist_clip.explain import explain_table
 from dist_clip.faults import any_rank, raise_nonfinite
 from dist_clip.freshness import ClippedGradients
-from dist_clip.kernels import Kernels
+from dist_clip.kernels import Kernels, Preference
 from dist_clip.layout import Layout
 from dist_clip.policies.base import Policy, is_finite, is_nonfinite
 from dist_clip.readers import PartialReducer
@@ -51,8 +51,9 @@ class GradClipper:
         log_global_norm: reduce the global norm for the report also where the policy has no need of it. It is on its way
             while the optimizer steps: only reading it waits.
         skip_above: a step whose global norm exceeds this is to be skipped, as with ``nonfinite="skip"``; default none is.
-        kernels: what measures accelerator tensors: "torch", "apex" or "transformer_engine" (see `dist_clip.kernels`);
-            default, the environment variable DIST_CLIP_KERNELS, else torch.
+        kernels: what measures and scales CUDA tensors: "triton", "torch", "apex" or "transformer_engine" (docs/kernels.md);
+            default, the environment variable DIST_CLIP_KERNELS, else Triton if it is installed, else torch. The same on
+            all ranks.
         scaler: the GradScaler of fp16 training, if there is one. Clipping before ``scaler.unscale_`` is then an error, and a
             step that the scaler skips leaves the state as it was: as with ``nonfinite="skip"``, which this implies. The
             scaler is told what other ranks found, so that all of them skip; with `attach` under tensor or pipeline
@@ -64,6 +65,7 @@ class GradClipper:
         LayoutError: no parameters, all frozen, duplicate names, complex or sparse gradients, a wrong process group,
             patterns that match nothing, ranks that differ. The same on every rank.
         TypeError, ValueError: arguments of the wrong type or value, on one rank or on all; the same on every rank.
+        ImportError: kernels that were asked for by name are not installed or do not work, on one rank or on all.
     """
 
     def __init__(
@@ -78,7 +80,7 @@ class GradClipper:
         exclude: Sequence[str] = (),
         log_global_norm: bool = False,
         skip_above: float = math.inf,
-        kernels: str | Kernels | None = None,
+        kernels: str | Kernels | Preference | None = None,
         scaler: GradScaler | None = None,
         detect_desync: bool = False,
     ) -> None:
