@@ -36,6 +36,7 @@ def attach(
     exclude: Sequence[str] = (),
     log_global_norm: bool = True,
     kernels: str | None = None,
+    detect_desync: bool = False,
     pg_collection: Any = None,
 ) -> GradClipper:
     """Replace a Megatron optimizer's gradient clipping by `policy`; the training loop stays as it is.
@@ -55,6 +56,7 @@ def attach(
         log_global_norm: return the global norm also on steps where the policy has no need of it. Across pipeline stages
             it costs one gather of two numbers, under way while the optimizer steps. False: such steps return None.
         kernels: as for `GradClipper`; default, Megatron's own order: Transformer Engine, apex; then Triton, torch.
+        detect_desync: as for `GradClipper`.
         pg_collection: Megatron's ProcessGroupCollection, where the groups are not those of parallel_state.
 
     Returns:
@@ -86,6 +88,7 @@ def attach(
         log_global_norm=log_global_norm,
         skip_above=compat.skip_threshold(getattr(optimizer, "config", None)),
         kernels=KERNELS if kernels is None else kernels,
+        detect_desync=detect_desync,
     )
     clipper.attachment = MegatronAttachment(clipper, optimizer)
     return clipper
