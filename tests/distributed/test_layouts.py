@@ -8,9 +8,12 @@ where the whole path of a single process can be followed to 1e-6, which float32 
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
+from dist_clip import reduction
 from tests.harness import pool
 
 from . import training
@@ -54,8 +57,40 @@ def test_three_mesh_dimensions() -> None:
     run("hsdp-tp", 8, ("zclip", "adagc"), "adamw", torch.float32)
 
 
+@pytest.mark.parametrize("union", [False, True])
+def test_large_groups(union: bool) -> None:
+    """What groups of more than GATHER_LIMIT ranks do, by groups of two: under HSDP one union instead of a gather."""
+    ranks = pool(4, "limit").run(train_with_limit, "hsdp", 1 if union else 16)
+    assert {rank["collectives"] for rank in ranks} == {("all_reduce",) if union else ("all_gather",)}
+    check_all(ranks, "hsdp", ("zclip", "adagc"), "adamw", torch.float32)
+
+
+def test_large_groups_inside_pipeline_stages() -> None:
+    """TP + FSDP2 in each of two stages: FSDP all-reduces, and what TP replicates is spread in the gather over TP."""
+    ranks = pool(8, "limit").run(train_with_limit, "pp-tp-fsdp", 16)
+    assert {rank["collectives"] for rank in ranks} == {("all_reduce", "all_gather")}
+    check_all(ranks, "pp-tp-fsdp", ("zclip", "adagc"), "adamw", torch.float32)
+
+
+def train_with_limit(layout: str, limit: int) -> dict[str, Any]:
+    before, reduction.GATHER_LIMIT = reduction.GATHER_LIMIT, limit
+    try:
+        setup = training.build(layout, torch.float32)
+        clipper = training.make_clipper(setup, training.POLICIES["adagc"].ours())
+        out = training.train(layout, ("zclip", "adagc"), "adamw", torch.float32)
+    finally:
+        reduction.GATHER_LIMIT = before
+    return {**out, "collectives": tuple(stage.collective for stage in clipper.reduction_plan.stages)}
+
+
 def run(layout: str, world: int, policies: tuple[str, ...], optimizer: str, dtype: torch.dtype) -> None:
     ranks = pool(world).run(training.train, layout, policies, optimizer, dtype)
+    check_all(ranks, layout, policies, optimizer, dtype)
+
+
+def check_all(
+    ranks: list[dict[str, Any]], layout: str, policies: tuple[str, ...], optimizer: str, dtype: torch.dtype
+) -> None:
     for policy in policies:
         merged = training.Run(training.of_policy(ranks, policy), LAYOUTS[layout])
         training.check(merged, layout, policy, optimizer, dtype, followed=policy == policies[-1])
