@@ -131,4 +131,3 @@ def _group_of(args: Any) -> Any:
             except (RuntimeError, ValueError, KeyError):
                 continue  # the name of a reduction, such as "sum"
     return None
-

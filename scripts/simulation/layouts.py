@@ -142,7 +142,9 @@ def splits(tensor: TensorShape, degrees: Degrees) -> tuple[Split, ...]:
 def _divides(tensor: TensorShape, dim: int, parts: int, what: str) -> None:
     # FSDP may leave uneven or empty shards; the inner split may not, so that the pieces' sizes multiply.
     if tensor.shape[dim] % parts:
-        raise ValueError(f"{tensor.name}: dimension {dim} of {tensor.shape} does not divide by the {what} degree {parts}")
+        raise ValueError(
+            f"{tensor.name}: dimension {dim} of {tensor.shape} does not divide by the {what} degree {parts}"
+        )
 
 
 class Meshes:

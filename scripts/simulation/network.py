@@ -57,7 +57,9 @@ class Network:
         for p in range(len(self.parameters["protocols"]["names"])):
             steps = 2 * (n - 1)
             yield self._ring_us(steps, 2 * (k - 1), n, k, p), self._ring_gb_s(n, k, p) * n / steps
-            hops = 2 * ((n // k - 1) * latency["nvlink"]["tree"][p] + math.floor(math.log2(k)) * latency["net"]["tree"][p])
+            hops = 2 * (
+                (n // k - 1) * latency["nvlink"]["tree"][p] + math.floor(math.log2(k)) * latency["net"]["tree"][p]
+            )
             share = shares["tree_one_node" if k == 1 else "tree_many_nodes"][p]
             yield latency["base"]["tree"][p] + hops, self._capped(self._bus_gb_s(n, k) * share, k, p) / 2
 

@@ -185,4 +185,3 @@ class AnsweringLog(CollectiveLog):
                 f"over {group.group_name} this rank sends {sent[first]} for tensor {first} of the packed vector, "
                 f"expected {expected[first]}"
             )
-

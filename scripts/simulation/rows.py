@@ -6,7 +6,8 @@ import collections
 import dataclasses
 import multiprocessing
 from collections.abc import Sequence
-from typing import Any
+
+import torch._dynamo  # noqa: F401  (DTensor imports it when first used, which takes seconds: once here, not in each process)
 
 from scripts.simulation.layouts import Degrees
 from scripts.simulation.network import Network
@@ -70,7 +71,11 @@ def make_row(step: Step, network: Network, names: dict[tuple[int, ...], str]) ->
     for entry, times in counted.items():
         nodes = network.nodes(entry.ranks)
         # Objects travel at construction only: counted, not timed (pickling and the host's own network are what they cost).
-        us = 0.0 if entry.kind == "all_gather_object" else network.collective_us(entry.kind, entry.size, nodes, entry.bytes)
+        us = (
+            0.0
+            if entry.kind == "all_gather_object"
+            else network.collective_us(entry.kind, entry.size, nodes, entry.bytes)
+        )
         over = names.get(entry.ranks, "?")
         calls.append(Call(entry.kind, over, entry.size, nodes, entry.bytes, times, us))
     return Row(
@@ -106,29 +111,32 @@ def simulate(
     *,
     positions: Sequence[int] | None = None,
     policies: Sequence[str] = tuple(POLICIES),
+    torch_too: bool = True,
 ) -> Cell:
     """Simulate some ranks, each in a process of its own: of the first, of a middle and of the last stage."""
     n = degrees.ranks
     chosen = tuple(positions) if positions is not None else tuple(sorted({0, n // 2 + n // 8, n - 1}))
-    found = [_in_a_process(model, degrees, rank, network, tuple(policies)) for rank in chosen]
+    found = [_in_a_process(model, degrees, rank, network, tuple(policies), torch_too) for rank in chosen]
     rows = tuple(max(same, key=lambda row: row.exposed_us) for same in zip(*found, strict=True))
     alike = all(
-        len({row.kinds for row in same}) == 1 for same in zip(*found, strict=True) if same[0].schedule != "AdaGC, official"
+        len({row.kinds for row in same}) == 1
+        for same in zip(*found, strict=True)
+        if same[0].schedule != "AdaGC, official"
     )
     return Cell(chosen, rows, alike)
 
 
 def _in_a_process(
-    model: ModelShape, degrees: Degrees, rank: int, network: Network, policies: tuple[str, ...]
+    model: ModelShape, degrees: Degrees, rank: int, network: Network, policies: tuple[str, ...], torch_too: bool
 ) -> tuple[Row, ...]:
     # DTensor keeps what it has worked out for a mesh, process groups included, for the life of the process: a second world
     # in it would be given the first one's groups.
     with multiprocessing.get_context("fork").Pool(1) as pool:
-        return pool.apply(_rank_rows, (model, degrees, rank, network, policies))
+        return pool.apply(_rank_rows, (model, degrees, rank, network, policies, torch_too))
 
 
 def _rank_rows(
-    model: ModelShape, degrees: Degrees, rank: int, network: Network, policies: tuple[str, ...]
+    model: ModelShape, degrees: Degrees, rank: int, network: Network, policies: tuple[str, ...], torch_too: bool
 ) -> tuple[Row, ...]:
-    steps, names = simulate_rank(model, degrees, rank, policies)
+    steps, names = simulate_rank(model, degrees, rank, policies, torch_too)
     return tuple(make_row(step, network, names) for step in steps)

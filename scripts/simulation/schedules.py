@@ -58,9 +58,11 @@ class Step:
 
 
 def simulate_rank(
-    model: ModelShape, degrees: Degrees, rank: int, policies: Sequence[str] = tuple(POLICIES)
+    model: ModelShape, degrees: Degrees, rank: int, policies: Sequence[str] = tuple(POLICIES), torch_too: bool = True
 ) -> tuple[list[Step], dict[tuple[int, ...], str]]:
     """Construct real clippers on rank `rank` of a fake world, run real steps, and list what they and the others send.
+
+    `torch_too`: run torch's GlobalGC as well, which takes minutes on many thousands of DTensors.
 
     Returns the steps, and names for the groups' ranks. Call it once a process.
     """
@@ -72,7 +74,8 @@ def simulate_rank(
         steps: list[Step] = []
         for name in policies:
             steps += run_clipper(name, named, log, meshes, stage_of, check=lambda report: _check(report, log, model))
-        steps.append(_global_gc_torch(model, meshes, stage_of))
+        if torch_too:
+            steps.append(_global_gc_torch(model, meshes, stage_of))
         steps.append(_global_gc_megatron(degrees, rank))
         steps.append(_official_adagc(model, meshes, stage_of))
         return steps, group_names(meshes, rank)
@@ -86,7 +89,8 @@ def group_names(meshes: Meshes, rank: int) -> dict[tuple[int, ...], str]:
             names[tuple(dist.get_process_group_ranks(mesh.get_group(dim)))] = dim
     names.setdefault(model_ranks(meshes.degrees, rank), "copy of the model")
     everyone = tuple(range(meshes.degrees.ranks))
-    names[everyone] = "all ranks" if everyone not in names else f"{names[everyone]} = all ranks"
+    dim = names.get(everyone)
+    names[everyone] = f"{dim} = all ranks" if dim in meshes.coordinates else "all ranks"
     return names
 
 
@@ -172,7 +176,9 @@ def _global_gc_torch(model: ModelShape, meshes: Meshes, stage_of: Callable[[int]
     with log:
         global_norm_of(params, meshes.pp_group)
     note = "" if len(_meshes_of(params)) < 2 else "torch raises on several meshes; one norm for each, as in torchtitan"
-    return Step("GlobalGC, torch", "steady", "counted", tuple(log.entries), 0, spans_stages(log.entries, stage_of), note)
+    return Step(
+        "GlobalGC, torch", "steady", "counted", tuple(log.entries), 0, spans_stages(log.entries, stage_of), note
+    )
 
 
 def global_norm_of(params: Sequence[nn.Parameter], pp_group: Any) -> None:

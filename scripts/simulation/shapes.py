@@ -67,7 +67,9 @@ def _ends(vocab: int, dim: int) -> Iterator[TensorShape]:
     yield TensorShape("output.weight", (vocab, dim), "columns", head=True)
 
 
-def _layer(index: int, tensors: dict[str, tuple[tuple[int, ...], Split]], expert: bool = False) -> Iterator[TensorShape]:
+def _layer(
+    index: int, tensors: dict[str, tuple[tuple[int, ...], Split]], expert: bool = False
+) -> Iterator[TensorShape]:
     for name, (shape, split) in tensors.items():
         yield TensorShape(f"layers.{index}.{name}", shape, split, expert, index)
 
@@ -141,7 +143,16 @@ def mixtral(
 
 
 def latent_moe(
-    name: str, source: str, *, layers: int, dim: int, dense_hidden: int, hidden: int, heads: int, vocab: int, experts: int
+    name: str,
+    source: str,
+    *,
+    layers: int,
+    dim: int,
+    dense_hidden: int,
+    hidden: int,
+    heads: int,
+    vocab: int,
+    experts: int,
 ) -> ModelShape:
     """The first layer is dense, the others have routed experts and one shared expert."""
     tensors = list(_ends(vocab, dim))
