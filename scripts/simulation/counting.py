@@ -72,10 +72,8 @@ class CollectiveLog(TorchDispatchMode):
         if name not in _KINDS:
             raise NotImplementedError(f"the simulation does not know the collective {func}")
         kind = _KINDS[name]
-        if func.namespace == "c10d":
-            buffers = args[0] if isinstance(args[0], list) else [args[0]]
-        else:
-            buffers = [out]
+        result = args[0] if func.namespace == "c10d" else out  # the former write into what they are given
+        buffers = result if isinstance(result, list) else [result]
         ranks = tuple(dist.get_process_group_ranks(group))
         self.entries.append(Collective(kind, ranks, sum(b.numel() * b.element_size() for b in buffers)))
         if func.namespace == "c10d":
