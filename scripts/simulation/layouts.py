@@ -161,6 +161,11 @@ class Meshes:
         self._cached: dict[tuple[bool, tuple[str, ...]], DeviceMesh] = {}
 
     @property
+    def all(self) -> list[DeviceMesh]:
+        """The experts' first, so that where they share a dimension's name the dense one's comes later, and is kept."""
+        return [mesh for mesh in (self.experts, self.dense) if mesh is not None]
+
+    @property
     def pp_group(self) -> Any:
         return self.dense.get_group(PP) if self.degrees.pp > 1 else None
 
@@ -168,17 +173,16 @@ class Meshes:
     def coordinates(self) -> dict[str, int]:
         """This rank's coordinate along each mesh dimension."""
         found: dict[str, int] = {}
-        for mesh in (self.dense, self.experts):
-            if mesh is not None:
-                found |= dict(zip(mesh.mesh_dim_names or (), mesh.get_coordinate() or (), strict=True))
+        for mesh in self.all:
+            found |= dict(zip(mesh.mesh_dim_names or (), mesh.get_coordinate() or (), strict=True))
         return found
 
     @property
     def groups(self) -> dict[str, str]:
         """Name of a process group -> the mesh dimension it is of."""
         found = {}
-        for mesh in (self.experts, self.dense):
-            for name in (mesh.mesh_dim_names or ()) if mesh is not None else ():
+        for mesh in self.all:
+            for name in mesh.mesh_dim_names or ():
                 found[mesh.get_group(name).group_name] = name
         return found
 

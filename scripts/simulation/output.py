@@ -353,11 +353,11 @@ def _plot_counts(results: Results, path: Path) -> Path:
             counts = [e.row(schedule).collectives for e in entries]
             label = schedule if number == 0 else None
             left.plot([e.ranks for e in entries], counts, line, color=colour, marker=".", alpha=0.6, label=label)
-        for family in dict.fromkeys(e.family for e in results.tensor_entries):
+        for kind in dict.fromkeys(e.family for e in results.tensor_entries):
             points = [
                 (e.tensors, row.collectives)
                 for e in results.tensor_entries
-                if e.family == family
+                if e.family == kind
                 for row in e.cell.rows
                 if row.schedule == schedule and row.phase == "steady"
             ]

@@ -84,13 +84,13 @@ def simulate_rank(
 def group_names(meshes: Meshes, rank: int) -> dict[tuple[int, ...], str]:
     """Ranks of a group -> what it is: a mesh dimension, the ranks of one copy of the model, or all ranks."""
     names: dict[tuple[int, ...], str] = {}
-    for mesh in (meshes.experts, meshes.dense):
-        for dim in (mesh.mesh_dim_names or ()) if mesh is not None else ():
+    for mesh in meshes.all:
+        for dim in mesh.mesh_dim_names or ():
             names[tuple(dist.get_process_group_ranks(mesh.get_group(dim)))] = dim
     names.setdefault(model_ranks(meshes.degrees, rank), "copy of the model")
     everyone = tuple(range(meshes.degrees.ranks))
-    dim = names.get(everyone)
-    names[everyone] = f"{dim} = all ranks" if dim in meshes.coordinates else "all ranks"
+    known = names.get(everyone)
+    names[everyone] = f"{known} = all ranks" if known in meshes.coordinates else "all ranks"
     return names
 
 

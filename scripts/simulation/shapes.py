@@ -206,7 +206,7 @@ MODELS: dict[str, ModelShape] = {
         ),
         mixtral(
             "Mixtral-8x22B",
-            "config.json of mistralai/Mixtral-8x22B-v0.1, the vocabulary rounded up to 32768 as in v0.3",
+            "config.json of mistralai/Mixtral-8x22B-Instruct-v0.1",
             layers=56,
             dim=6144,
             hidden=16384,
