@@ -66,15 +66,17 @@ class ReductionPlan:
     and one instance's sum is then spread over that other group, in the gather that runs there anyway.
 
     One union instead of a chain. Where several groups are involved and one tensor's copy spans all ranks of
-    `process_group` (TP + FSDP, EP + FSDP), or where ranks take part in tensors of which they hold no piece (Megatron's
-    experts), or where a group of more than `GATHER_LIMIT` ranks would have to gather (HSDP), one all-reduce over
-    `process_group` replaces the chain; of each tensor's copies the one with the lowest rank sends.
+    `process_group` (TP + FSDP, EP + FSDP, the latter also inside pipeline stages), or where ranks take part in tensors of
+    which they hold no piece (Megatron's experts), or where a group of more than `GATHER_LIMIT` ranks would have to gather
+    (HSDP), one all-reduce over `process_group` replaces the chain; of each tensor's copies the one with the lowest rank
+    sends.
 
     Construction is collective over `process_group` and the norm groups.
 
     Args:
         layout: the logical tensors.
-        process_group: a group all of whose ranks have this very layout, if one is known (it must have been checked).
+        process_group: a group all of whose ranks have this very layout, if one is known (it must have been checked). None:
+            a norm group that spans all tensors, if there is one.
         copies_among: number of ranks that may hold copies of this rank's tensors (world size over pipeline stages).
         shared: names of which ranks outside `process_group` or its pipeline stage hold copies (tied across stages).
         meet: take one union wherever there is anything to reduce, so that all ranks of `process_group` meet in it.
@@ -95,6 +97,8 @@ class ReductionPlan:
         for i, tensor in enumerate(layout):
             for group in tensor.norm_groups:
                 members.setdefault(_position(group, groups), []).append(i)
+        if process_group is None:
+            process_group = _spanning(layout, groups, copies_among)
         if process_group is not None and ((meet and groups) or _union_is_better(layout, groups, process_group)):
             self._plan_union(layout, process_group, shared)
         elif groups:
@@ -275,6 +279,15 @@ def _add_up(gathered: Tensor, size: int, p: float) -> Tensor:
     """The ranks' vectors added in rank order, the same order wherever this is done."""
     rows = gathered.view(size, -1)
     return rows.amax(dim=0) if math.isinf(p) else rows.sum(dim=0)
+
+
+def _spanning(layout: Layout, groups: Sequence[Any], copies_among: int) -> Any:
+    """A norm group of all ranks that may hold a piece or a copy of any tensor: FSDP's, where experts lie inside it."""
+    for group in groups:
+        ranks = frozenset(dist.get_process_group_ranks(group))
+        if len(ranks) >= copies_among and all(tensor.mesh_ranks <= ranks for tensor in layout):
+            return group
+    return None
 
 
 def _union_is_better(layout: Layout, groups: Sequence[Any], process_group: Any) -> bool:

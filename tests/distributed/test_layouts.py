@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 
-from dist_clip import reduction
 from tests.harness import pool
 
 from . import training
@@ -55,32 +54,6 @@ def test_other_options(layout: str) -> None:
 def test_three_mesh_dimensions() -> None:
     """HSDP with tensor parallelism inside, uneven shards (_StridedShard): eight ranks."""
     run("hsdp-tp", 8, ("zclip", "adagc"), "adamw", torch.float32)
-
-
-@pytest.mark.parametrize("union", [False, True])
-def test_large_groups(union: bool) -> None:
-    """What groups of more than GATHER_LIMIT ranks do, by groups of two: under HSDP one union instead of a gather."""
-    ranks = pool(4, "limit").run(train_with_limit, "hsdp", 1 if union else 16)
-    assert {rank["collectives"] for rank in ranks} == {("all_reduce",) if union else ("all_gather",)}
-    check_all(ranks, "hsdp", ("zclip", "adagc"), "adamw", torch.float32)
-
-
-def test_large_groups_inside_pipeline_stages() -> None:
-    """TP + FSDP2 in each of two stages: FSDP all-reduces, and what TP replicates is spread in the gather over TP."""
-    ranks = pool(8, "limit").run(train_with_limit, "pp-tp-fsdp", 16)
-    assert {rank["collectives"] for rank in ranks} == {("all_reduce", "all_gather")}
-    check_all(ranks, "pp-tp-fsdp", ("zclip", "adagc"), "adamw", torch.float32)
-
-
-def train_with_limit(layout: str, limit: int) -> dict[str, Any]:
-    before, reduction.GATHER_LIMIT = reduction.GATHER_LIMIT, limit
-    try:
-        setup = training.build(layout, torch.float32)
-        clipper = training.make_clipper(setup, training.POLICIES["adagc"].ours())
-        out = training.train(layout, ("zclip", "adagc"), "adamw", torch.float32)
-    finally:
-        reduction.GATHER_LIMIT = before
-    return {**out, "collectives": tuple(stage.collective for stage in clipper.reduction_plan.stages)}
 
 
 def run(layout: str, world: int, policies: tuple[str, ...], optimizer: str, dtype: torch.dtype) -> None:
