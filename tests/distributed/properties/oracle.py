@@ -376,9 +376,8 @@ class Checker:
                 np.abs(want) * (self.scale_rtol(name) + ROUNDING[dtype]) + np.abs(before) * atol + 2 * SPACING[dtype]
             )
             good = (error <= limit) | (np.isnan(want) & np.isnan(after)) | (want == after)
-        require(
-            good.all(), lambda: f"{name}: scaled by {scale} from {before[~good]} to {after[~good]}, not {want[~good]}"
-        )
+        if not good.all():
+            raise Mismatch(f"{name}: scaled by {scale} from {before[~good]} to {after[~good]}, not {want[~good]}")
 
     def check_state(self, rank: int, entry: dict[str, Any], expected: Expected) -> None:
         state = entry["state"]

@@ -109,7 +109,9 @@ def one_step(clipper: Any, model: Model, *, logged: bool) -> dict[str, Any]:
         entry["raised"] = str(error)
     after = {name: held.take() for name, held in model.held.items()}
     # One vector: cheap to send. Every dtype's values are exactly float64s.
-    entry["after"] = {name: None if t is None else t.detach().double().flatten().numpy() for name, t in after.items()}
+    entry["after"] = {
+        name: None if t is None else t.detach().double().flatten().numpy().copy() for name, t in after.items()
+    }
     return entry
 
 
