@@ -198,7 +198,9 @@ class GradClipper:
         uniform = len(self._domains) == 1 and self._domains[0].policy.rule_scope == "global"
         self.kernels.scale_(shards, scales, uniform=uniform)
         if self.nonfinite == "zero":
-            self.kernels.zero_where_(shards, measured.bad)
+            # Not where the step is to be skipped, for skip_above: then nothing is touched.
+            zeroed = measured.bad if not self.may_skip else torch.logical_and(measured.bad, torch.logical_not(skip))
+            self.kernels.zero_where_(shards, zeroed)
         if self._detector is not None:
             self._clipped.remember(self.layout)
         self.last_report = ClipReport(
@@ -352,11 +354,11 @@ class GradClipper:
             news = [torch.where(ok, new, old) for new, old in zip(news, olds, strict=True)]
         # Copied into place: the state's memory never moves, as a captured CUDA graph needs it.
         torch._foreach_copy_(olds, news)
+        if self.nonfinite == "zero":
+            scales = torch.where(measured.bad, 0.0, scales)
         if ok is not None:
             scales = torch.where(ok, scales, 1.0)
             uniform = [None if scale is None else torch.where(ok, scale, 1.0) for scale in uniform]
-        if self.nonfinite == "zero":
-            scales = torch.where(measured.bad, 0.0, scales)
         return scales, uniform
 
     def _global_norms(
