@@ -130,36 +130,57 @@ class AnsweringLog(CollectiveLog):
     def _answer_all_reduce(self, group: Any, buffer: Tensor, op: str) -> None:
         if op == "MAX":
             return  # a flag, the same on all ranks: this rank's own
-        members, dims = self._members(group)
-        self._check_length(buffer.numel(), members, group)
         if op == "MIN":
-            # Which copy speaks for a tensor: the one with the lowest rank. Rank 0 holds a piece of a copy of each.
-            buffer.zero_()
+            self._answer_lowest(group, buffer)
             return
+        members, dims = self._members(group, buffer.numel())
         before = self._elements(members, self.done)
-        self._check_sent(buffer, before, group, or_silent=len(dims) > 1)
+        self._check_sent(buffer, before, group, silent=[self._spans_stage(group)] * len(members))
         self.done |= dims
         buffer.copy_(self._elements(members, self.done))
 
+    def _answer_lowest(self, group: Any, buffer: Tensor) -> None:
+        """Which copy speaks for a tensor: the one that the lowest rank has a part in."""
+        ranks = dist.get_process_group_ranks(group)
+        if self._spans_stage(group):  # its first rank holds a piece of a copy of each
+            buffer.fill_(ranks[0])
+        else:  # the same copy seen from the group's first rank; 0 where it is not asked
+            buffer.copy_(torch.where(buffer > 0, buffer - (dist.get_rank() - ranks[0]), buffer))
+
     def _answer_all_gather(self, group: Any, buffer: Tensor, sent: Tensor) -> None:
-        members, dims = self._members(group)
-        self._check_length(sent.numel(), members, group)
-        self._check_sent(sent, self._elements(members, self.done), group, or_silent=False)
+        members, dims = self._members(group, sent.numel())
         (dim,) = dims
+        # What this dimension does not split it spreads: its first rank sends the number, the others 0.
+        spread = [dim not in self.splits[i] for i in members]
+        self._check_sent(sent, self._elements(members, self.done), group, silent=spread)
         others = self._elements(members, self.done | {dim})  # times a peer's share along this dimension
-        length = np.array([self.splits[i][dim].length for i in members], dtype=np.float64)
-        parts = np.array([[self.splits[i][dim].chunk(c) for i in members] for c in range(group.size())])
+        length = np.array([self.splits[i][dim].length if not s else 1 for i, s in zip(members, spread, strict=True)])
+        parts = np.array(
+            [
+                [self.splits[i][dim].chunk(c) if not s else float(c == 0) for i, s in zip(members, spread, strict=True)]
+                for c in range(group.size())
+            ]
+        )
         buffer.view(group.size(), -1).copy_(torch.from_numpy(others.numpy() / length * parts))
         # The adding-up is the clipper's; from its next collective on, this dimension is done.
         self.done.add(dim)
 
-    def _members(self, group: Any) -> tuple[list[int], set[str]]:
-        """The tensors that are reduced over `group`, in order, and the mesh dimensions that this completes."""
-        if group.size() == dist.get_world_size():  # all of a tensor's shards at once
-            members = [i for i, by_dim in enumerate(self.splits) if by_dim]
-            return members, {dim for by_dim in self.splits for dim in by_dim}
-        dim = self.groups[group.group_name]
-        return [i for i, by_dim in enumerate(self.splits) if dim in by_dim], {dim}
+    def _spans_stage(self, group: Any) -> bool:
+        return group.size() == dist.get_world_size() // self.degrees.pp
+
+    def _members(self, group: Any, length: int) -> tuple[list[int], set[str]]:
+        """The tensors that `length` numbers over `group` are of, in order, and the mesh dimensions that this completes."""
+        split = [i for i, by_dim in enumerate(self.splits) if by_dim]
+        if self._spans_stage(group):  # all of a tensor's shards at once
+            members, dims = split, {dim for by_dim in self.splits for dim in by_dim}
+        else:
+            dim = self.groups[group.group_name]
+            members, dims = [i for i in split if dim in self.splits[i]], {dim}
+            if length != len(members):
+                members = split  # those that it does not split, it spreads
+        if length != len(members):
+            raise AssertionError(f"{length} numbers travel over {group.group_name}, expected {len(members)}")
+        return members, dims
 
     def _elements(self, members: list[int], done: set[str]) -> Tensor:
         """Number of elements that this rank knows of after the reductions over `done`, float64 [members]."""
@@ -172,15 +193,9 @@ class AnsweringLog(CollectiveLog):
             counts.append(float(count))
         return torch.tensor(counts, dtype=torch.float64)
 
-    def _check_length(self, length: int, members: list[int], group: Any) -> None:
-        if length != len(members):
-            raise AssertionError(f"{length} numbers travel over {group.group_name}, expected {len(members)}")
-
-    def _check_sent(self, sent: Tensor, expected: Tensor, group: Any, *, or_silent: bool) -> None:
-        """`or_silent`: of a tensor's copies one speaks, the others send 0."""
-        fine = torch.isclose(sent, expected, rtol=1e-9)
-        if or_silent:
-            fine |= sent == 0
+    def _check_sent(self, sent: Tensor, expected: Tensor, group: Any, *, silent: list[bool]) -> None:
+        """`silent`: of which tensors one copy speaks and the others send 0."""
+        fine = torch.isclose(sent, expected, rtol=1e-9) | (torch.tensor(silent) & (sent == 0))
         if not bool(fine.all()):
             first = int((~fine).nonzero()[0])
             raise AssertionError(
