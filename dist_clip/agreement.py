@@ -11,6 +11,9 @@ import torch.distributed as dist
 
 from dist_clip.errors import LayoutError
 
+# Errors that keep their class on their way to the other ranks; any other becomes a LayoutError.
+_KINDS = (LayoutError, ValueError, TypeError, ImportError)
+
 
 @dataclasses.dataclass(frozen=True)
 class Announcement:
@@ -57,7 +60,7 @@ def agree(mine: Announcement, process_group: Any, pp_group: Any) -> list[tuple[i
 
 def told(error: Exception) -> Exception:
     """`error` in a form that can be sent to other ranks."""
-    known = next((k for k in (LayoutError, ValueError, TypeError) if isinstance(error, k)), None)
+    known = next((k for k in _KINDS if isinstance(error, k)), None)
     return known(str(error)) if known else LayoutError(f"{type(error).__name__}: {error}")
 
 
@@ -78,7 +81,7 @@ def _check(everyone: list[tuple[int, Announcement]]) -> None:
         rank, error = failed[0]
         others = f" (ranks {[r for r, _ in failed]} report an error)" if len(failed) > 1 else ""
         # The same class everywhere, that of the first failure where it is one that a bad argument or layout raises.
-        kind = next((k for k in (LayoutError, ValueError, TypeError) if isinstance(error, k)), LayoutError)
+        kind = next((k for k in _KINDS if isinstance(error, k)), LayoutError)
         where = "" if len(everyone) == 1 or str(error).startswith("rank ") else f"on rank {rank}: "
         raise kind(f"{where}{error}{others}") from error
     first_rank, first = everyone[0]

@@ -20,7 +20,7 @@ from dist_clip.domains import Domain, Measured, NonFinite, make_domains, rule_fo
 from dist_clip.explain import explain_table
 from dist_clip.faults import any_rank, raise_nonfinite
 from dist_clip.freshness import ClippedGradients
-from dist_clip.kernels import Kernels
+from dist_clip.kernels import Kernels, Preference
 from dist_clip.layout import Layout
 from dist_clip.policies.base import Policy, is_finite, is_nonfinite
 from dist_clip.readers import PartialReducer
@@ -51,8 +51,9 @@ class GradClipper:
         log_global_norm: reduce the global norm for the report also where the policy has no need of it. It is on its way
             while the optimizer steps: only reading it waits.
         skip_above: a step whose global norm exceeds this is to be skipped, as with ``nonfinite="skip"``; default none is.
-        kernels: what measures accelerator tensors: "torch", "apex" or "transformer_engine" (see `dist_clip.kernels`);
-            default, the environment variable DIST_CLIP_KERNELS, else torch.
+        kernels: what measures and scales CUDA tensors: "triton", "torch", "apex" or "transformer_engine" (docs/kernels.md);
+            default, the environment variable DIST_CLIP_KERNELS, else Triton if it is installed, else torch. The same on
+            all ranks.
         scaler: the GradScaler of fp16 training, if there is one. Clipping before ``scaler.unscale_`` is then an error, and a
             step that the scaler skips leaves the state as it was: as with ``nonfinite="skip"``, which this implies. The
             scaler is told what other ranks found, so that all of them skip; with `attach` under tensor or pipeline
@@ -64,6 +65,7 @@ class GradClipper:
         LayoutError: no parameters, all frozen, duplicate names, complex or sparse gradients, a wrong process group,
             patterns that match nothing, ranks that differ. The same on every rank.
         TypeError, ValueError: arguments of the wrong type or value, on one rank or on all; the same on every rank.
+        ImportError: kernels that were asked for by name are not installed or do not work, on one rank or on all.
     """
 
     def __init__(
@@ -78,7 +80,7 @@ class GradClipper:
         exclude: Sequence[str] = (),
         log_global_norm: bool = False,
         skip_above: float = math.inf,
-        kernels: str | Kernels | None = None,
+        kernels: str | Kernels | Preference | None = None,
         scaler: GradScaler | None = None,
         detect_desync: bool = False,
     ) -> None:
@@ -196,7 +198,9 @@ class GradClipper:
         uniform = len(self._domains) == 1 and self._domains[0].policy.rule_scope == "global"
         self.kernels.scale_(shards, scales, uniform=uniform)
         if self.nonfinite == "zero":
-            self.kernels.zero_where_(shards, measured.bad)
+            # Not where the step is to be skipped, for skip_above: then nothing is touched.
+            zeroed = measured.bad if not self.may_skip else torch.logical_and(measured.bad, torch.logical_not(skip))
+            self.kernels.zero_where_(shards, zeroed)
         if self._detector is not None:
             self._clipped.remember(self.layout)
         self.last_report = ClipReport(
@@ -350,11 +354,11 @@ class GradClipper:
             news = [torch.where(ok, new, old) for new, old in zip(news, olds, strict=True)]
         # Copied into place: the state's memory never moves, as a captured CUDA graph needs it.
         torch._foreach_copy_(olds, news)
+        if self.nonfinite == "zero":
+            scales = torch.where(measured.bad, 0.0, scales)
         if ok is not None:
             scales = torch.where(ok, scales, 1.0)
             uniform = [None if scale is None else torch.where(ok, scale, 1.0) for scale in uniform]
-        if self.nonfinite == "zero":
-            scales = torch.where(measured.bad, 0.0, scales)
         return scales, uniform
 
     def _global_norms(

@@ -139,11 +139,11 @@ class _Draft:
         self.exclude = tuple(arguments.exclude)
         self.scaler = checked_scaler(arguments.scaler, arguments.nonfinite)
         _check_reporting(arguments)
-        self.kernels = choose(arguments.kernels)
         layout, excluded = self._read()
         _check_process_group(layout, self.process_group)
         self.layout = layout
         self.device = layout.device or device_of(self.pp_group)
+        self.kernels = choose(arguments.kernels, self.device)
         patterns = frozenset(self.exclude) | {pattern for pattern, _ in self.rules[:-1]}
         matched = excluded | {p for p in patterns for name in layout.names if fnmatch.fnmatchcase(name, p)}
         policies = ", ".join(f"{pattern!r}: {rule!r}" for pattern, rule in self.rules)

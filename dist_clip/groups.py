@@ -56,4 +56,6 @@ def current_device(device_type: str) -> torch.device:
 def device_of(group: Any) -> torch.device:
     """A device that `group` can communicate from: an accelerator's where it has one, else the CPU."""
     types = [device.type for device in group._device_types] if group is not None else []
-    return current_device(next((kind for kind in types if kind != "cpu"), "cpu"))
+    # gloo names CUDA as well, whether or not there is any.
+    present = (kind for kind in types if kind != "cpu" and torch.get_device_module(kind).is_available())
+    return current_device(next(present, "cpu"))

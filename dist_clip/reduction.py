@@ -11,12 +11,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dist_clip.layout import Layout, LogicalTensor, group_label
+from dist_clip.layout import Layout, group_label
 
 # torch 2.13 renamed it and warns about the old name.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 Collective = Literal["all_reduce", "all_gather"]
+
+GATHER_LIMIT = 16
+"""Ranks up to which a gather is taken to be as fast as an all-reduce (docs/simulation.md: above 16 of 2 nodes it is not)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,14 +61,22 @@ class ReductionPlan:
     share a tied tensor), each instance could add in an order of its own, and replicas would drift apart by an ulp a
     step: there the addends are gathered and added in rank order.
 
+    Large groups. What a gather takes grows with the group, what an all-reduce takes with its logarithm. Where a tensor's
+    copies lie along another group of the chain (tensors that TP + FSDP2 shards over FSDP only), each instance all-reduces,
+    and one instance's sum is then spread over that other group, in the gather that runs there anyway.
+
     One union instead of a chain. Where several groups are involved and one tensor's copy spans all ranks of
-    `process_group` (TP + FSDP, EP + FSDP), or where ranks take part in tensors of which they hold no piece (Megatron's
-    experts), one all-reduce over `process_group` replaces the chain; of each tensor's copies the one with the lowest rank
-    sends. Construction is then collective over `process_group`.
+    `process_group` (TP + FSDP, EP + FSDP, the latter also inside pipeline stages), or where ranks take part in tensors of
+    which they hold no piece (Megatron's experts), or where a group of more than `GATHER_LIMIT` ranks would have to gather
+    (HSDP), one all-reduce over `process_group` replaces the chain; of each tensor's copies the one with the lowest rank
+    sends.
+
+    Construction is collective over `process_group` and the norm groups.
 
     Args:
         layout: the logical tensors.
-        process_group: a group all of whose ranks have this very layout, if one is known (it must have been checked).
+        process_group: a group all of whose ranks have this very layout, if one is known (it must have been checked). None:
+            a norm group that spans all tensors, if there is one.
         copies_among: number of ranks that may hold copies of this rank's tensors (world size over pipeline stages).
         shared: names of which ranks outside `process_group` or its pipeline stage hold copies (tied across stages).
         meet: take one union wherever there is anything to reduce, so that all ranks of `process_group` meet in it.
@@ -86,21 +97,23 @@ class ReductionPlan:
         for i, tensor in enumerate(layout):
             for group in tensor.norm_groups:
                 members.setdefault(_position(group, groups), []).append(i)
+        if process_group is None:
+            process_group = _spanning(layout, groups, copies_among)
         if process_group is not None and ((meet and groups) or _union_is_better(layout, groups, process_group)):
             self._plan_union(layout, process_group, shared)
         elif groups:
-            self._plan_chain(layout, groups, members, copies_among, shared)
+            chain = _Chain(layout, groups, members, copies_among, shared)
+            if process_group is not None and chain.largest_gather > GATHER_LIMIT:
+                self._plan_union(layout, process_group, shared)
+            else:
+                self.stages = chain.stages()
 
     def _plan_union(self, layout: Layout, group: Any, shared: Collection[str]) -> None:
         device = layout.device
         indices = [i for i, t in enumerate(layout) if t.norm_groups or not t.everywhere]
         # The copy with the lowest rank sends. Found with a collective, for a rank does not know the copies of a tensor of
         # which it holds no piece.
-        lowest = [min(layout.tensors[i].component, default=math.inf) for i in indices]
-        mine = torch.tensor(lowest, dtype=torch.float64, device=device)
-        minimum = mine.clone()
-        dist.all_reduce(minimum, op=dist.ReduceOp.MIN, group=group)
-        sends = mine == minimum
+        sends = _lowest_sends([min(layout.tensors[i].component, default=math.inf) for i in indices], group, device)
         # Tensors that other stages hold, too, are gathered and added in rank order, see the class's docstring.
         for collective, chosen in (("all_reduce", False), ("all_gather", True)):
             part = [k for k, i in enumerate(indices) if (layout.names[i] in shared) is chosen]
@@ -115,34 +128,6 @@ class ReductionPlan:
                         sends=sends if len(part) == len(indices) else sends[torch.tensor(part, device=device)],
                     )
                 )
-
-    def _plan_chain(
-        self,
-        layout: Layout,
-        groups: list[Any],
-        members: dict[int, list[int]],
-        copies_among: int,
-        shared: Collection[str],
-    ) -> None:
-        # Large groups first: they may use an all-reduce, while the later ones of a chain repeat the same addition in
-        # several instances and have to gather.
-        order = sorted(range(len(groups)), key=lambda k: (-groups[k].size(), k))
-        level = dict.fromkeys(order, 0)
-        tensor_groups = [[_position(g, groups) for g in t.norm_groups] for t in layout]
-        for rank_in_order, k in enumerate(order):
-            earlier = set(order[:rank_in_order])
-            before = {h for ks in tensor_groups if k in ks for h in ks if h in earlier}
-            level[k] = 1 + max(level[h] for h in before) if before else 0
-        for k in order:
-            alone = all(
-                groups[k].size() * _later(layout.tensors[i], groups, k, order) >= copies_among
-                and layout.names[i] not in shared
-                for i in members[k]
-            )
-            collective: Collective = "all_reduce" if level[k] == 0 and alone else "all_gather"
-            index = _index(members[k], len(layout), layout.device)
-            self.stages.append(Stage(groups[k], tuple(members[k]), collective, level[k], index))
-        self.stages.sort(key=lambda stage: stage.level)
 
     def reduce(self, sums: Tensor, p: float = 2.0) -> Tensor:
         """Add (for ``p = inf``: take the largest of) the shards' power sums, float64 [n]; returns a new [n]."""
@@ -170,6 +155,82 @@ class ReductionPlan:
         """How tensor `index` is reduced, for people."""
         steps = [f"{s.collective} {group_label(s.group)}" for s in self.stages if index in s.indices]
         return " -> ".join(steps) or "none"
+
+
+class _Chain:
+    """One reduction a 1-D group, one after the other where a tensor is split over several.
+
+    Large groups first: they may use an all-reduce, while the later ones of a chain repeat the same addition in several
+    instances and have to gather.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        groups: list[Any],
+        members: dict[int, list[int]],
+        copies_among: int,
+        shared: Collection[str],
+    ) -> None:
+        self._layout, self._groups, self._members = layout, groups, members
+        self._copies_among = copies_among
+        self._order = sorted(range(len(groups)), key=lambda k: (-groups[k].size(), k))
+        self._level = dict.fromkeys(self._order, 0)
+        self._tensor_groups = [[_position(g, groups) for g in t.norm_groups] for t in layout]
+        for rank_in_order, k in enumerate(self._order):
+            earlier = set(self._order[:rank_in_order])
+            before = {h for ks in self._tensor_groups if k in ks for h in ks if h in earlier}
+            self._level[k] = 1 + max(self._level[h] for h in before) if before else 0
+        self._spread: dict[int, list[int]] = {k: [] for k in self._order}
+        self._collective = {k: self._choose(k, any(layout.names[i] in shared for i in members[k])) for k in self._order}
+
+    def _choose(self, k: int, shared: bool) -> Collective:
+        if self._level[k] > 0 or shared:
+            return "all_gather"
+        homes = {i: self._home(i, k) for i in self._members[k] if self._ranks_after(i, k) < self._copies_among}
+        if None in homes.values():
+            return "all_gather"
+        for i, home in homes.items():
+            assert home is not None
+            self._spread[home].append(i)
+        return "all_reduce"
+
+    def _ranks_after(self, i: int, k: int) -> int:
+        """Ranks among which tensor `i` is one sum when group `k` and those after it have reduced it."""
+        after = self._order[self._order.index(k) :]
+        return math.prod(self._groups[h].size() for h in after if h in self._tensor_groups[i])
+
+    def _home(self, i: int, k: int) -> int | None:
+        """A group that gathers later anyway, along which all copies of tensor `i` lie that group `k` does not see."""
+        latest = max(self._level[h] for h in self._tensor_groups[i])
+        component = self._layout.tensors[i].component
+        for h in self._order:
+            if self._level[h] <= latest or self._ranks_after(i, k) * self._groups[h].size() < self._copies_among:
+                continue
+            if len(component.intersection(dist.get_process_group_ranks(self._groups[h]))) == 1:
+                return h
+        return None
+
+    @property
+    def largest_gather(self) -> int:
+        """Ranks of the largest group that would have to gather."""
+        return max((self._groups[k].size() for k in self._order if self._collective[k] == "all_gather"), default=0)
+
+    def stages(self) -> list[Stage]:
+        """The stages, by level. Collective over the groups that spread."""
+        device = self._layout.device
+        stages = []
+        for k in self._order:
+            spread = set(self._spread[k])
+            indices = sorted([*self._members[k], *spread])
+            sends = None
+            if spread:
+                # Of what it spreads, one copy is sent; of what it adds up, every share.
+                lowest = [min(self._layout.tensors[i].component) if i in spread else 0 for i in indices]
+                sends = _lowest_sends(lowest, self._groups[k], device)
+            index = _index(indices, len(self._layout), device)
+            stages.append(Stage(self._groups[k], tuple(indices), self._collective[k], self._level[k], index, sends))
+        return sorted(stages, key=lambda stage: stage.level)
 
 
 class PendingSum:
@@ -220,6 +281,15 @@ def _add_up(gathered: Tensor, size: int, p: float) -> Tensor:
     return rows.amax(dim=0) if math.isinf(p) else rows.sum(dim=0)
 
 
+def _spanning(layout: Layout, groups: Sequence[Any], copies_among: int) -> Any:
+    """A norm group of all ranks that may hold a piece or a copy of any tensor: FSDP's, where experts lie inside it."""
+    for group in groups:
+        ranks = frozenset(dist.get_process_group_ranks(group))
+        if len(ranks) >= copies_among and all(tensor.mesh_ranks <= ranks for tensor in layout):
+            return group
+    return None
+
+
 def _union_is_better(layout: Layout, groups: Sequence[Any], process_group: Any) -> bool:
     ranks = frozenset(dist.get_process_group_ranks(process_group))
     if any(not t.everywhere for t in layout):
@@ -238,10 +308,12 @@ def _position(group: Any, groups: list[Any]) -> int:
     return len(groups) - 1
 
 
-def _later(tensor: LogicalTensor, groups: list[Any], k: int, order: list[int]) -> int:
-    """Product of the sizes of the groups that reduce `tensor` after group `k`."""
-    after = order[order.index(k) + 1 :]
-    return math.prod(groups[h].size() for h in after if any(groups[h] is g for g in tensor.norm_groups)) or 1
+def _lowest_sends(lowest: Sequence[float], group: Any, device: torch.device | None) -> Tensor:
+    """Bool [k]: whether this rank's copy of each tensor is the one whose `lowest` rank is the lowest in `group`."""
+    mine = torch.tensor(lowest, dtype=torch.float64, device=device)
+    minimum = mine.clone()
+    dist.all_reduce(minimum, op=dist.ReduceOp.MIN, group=group)
+    return mine == minimum
 
 
 def _index(indices: Sequence[int], n: int, device: torch.device | None) -> Tensor | None:

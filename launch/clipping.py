@@ -42,6 +42,8 @@ class ClipConfig:
     """What a NaN or Inf in a gradient leads to."""
     log_global_norm: bool = True
     """Reduce the global norm on steps where the rule has no need of it (AdaGC under pp), so that it can be logged."""
+    detect_desync: bool = False
+    """Stop when ranks have clipped differently often or remember different norms; no collective more."""
 
     def policy(self) -> dist_clip.Policy:
         warmup: dict[str, Any] = {} if self.clip_warmup_steps is None else {"warmup_steps": self.clip_warmup_steps}
@@ -81,4 +83,5 @@ def build_clipper(layout: Layout, cfg: ClipConfig) -> dist_clip.GradClipper:
         pp_group=layout.pp_group,
         nonfinite=cfg.nonfinite,
         log_global_norm=cfg.log_global_norm,
+        detect_desync=cfg.detect_desync,
     )

@@ -40,6 +40,11 @@ def observable(norm: float) -> bool:
     return math.isfinite(norm) and norm > 0
 
 
+def fp32(value: float) -> float:
+    """Rounded to float32, the dtype of AdaGC's state; beyond its range 0 or Inf."""
+    return float(torch.tensor(value, dtype=torch.float64).float())
+
+
 class Rule(Protocol):
     def scales(self, norms: Norms) -> Scales: ...
 
@@ -59,7 +64,10 @@ GAMMA_INITS = {"min": min, "median": statistics.median, "mean": statistics.fmean
 
 
 class AdaGC:
-    """AdaGC over the tensors handed in: whole tensors (scope "tensor"), or the ranks' pieces (scope "shard")."""
+    """AdaGC over the tensors handed in: whole tensors (scope "tensor"), or the ranks' pieces (scope "shard").
+
+    gamma_i is one float32 scalar: a norm that float32 cannot tell from 0 or Inf is no observation.
+    """
 
     def __init__(
         self,
@@ -87,24 +95,24 @@ class AdaGC:
         scales = GlobalGC(self.max_norm).scales(norms)
         for name, norm in norms.items():
             after = norm * scales[name]
-            if observable(after):
+            if observable(fp32(after)):
                 self.seen.setdefault(name, []).append(after)
-                self.gamma[name] = GAMMA_INITS[self.gamma_init](self.seen[name])
+                self.gamma[name] = fp32(GAMMA_INITS[self.gamma_init](self.seen[name]))
         return scales
 
     def _scale(self, name: Hashable, norm: float) -> float:
         """h_i = min(1, lambda_rel * gamma_i / (n_i + eps)) with gamma_i from before this step; then gamma_i moves."""
         if norm == 0:
             return 1.0
-        if name not in self.gamma:
-            if not observable(norm):
-                return math.nan if math.isnan(norm) else 0.0
-            self.gamma[name] = norm
+        if name not in self.gamma:  # first seen after the warm-up: unclipped, whatever the norm
+            if observable(fp32(norm)):
+                self.gamma[name] = fp32(norm)
             return 1.0
         limit = self.lambda_rel * self.gamma[name]
         scale = at_most_one(limit / (norm + self.eps))
-        if observable(norm):
-            self.gamma[name] = self.beta * self.gamma[name] + (1 - self.beta) * min(norm, limit)
+        gamma = fp32(self.beta * self.gamma[name] + (1 - self.beta) * min(norm, limit))
+        if observable(norm) and observable(gamma):
+            self.gamma[name] = gamma
         return scale
 
 

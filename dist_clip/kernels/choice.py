@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from dist_clip.kernels import multi_tensor, torch_kernels
 
 ENVIRONMENT = "DIST_CLIP_KERNELS"
+
+_CPU = torch.device("cpu")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,7 +21,7 @@ class Kernels:
     """A way to measure and scale lists of tensors.
 
     Attributes:
-        name: "torch", "apex" or "transformer_engine".
+        name: "torch", "triton", "apex" or "transformer_engine".
         why: how it came to be chosen, for people.
         power_sums, scale_, zero_where_: as in `dist_clip.kernels.torch_kernels`.
     """
@@ -30,39 +33,69 @@ class Kernels:
     zero_where_: Callable[..., None]
 
 
+@dataclasses.dataclass(frozen=True)
+class Preference:
+    """What a framework would rather have, best first, where neither the user nor the environment says."""
+
+    names: tuple[str, ...]
+
+
 TORCH = Kernels("torch", "the default", torch_kernels.power_sums, torch_kernels.scale_, torch_kernels.zero_where_)
+DEFAULT = Preference(("triton", "torch"))
 
 
-def choose(wanted: str | Kernels | None = None, order: Sequence[str] = ("torch",)) -> Kernels:
-    """The kernels named `wanted`, else by the environment variable DIST_CLIP_KERNELS, else the first of `order` installed.
+def choose(wanted: str | Kernels | Preference | None = None, device: torch.device = _CPU) -> Kernels:
+    """The kernels named `wanted`, else by the environment variable DIST_CLIP_KERNELS, else the first preferred that work.
+
+    Args:
+        wanted: a name, or a preference instead of `DEFAULT`. Kernels are returned as they are.
+        device: where the gradients are. All but torch's are for CUDA devices, and not preferred elsewhere.
 
     Raises:
         TypeError, ValueError: no such kernels.
-        ImportError: named explicitly, but not installed.
+        ImportError: named explicitly, but not installed, or not able to run on `device`.
     """
     if isinstance(wanted, Kernels):
         return wanted
-    if wanted is not None and not isinstance(wanted, str):
+    if wanted is not None and not isinstance(wanted, (str, Preference)):
         raise TypeError(f"kernels must be a name, got {wanted!r}")
-    if wanted is not None:
-        return _named(wanted, "asked for by the argument")
+    if isinstance(wanted, str):
+        return _named(wanted, "asked for by the argument", device)
     if os.environ.get(ENVIRONMENT):
-        return _named(os.environ[ENVIRONMENT], f"asked for by {ENVIRONMENT}")
-    for name in order:
+        return _named(os.environ[ENVIRONMENT], f"asked for by {ENVIRONMENT}", device)
+    names = [name for name in (wanted or DEFAULT).names if name == "torch" or device.type == "cuda"]
+    if names in ([], ["torch"]):
+        return TORCH
+    passed_over = ""
+    for name in names:
         try:
-            return _named(name, "the default" if len(order) == 1 else f"the first installed of {', '.join(order)}")
-        except ImportError:
-            continue
-    return TORCH
+            return _named(name, f"the first installed of {', '.join(names)}{passed_over}", device)
+        except ImportError as error:
+            passed_over += f"; {error}"
+    return dataclasses.replace(TORCH, why=f"none of {', '.join(names)} is installed{passed_over}")
 
 
-def _named(name: str, why: str) -> Kernels:
+def _named(name: str, why: str, device: torch.device) -> Kernels:
     if name == "torch":
         return dataclasses.replace(TORCH, why=why)
+    if name == "triton":
+        return _triton(why, device)
     if name not in multi_tensor.LIBRARIES:
-        raise ValueError(
-            f"kernels must be one of 'torch', {', '.join(map(repr, multi_tensor.LIBRARIES))}, got {name!r}"
-        )
+        names = ", ".join(map(repr, ("torch", "triton", *multi_tensor.LIBRARIES)))
+        raise ValueError(f"kernels must be one of {names}, got {name!r}")
     l2norm = multi_tensor.find(name)
     # Scales differ from tensor to tensor and live on the device, which neither library's scaling takes.
     return dataclasses.replace(TORCH, name=name, why=why, power_sums=multi_tensor.MultiTensorNorms(l2norm).power_sums)
+
+
+def _triton(why: str, device: torch.device) -> Kernels:
+    try:
+        from dist_clip.kernels.triton_kernels import TritonKernels
+    except ImportError as error:
+        raise ImportError(f"kernels='triton': Triton cannot be imported ({error})") from error
+    kernels = TritonKernels()
+    try:
+        kernels.try_on(device)
+    except Exception as error:  # Triton's own or the driver's: no C compiler, a GPU or a driver that is too old
+        raise ImportError(f"kernels='triton': installed, but fails on {device} ({error})") from error
+    return Kernels("triton", why, kernels.power_sums, kernels.scale_, kernels.zero_where_)

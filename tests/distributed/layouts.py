@@ -452,6 +452,31 @@ def pipeline(
     return Setup(list(parts), backward, pp_group=pp_group, groups=groups)
 
 
+def pp_tp_fsdp(net: Net, config: Config) -> Setup:
+    """Two stages, each TP + FSDP2 on a two-dimensional mesh."""
+    three = mesh((2, dist.get_world_size() // 4, 2), ("pp", "dp", "tp"))
+    pp_group, dp = three["pp"].get_group(), three["dp"]
+    index = three["pp"].get_local_rank()
+    part = net.part(index, 2)
+    tensor_parallel(part, three["tp"])
+    shard_blocks(part, dp)
+    stage = PipelineStage(part, index, 2, torch.device("cpu"), group=pp_group)
+    factor = [1.0]
+
+    def loss_fn(logits: Tensor, targets: Tensor) -> Tensor:
+        return loss_of(logits, targets) * factor[0]
+
+    runner = Schedule1F1B(stage, 2, loss_fn=loss_fn)
+
+    def backward(step: int) -> None:
+        tokens, targets = (share(t, dp.get_local_rank(), dp.size()) for t in batch(config, step))
+        factor[0] = spike(step)
+        part.step = step
+        runner.step(*((tokens,) if part.is_first else ()), target=targets if part.is_last else None)
+
+    return Setup([part], backward, pp_group=pp_group, groups={"pp", "dp", "tp"})
+
+
 # ---------------------------------------------------------------- gradients that are missing on some ranks
 
 
@@ -540,6 +565,7 @@ LAYOUTS: dict[str, Layout] = {
     ),
 }
 
+LAYOUTS["pp-tp-fsdp"] = Layout(pp_tp_fsdp, Config(blocks=4, width=6, hidden=10, vocab=7), worlds=())  # eight, as well
 LAYOUTS["hsdp-tp"] = Layout(hsdp_tp, Config(width=6, hidden=10, vocab=7), worlds=())  # eight ranks: tested apart
 
 # fp16 needs a GradScaler: tested apart, in test_mixed_precision.py.

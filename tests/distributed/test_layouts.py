@@ -8,6 +8,8 @@ where the whole path of a single process can be followed to 1e-6, which float32 
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -56,6 +58,12 @@ def test_three_mesh_dimensions() -> None:
 
 def run(layout: str, world: int, policies: tuple[str, ...], optimizer: str, dtype: torch.dtype) -> None:
     ranks = pool(world).run(training.train, layout, policies, optimizer, dtype)
+    check_all(ranks, layout, policies, optimizer, dtype)
+
+
+def check_all(
+    ranks: list[dict[str, Any]], layout: str, policies: tuple[str, ...], optimizer: str, dtype: torch.dtype
+) -> None:
     for policy in policies:
         merged = training.Run(training.of_policy(ranks, policy), LAYOUTS[layout])
         training.check(merged, layout, policy, optimizer, dtype, followed=policy == policies[-1])

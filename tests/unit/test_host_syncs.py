@@ -4,10 +4,17 @@ Under FakeTensorMode a tensor "on cuda" has no data, so whatever would read it b
 unique(), a boolean mask) raises. Two kinds of sync get past that: a copy from device to host, and a host tensor made
 and copied to the device (from pageable memory, which waits for the stream). `Copies` sees both as operators that cross
 devices. The tests at the end show that each kind of sync is caught.
+
+What `GradClipper` does is shown with the torch kernels and with Triton's. Of these the host's part runs: which tensors go
+where, tables, buffers, arguments. A fake tensor has no address and no kernel can run on it, so addresses are made up, and
+launches and the copies of addresses (from pinned memory, which a CPU build of torch lacks) are recorded in their stead.
+That neither waits for the device is for test_triton_kernels.py to show on a GPU.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -19,6 +26,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
+    FakeTensor,
     FakeTensorMode,
     unset_fake_temporarily,
 )
@@ -29,6 +37,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import dist_clip
+from dist_clip.kernels import tables
 from dist_clip.readers.dtensor import MeshGroups
 
 WARMUP = 3
@@ -60,6 +69,53 @@ def fake_cuda(strict: bool = True) -> Iterator[None]:
                 yield
         else:
             yield
+
+
+class Recorded:
+    """What the host's part of the Triton kernels did."""
+
+    def __init__(self) -> None:
+        self.launches: list[str] = []
+        self.sent = 0
+
+
+def record_triton(monkeypatch: pytest.MonkeyPatch) -> Recorded:
+    """Triton for fake CUDA tensors: everything but what needs memory or a device. Addresses are other ones every time."""
+    from dist_clip.kernels.triton_kernels import TritonKernels
+
+    recorded = Recorded()
+    addresses = itertools.count(1)
+
+    def launch(self: Any, kernel: Any, programs: int, device: torch.device, *args: Any, **constants: Any) -> None:
+        assert programs > 0
+        assert all(arg.device == device for arg in args if isinstance(arg, Tensor))
+        recorded.launches.append(kernel.__name__)
+
+    def send(self: Any, buffer: Tensor, device: torch.device) -> Tensor:
+        recorded.sent += 1
+        return torch.empty(buffer.shape, dtype=buffer.dtype, device=device)
+
+    monkeypatch.setattr(TritonKernels, "_launch", launch)
+    monkeypatch.setattr(tables.Tables, "_served", (FakeTensor, nn.Parameter))
+    monkeypatch.setattr(tables.Tables, "_address", lambda self, shard: next(addresses))
+    monkeypatch.setattr(tables.Tables, "_stream", lambda self, device: (0, False))
+    monkeypatch.setattr(tables.Tables, "_pinned", lambda self, values, device: torch.tensor(values, device="cpu"))
+    monkeypatch.setattr(tables.Tables, "_send", send)
+    return recorded
+
+
+@pytest.fixture(params=["torch", "triton"])
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Recorded | None]:
+    """The kernels that the clippers of a test choose; with Triton's, what they did."""
+    monkeypatch.setenv("DIST_CLIP_KERNELS", request.param)
+    if request.param == "torch":
+        yield None
+        return
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("needs Triton")
+    recorded = record_triton(monkeypatch)
+    yield recorded
+    assert {"chunk_squares", "add_chunks", "scale_chunks"} <= set(recorded.launches)
 
 
 SHAPES = {
@@ -100,6 +156,10 @@ POLICIES: dict[str, Callable[[], Any]] = {
 }
 
 
+# "zero" launches every kernel that there is.
+KERNELS_AND_NONFINITE = [("torch", "propagate"), ("torch", "zero"), ("torch", "skip"), ("triton", "zero")]
+
+
 def steps_without_sync(
     clipper: dist_clip.GradClipper, params: dict[str, nn.Parameter], steps: int = WARMUP + 4
 ) -> None:
@@ -118,8 +178,9 @@ def steps_without_sync(
             assert report.clipped_global_norm.device.type == "cuda"
 
 
-@pytest.mark.parametrize("nonfinite", ["propagate", "zero", "skip"])
+@pytest.mark.parametrize(("kernels", "nonfinite"), KERNELS_AND_NONFINITE, indirect=["kernels"])
 @pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.usefixtures("kernels")
 def test_a_step_has_no_host_sync(policy: str, nonfinite: Any) -> None:
     with fake_cuda(strict=False):
         params = fake_params()
@@ -128,6 +189,7 @@ def test_a_step_has_no_host_sync(policy: str, nonfinite: Any) -> None:
 
 
 @pytest.mark.parametrize("policy", ["GlobalNorm", "AdaGC-tensor-median", "ZClip"])
+@pytest.mark.usefixtures("kernels")
 def test_groups_and_exclude_have_no_host_sync(policy: str) -> None:
     with fake_cuda(strict=False):
         params = fake_params()
@@ -143,6 +205,7 @@ def test_groups_and_exclude_have_no_host_sync(policy: str) -> None:
                 clipper.clip_()
 
 
+@pytest.mark.usefixtures("kernels")
 def test_changing_gradients_have_no_host_sync() -> None:
     """Which tensors have a gradient differs from step to step; the host knows that without asking the device."""
     with fake_cuda(strict=False):
@@ -164,6 +227,7 @@ def test_changing_gradients_have_no_host_sync() -> None:
 
 
 @pytest.mark.parametrize("policy", ["GlobalNorm", "AdaGC-tensor-min", "ZClip"])
+@pytest.mark.usefixtures("kernels")
 def test_attached_to_an_optimizer(policy: str) -> None:
     with fake_cuda(strict=False):
         params = fake_params()
@@ -254,12 +318,12 @@ def sharded_specs(layout: str) -> tuple[dict[str, tuple[tuple[int, ...], DeviceM
     return {"w": (whole, grid["outer"], [Shard(0)]), "b": (halves, grid["outer"], [Shard(0)])}, grid.get_group("inner")
 
 
-@pytest.mark.parametrize("nonfinite", ["propagate", "zero", "skip"])
+@pytest.mark.parametrize(("kernels", "nonfinite"), KERNELS_AND_NONFINITE, indirect=["kernels"])
 @pytest.mark.parametrize(
     "policy", ["GlobalNorm", "AdaGC-tensor-median", "AdaGC-shard-min", "AdaGC-global-min", "ZClip"]
 )
 @pytest.mark.parametrize("layout", ["fsdp", "hsdp", "tp", "tp-fsdp", "ep", "pp", "pp-fsdp"])
-@pytest.mark.usefixtures("ranks")
+@pytest.mark.usefixtures("ranks", "kernels")
 def test_a_sharded_step_has_no_host_sync(layout: str, policy: str, nonfinite: Any) -> None:
     sharded_steps(layout, policy, nonfinite)
 
@@ -360,6 +424,44 @@ def test_reading_back_is_caught(sync: Callable[[Tensor], Any]) -> None:
 def test_copies_are_caught(sync: Callable[[Tensor], Any]) -> None:
     with fake_cuda(), pytest.raises(HostSync):
         sync(torch.ones(3, device="cuda"))
+
+
+def test_a_sync_in_the_triton_kernels_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scales read back, or addresses sent the slow way: planted in the host's part."""
+    pytest.importorskip("triton")
+    monkeypatch.setenv("DIST_CLIP_KERNELS", "triton")
+    send = tables.Tables._send
+
+    def nosy(self: Any, kernel: Any, programs: int, device: torch.device, *args: Any, **constants: Any) -> None:
+        [arg.sum().item() for arg in args if isinstance(arg, Tensor)]
+
+    for method, planted, error in (("_launch", nosy, READ_BACK), ("_send", send, HostSync)):
+        with monkeypatch.context() as patch, fake_cuda(strict=False):
+            record_triton(patch)
+            owner = tables.Tables if method == "_send" else dist_clip.kernels.triton_kernels.TritonKernels
+            patch.setattr(owner, method, planted)
+            params = fake_params()
+            clipper = dist_clip.GradClipper(list(params.items()), dist_clip.GlobalNorm())
+            with pytest.raises(error):
+                steps_without_sync(clipper, params)
+
+
+def test_what_the_triton_kernels_send_and_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step with gradients elsewhere: one copy of addresses, and two launches for each of two dtypes and one more."""
+    pytest.importorskip("triton")
+    recorded = record_triton(monkeypatch)
+    with fake_cuda(strict=False):
+        params = fake_params()
+        clipper = dist_clip.GradClipper(list(params.items()), dist_clip.GlobalNorm(), kernels="triton")
+        sent = []
+        for _ in range(4):
+            set_grads(params)
+            recorded.launches.clear()
+            clipper.clip_()
+            sent.append(recorded.sent)
+            assert recorded.launches == ["chunk_squares"] * 2 + ["add_chunks"] + ["scale_chunks"] * 2
+    # In truth the addresses are the same within a step; made-up ones are not, so each of its two calls sends.
+    assert [b - a for a, b in itertools.pairwise(sent)] == [2, 2, 2]
 
 
 def test_a_policy_that_syncs_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -51,6 +51,7 @@ def test_only_torch_is_needed() -> None:
     """In a fresh interpreter: none of the optional parts is imported along."""
     optional = (
         "numpy",
+        "triton",
         "tyro",
         "zclip",
         "matplotlib",

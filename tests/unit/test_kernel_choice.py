@@ -15,9 +15,12 @@ import torch
 from torch import Tensor, nn
 
 import dist_clip
-from dist_clip.kernels import TORCH, choose, multi_tensor, torch_kernels
+from dist_clip.frameworks.megatron.attachment import KERNELS as MEGATRONS
+from dist_clip.kernels import TORCH, Preference, choose, multi_tensor, torch_kernels
+from dist_clip.layout import Layout, LogicalTensor
 
-ORDER = ("transformer_engine", "apex", "torch")
+CUDA = torch.device("cuda", 0)
+ORDER = Preference(("transformer_engine", "apex", "torch"))
 
 
 class L2NormContract:
@@ -54,31 +57,112 @@ def pretend(monkeypatch: pytest.MonkeyPatch, *libraries: str) -> L2NormContract:
     return operator
 
 
+class FakeTriton:
+    """In the place of TritonKernels; `broken`: why it cannot run on the device."""
+
+    broken: Exception | None = None
+
+    def try_on(self, device: torch.device) -> None:
+        if self.broken is not None:
+            raise self.broken
+
+    power_sums = scale_ = zero_where_ = None
+
+
+def pretend_triton(monkeypatch: pytest.MonkeyPatch, installed: bool, broken: Exception | None = None) -> None:
+    module: Any = None
+    if installed:
+        module = types.ModuleType("dist_clip.kernels.triton_kernels")
+        module.TritonKernels = type("Fake", (FakeTriton,), {"broken": broken})
+    monkeypatch.setitem(sys.modules, "dist_clip.kernels.triton_kernels", module)
+
+
 @pytest.mark.parametrize(
     ("installed", "chosen"),
     [
         ((), "torch"),
-        (("apex",), "apex"),
+        (("triton",), "triton"),
+        (("apex", "triton"), "apex"),
         (("transformer_engine",), "transformer_engine"),
-        (("apex", "transformer_engine"), "transformer_engine"),
+        (("apex", "transformer_engine", "triton"), "transformer_engine"),
     ],
     ids=str,
 )
 def test_contract_order_of_megatron(installed: tuple[str, ...], chosen: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Transformer Engine, then apex, then torch."""
+    """Transformer Engine, then apex, then Triton, then torch."""
     pretend(monkeypatch, *installed)
-    kernels = choose(order=ORDER)
+    pretend_triton(monkeypatch, "triton" in installed)
+    kernels = choose(MEGATRONS, CUDA)
     assert kernels.name == chosen
-    assert "first installed of transformer_engine, apex, torch" in kernels.why
+    assert "first installed of transformer_engine, apex, triton, torch" in kernels.why
+    assert choose(MEGATRONS, torch.device("cpu")).why == "the default"
 
 
 def test_contract_argument_before_environment_before_order(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, "apex", "transformer_engine")
-    assert choose("apex", order=ORDER).name == "apex"
+    assert choose("apex", CUDA).name == "apex"
     monkeypatch.setenv("DIST_CLIP_KERNELS", "torch")
-    assert choose(order=ORDER).name == "torch"
-    assert "DIST_CLIP_KERNELS" in choose(order=ORDER).why
-    assert choose("apex", order=ORDER).why == "asked for by the argument"
+    for preference in (None, ORDER):
+        for device in (CUDA, torch.device("cpu")):
+            assert choose(preference, device).name == "torch"
+            assert "DIST_CLIP_KERNELS" in choose(preference, device).why
+    assert choose("apex", CUDA).why == "asked for by the argument"
+
+
+@pytest.mark.parametrize(
+    ("installed", "broken", "chosen", "why"),
+    [
+        (True, None, "triton", "the first installed of triton, torch"),
+        (False, None, "torch", "Triton cannot be imported"),
+        (True, RuntimeError("Failed to find C compiler"), "torch", "fails on cuda:0 (Failed to find C compiler)"),
+    ],
+)
+def test_triton_is_the_default_on_cuda(
+    installed: bool, broken: Exception | None, chosen: str, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where it is installed and runs; else torch, and the reason is told. Asked for by name, it is an error."""
+    pretend_triton(monkeypatch, installed, broken)
+    kernels = choose(device=CUDA)
+    assert kernels.name == chosen
+    assert "first installed of triton, torch" in kernels.why
+    assert why in kernels.why
+    assert choose().name == "torch", "on a CPU it is not tried"
+    if chosen == "torch":
+        with pytest.raises(ImportError, match="kernels='triton'"):
+            choose("triton", CUDA)
+        with pytest.raises(ImportError, match="kernels='triton'"):
+            dist_clip.GradClipper(OnCuda(), dist_clip.GlobalNorm(), kernels="triton")
+    monkeypatch.setenv("DIST_CLIP_KERNELS", "torch")
+    assert choose(device=CUDA).name == "torch"
+
+
+class OnCuda:
+    """A layout of one tensor on a CUDA device, of which nothing is read."""
+
+    def read_layout(self, skip: Any) -> Layout:
+        param = nn.Parameter(torch.zeros(2))
+        tensor = LogicalTensor(
+            "w", (2,), param.dtype, param, 2, (), frozenset({0}), frozenset({0}), lambda: None, CUDA, "whole"
+        )
+        return Layout((tensor,))
+
+
+def test_a_clipper_chooses_by_its_layout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the ranks compare names the kernels: one that has them and one that has not is an error at construction."""
+    told = []
+
+    def agree(announcement: Any, *groups: Any) -> Any:
+        told.append(announcement.config)
+        raise InterruptedError
+
+    monkeypatch.setattr("dist_clip.construction.agree", agree)
+    for installed in (True, False):
+        pretend_triton(monkeypatch, installed)
+        with pytest.raises(InterruptedError):
+            dist_clip.GradClipper(OnCuda(), dist_clip.GlobalNorm())
+    assert "kernels=triton," in told[0]
+    assert "kernels=torch," in told[1]
+    assert told[0] != told[1]
 
 
 def test_kernels_that_are_not_installed_or_do_not_exist(monkeypatch: pytest.MonkeyPatch) -> None:

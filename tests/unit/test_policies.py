@@ -634,6 +634,21 @@ def test_skip_leaves_the_whole_state_untouched(policy: str, warmup: int, bad: fl
     assert states_equal(clipper.state_dict(), before)
 
 
+@pytest.mark.parametrize("bad", BAD)
+def test_skip_above_also_keeps_zero_from_touching_a_bad_tensor(bad: float) -> None:
+    """A step that is to be skipped is left as it is: also the gradient that would have been set to zero."""
+    a, b = nn.Parameter(torch.zeros(4)), nn.Parameter(torch.zeros(9))
+    clipper = dist_clip.GradClipper([("a", a), ("b", b)], dist_clip.GlobalNorm(1e9), nonfinite="zero", skip_above=5.0)
+    for height, skipped in ((7.0, True), (1.0, False)):
+        a.grad, b.grad = torch.full((4,), height), torch.full((9,), height)
+        b.grad[3] = bad
+        before = b.grad.clone()
+        report = clipper.clip_()
+        assert report.skip == skipped
+        assert report.scales.tolist() == ([1, 1] if skipped else [1, 0])
+        assert torch.equal(b.grad.nan_to_num(2.0), before.nan_to_num(2.0) if skipped else torch.zeros(9))
+
+
 @pytest.mark.parametrize("nonfinite", ["propagate", "zero"])
 @pytest.mark.parametrize("bad", BAD)
 def test_a_bad_tensor_leaves_the_others_alone_after_warmup(bad: float, nonfinite: Any) -> None:

@@ -16,11 +16,14 @@ from dist_clip.domains import NonFinite
 from dist_clip.errors import LayoutError
 from dist_clip.frameworks.megatron import checkpoint, compat
 from dist_clip.frameworks.megatron.reader import MegatronReader
-from dist_clip.kernels import choose
+from dist_clip.kernels import Preference
 from dist_clip.policies import Policy
 from dist_clip.report import ClipReport
 
 _MARK = "_dist_clip_attachment"
+
+KERNELS = Preference(("transformer_engine", "apex", "triton", "torch"))
+"""Megatron's own order, and Triton before the torch operators that Megatron falls back on."""
 
 
 def attach(
@@ -33,6 +36,7 @@ def attach(
     exclude: Sequence[str] = (),
     log_global_norm: bool = True,
     kernels: str | None = None,
+    detect_desync: bool = False,
     pg_collection: Any = None,
 ) -> GradClipper:
     """Replace a Megatron optimizer's gradient clipping by `policy`; the training loop stays as it is.
@@ -51,7 +55,8 @@ def attach(
             "skip" the step reports itself unsuccessful, as Megatron's own skipped steps do.
         log_global_norm: return the global norm also on steps where the policy has no need of it. Across pipeline stages
             it costs one gather of two numbers, under way while the optimizer steps. False: such steps return None.
-        kernels: as for `GradClipper`; default, Megatron's own order: Transformer Engine, apex, torch.
+        kernels: as for `GradClipper`; default, Megatron's own order: Transformer Engine, apex; then Triton, torch.
+        detect_desync: as for `GradClipper`.
         pg_collection: Megatron's ProcessGroupCollection, where the groups are not those of parallel_state.
 
     Returns:
@@ -82,8 +87,8 @@ def attach(
         exclude=exclude,
         log_global_norm=log_global_norm,
         skip_above=compat.skip_threshold(getattr(optimizer, "config", None)),
-        # Megatron's own order of preference.
-        kernels=choose(kernels, order=("transformer_engine", "apex", "torch")),
+        kernels=KERNELS if kernels is None else kernels,
+        detect_desync=detect_desync,
     )
     clipper.attachment = MegatronAttachment(clipper, optimizer)
     return clipper

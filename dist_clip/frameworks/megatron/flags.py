@@ -80,6 +80,12 @@ def add_clip_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         const=True,
         help="Do not find the global norm on steps that need it for the log alone.",
     )
+    add(
+        "--grad-clip-detect-desync",
+        action="store_const",
+        const=True,
+        help="Stop when ranks have clipped differently often, or remember different norms. No collective more.",
+    )
     return parser
 
 
@@ -96,7 +102,7 @@ def policy_from_args(args: argparse.Namespace, clip_grad: float) -> Policy | Non
     mode = getattr(args, "grad_clip_mode", None)
     given = {flag for flag in (*_ADAGC, *_ZCLIP) if getattr(args, flag, None) is not None}
     if mode is None:
-        others = {"grad_clip_nonfinite", "grad_clip_exclude", "no_grad_clip_log_norm"}
+        others = {"grad_clip_nonfinite", "grad_clip_exclude", "no_grad_clip_log_norm", "grad_clip_detect_desync"}
         stray = sorted(given | {flag for flag in others if getattr(args, flag, None) is not None})
         if stray:
             raise ValueError(f"{_flags(stray)} without --grad-clip-mode: give it one of {', '.join(MODES)}")
@@ -139,6 +145,7 @@ def attach_from_args(
         nonfinite=args.grad_clip_nonfinite or "propagate",
         exclude=args.grad_clip_exclude or (),
         log_global_norm=not args.no_grad_clip_log_norm,
+        detect_desync=bool(args.grad_clip_detect_desync),
         pg_collection=pg_collection,
     )
 

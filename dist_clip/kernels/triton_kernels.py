@@ -1,0 +1,140 @@
+"""Norms and scales by the kernels of `triton_jit`: a number of launches that does not depend on the number of tensors.
+
+Importing this module needs Triton, which CUDA builds of torch bring along on Linux.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from dist_clip.kernels import torch_kernels, triton_jit
+from dist_clip.kernels.tables import Launch, OnDevice, Plan, Tables
+
+_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+class TritonKernels:
+    """`power_sums`, `scale_` and `zero_where_` of `torch_kernels`, with Triton where it serves.
+
+    It serves fp32, bf16 and fp16 tensors of any alignment that fill their memory (contiguous, or a permutation of it) on
+    ``device_type``. Everything else goes to torch: CPU tensors, float64, other strides, tensor subclasses, other norms
+    than that of order 2, ``foreach=False``.
+
+    Launches: a call has one for each dtype, `power_sums` one more, whatever the number of tensors. No host sync, and safe
+    to capture in a CUDA graph once a step has run outside of one; `tables` says how. Two calls with the same tensors give
+    the bitwise same result, on any rank with the same kind of GPU and the same Triton.
+    """
+
+    def __init__(self, device_type: str = "cuda") -> None:
+        self._tables = Tables(device_type, triton_jit.CHUNK)
+
+    def try_on(self, device: torch.device) -> None:
+        """Launch every kernel there and compare with torch's, so that what does not work fails now and not in a run.
+
+        Syncs the host. Raises what Triton raises; ArithmeticError: a result is another than torch's.
+        """
+        if device.type == "cuda" and not torch.cuda.is_available():
+            return  # a fake device
+        # Sizes below, at and above a chunk, one of them at an address that is not a multiple of 16.
+        sizes = (1, 1000, triton_jit.CHUNK, 2 * triton_jit.CHUNK + 7)
+        generator = torch.Generator().manual_seed(0)
+        memory = [torch.randn(size + 1, generator=generator).to(device, dtype) for dtype in _DTYPES for size in sizes]
+        mine = [values[i % 2 :] for i, values in enumerate(memory)]
+        theirs = [tensor.clone() for tensor in mine]
+        scales = torch.linspace(1.0, 0.1, len(mine), dtype=torch.float64).to(device)
+        flags = torch.arange(len(mine), device=device) % 5 == 1
+        sums, expected = self.power_sums(mine, 2.0, device), torch_kernels.power_sums(theirs, 2.0, device)
+        self.scale_(mine, scales)
+        torch_kernels.scale_(theirs, scales)
+        same = all(map(torch.equal, mine, theirs))
+        self.zero_where_(mine, flags)
+        torch_kernels.zero_where_(theirs, flags)
+        if (
+            not same
+            or not all(map(torch.equal, mine, theirs))
+            or not torch.allclose(sums, expected, rtol=1e-6, atol=0.0)
+        ):
+            raise ArithmeticError(f"what it computes on {device} is not what torch computes")
+
+    def power_sums(
+        self, shards: Sequence[Tensor | None], p: float, device: torch.device, foreach: bool | None = None
+    ) -> Tensor:
+        """As `torch_kernels.power_sums`: float64 [n] on ``device``.
+
+        Squares are added in fp32, eight at a time, and in float64 from there: off by at most 2.4e-7 of the norm, also where
+        squares overflow or underflow fp32.
+        """
+        if p != 2.0 or foreach is False:
+            return torch_kernels.power_sums(shards, p, device, foreach)
+        reading = self._tables.read(shards)
+        if not reading.plans:
+            return torch_kernels.power_sums(shards, p, device, foreach)
+        parts = []
+        for plan in reading.plans:
+            tables = self._tables.on_device(plan, shards, first=True)
+            partials = torch.empty(plan.chunks, dtype=torch.float64, device=plan.device)
+            for launch in plan.launches:
+                self._launch_chunks(triton_jit.chunk_squares, launch, plan, tables, partials)
+            sums = torch.zeros(len(shards), dtype=torch.float64, device=plan.device)
+            m = len(plan.positions)
+            self._launch(triton_jit.add_chunks, m, plan.device, tables.meta, m, partials, sums, LANES=triton_jit.LANES)
+            parts.append(sums.to(device, non_blocking=True))
+        if reading.rest:
+            parts.append(torch_kernels.power_sums(reading.left(shards), p, device, foreach))
+        total = parts[0]
+        for part in parts[1:]:
+            total = total + part  # at each position all but one of them are 0
+        return total
+
+    def scale_(
+        self, shards: Sequence[Tensor | None], scales: Tensor, *, uniform: bool = False, foreach: bool | None = None
+    ) -> None:
+        """As `torch_kernels.scale_`: times the fp32 value of the scale, in fp32, rounded once; nothing where it is 1."""
+        if foreach is False:
+            return torch_kernels.scale_(shards, scales, uniform=uniform, foreach=foreach)
+        reading = self._tables.read(shards)
+        for plan in reading.plans:
+            tables = self._tables.on_device(plan, shards, first=False)
+            local = scales.to(plan.device, torch.float32, non_blocking=True).contiguous()
+            for launch in plan.launches:
+                self._launch_chunks(triton_jit.scale_chunks, launch, plan, tables, local)
+        if reading.rest:
+            torch_kernels.scale_(reading.left(shards), scales, uniform=uniform, foreach=foreach)
+        return None
+
+    def zero_where_(self, shards: Sequence[Tensor | None], flags: Tensor) -> None:
+        """As `torch_kernels.zero_where_`."""
+        reading = self._tables.read(shards)
+        for plan in reading.plans:
+            tables = self._tables.on_device(plan, shards, first=False)
+            local = flags.to(plan.device, torch.uint8, non_blocking=True).contiguous()
+            for launch in plan.launches:
+                self._launch_chunks(triton_jit.zero_chunks, launch, plan, tables, local)
+        if reading.rest:
+            torch_kernels.zero_where_(reading.left(shards), flags)
+
+    def _launch_chunks(self, kernel: Any, launch: Launch, plan: Plan, tables: OnDevice, data: Tensor) -> None:
+        self._launch(
+            kernel,
+            launch.chunks,
+            plan.device,
+            tables.table,
+            tables.meta,
+            len(plan.positions),
+            launch.first_chunk,
+            data,
+            DTYPE=_DTYPES[launch.dtype],
+            TILE=triton_jit.TILE,
+            TILES=triton_jit.TILES,
+        )
+
+    def _launch(self, kernel: Any, programs: int, device: torch.device, *args: Any, **constants: Any) -> None:
+        # Triton launches on the current device's current stream.
+        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+            kernel[(programs,)](*args, **constants)

@@ -1,0 +1,1 @@
+"""Random cases of everything that a clipper may be given, run on gloo processes and compared with the reference."""

@@ -1,0 +1,456 @@
+"""Compares what the ranks recorded of a random case with the single-process reference, step by step.
+
+Tolerances. Norms, scales and gamma are float32 scalars: 1e-6 is a few roundings. Below float32's normal range a scalar has
+an absolute resolution instead (1.4e-45), and what is computed from a gamma down there inherits its relative error. A
+clipped gradient has its scale's error and the rounding of the product to its dtype. What is not scaled keeps its bits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import math
+import re
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tests import reference
+from tests.reference import fp32
+
+from . import cases
+from .cases import Case, Hand
+
+RTOL = 1e-6
+SUBNORMAL = 4e-45
+"""Three of float32's smallest steps: one for each rounding of a value down there."""
+SPACING = {"float64": 5e-324, "float32": 1.5e-45, "bfloat16": 9.2e-41, "float16": 6e-8}
+"""The distance between the smallest values of a dtype."""
+ROUNDING = {"float64": 1e-15, "float32": 1.2e-7, "bfloat16": 2**-7, "float16": 2**-10}
+"""One step of a dtype, relative: two products that differ by little may be rounded to neighbours."""
+
+Key = Any  # a tensor's name, or (name, number) of one of its distinct pieces
+
+
+class Mismatch(AssertionError):
+    """What differs from the reference, where."""
+
+
+def require(condition: Any, *what: Any) -> None:
+    if not condition:
+        raise Mismatch(", ".join(map(str, what)))
+
+
+def close(actual: float | None, expected: float, atol: float = SUBNORMAL, rtol: float = RTOL) -> bool:
+    """Also NaN with NaN. Both are float32 values by now: beyond its range Inf."""
+    if actual is None:
+        return False
+    if math.isnan(expected) or math.isnan(actual):
+        return math.isnan(expected) and math.isnan(actual)
+    if math.isinf(expected) or math.isinf(actual):
+        return actual == expected
+    return abs(actual - expected) <= rtol * abs(expected) + atol
+
+
+def check(case: Case, ranks: list[dict[str, Any]]) -> None:
+    errors = {rank: result["error"] for rank, result in enumerate(ranks) if "error" in result}
+    require(not errors, *(f"rank {rank} raised\n{error}" for rank, error in errors.items()))
+    Checker(case, ranks).run()
+
+
+def reference_rule(policy: Any) -> Any:
+    options = dataclasses.asdict(policy)
+    scope = options.pop("scope", None)
+    if type(policy).__name__ == "AdaGC":
+        return reference.AdaGCGlobal(**options) if scope == "global" else reference.AdaGC(**options)
+    return {"GlobalNorm": reference.GlobalGC, "ZClip": reference.ZClip}[type(policy).__name__](**options)
+
+
+@dataclasses.dataclass
+class Group:
+    """The tensors that one policy rules, and the reference of it."""
+
+    pattern: str
+    policy: Any
+    rule: Any
+    names: list[str]
+    largest: float = 0.0  # largest mean so far, of ZClip
+
+    @property
+    def shards(self) -> bool:
+        return getattr(self.policy, "scope", "") == "shard"
+
+
+@dataclasses.dataclass
+class Expected:
+    """What one step comes to, in one process."""
+
+    norms: dict[Key, float]
+    scales: dict[Key, float]
+    scale_atol: dict[Key, float]
+    bad: set[Key]
+    skipped: bool
+    raised: bool
+    total: float  # N of all groups together
+    clipped_total: float
+
+
+class Checker:
+    def __init__(self, case: Case, ranks: list[dict[str, Any]]) -> None:
+        self.case, self.ranks = case, ranks
+        self.logical = case.model.logical()
+        self.number = {name: number for number, name in enumerate(self.logical)}
+        self.index: list[dict[str, np.ndarray]] = [rank["index"] for rank in ranks]
+        held = {name for index in self.index for name in index}
+        require(held == set(self.logical), "the test is to blame: tensors", sorted(held ^ set(self.logical)))
+        self.check_cover()
+        self.excluded = {n for n in self.logical if any(fnmatch.fnmatchcase(n, p) for p in case.exclude)}
+        self.groups = [Group(pattern, policy, reference_rule(policy), []) for pattern, policy in case.rules]
+        self.group_of: dict[str, Group] = {}
+        for name in self.logical:
+            if name not in self.excluded:
+                group = next(g for g in self.groups if fnmatch.fnmatchcase(name, g.pattern))
+                group.names.append(name)
+                self.group_of[name] = group
+        # Distinct pieces, empty ones left out.
+        self.pieces: dict[tuple[str, int], Tensor] = {}
+        self.piece_of: list[dict[str, tuple[str, int]]] = []
+        numbers: dict[tuple[str, bytes], tuple[str, int]] = {}
+        for index in self.index:
+            mine = {}
+            for name, elements in index.items():
+                if elements.size:
+                    key = numbers.setdefault((name, elements.tobytes()), (name, len(numbers)))
+                    self.pieces[key] = torch.from_numpy(elements)
+                    mine[name] = key
+            self.piece_of.append(mine)
+        # Float32 sums of large low-precision tensors are off by up to 3e-7; a z-score enlarges that.
+        large = any(math.prod(tensor.shape) > 10_000 for tensor in self.logical.values())
+        self.z_rtol = 1e-5 if large else RTOL
+        self.t = 0  # steps that were not skipped
+        self.before: list[Any] = [None] * len(ranks)
+
+    def check_cover(self) -> None:
+        """Pieces as the test believes them to be: every element is held, and pieces that differ do not overlap."""
+        for name, tensor in self.logical.items():
+            distinct = {index[name].tobytes(): index[name] for index in self.index if name in index}
+            elements = np.sort(np.concatenate(list(distinct.values())))
+            whole = np.arange(math.prod(tensor.shape))
+            require(np.array_equal(elements, whole), "the test is to blame: pieces of", name)
+
+    def run(self) -> None:
+        for rank, result in enumerate(self.ranks):
+            mine = [name for name in self.logical if name in self.index[rank] and name not in self.excluded]
+            require(sorted(result["names"]) == sorted(mine), f"rank {rank}: names", result["names"])
+        for step in range(1, len(self.case.steps) + 1):
+            try:
+                self.check_step(step)
+            except Mismatch as error:
+                raise Mismatch(f"step {step}: {error}") from None
+
+    # ------------------------------------------------------------------------------------------------ expectations
+
+    def whole_gradients(self, step: int) -> tuple[dict[str, Tensor], list[set[str]]]:
+        """Whole gradients by name (without those that no rank has), and the names whose piece each rank lacks."""
+        whole: dict[str, Tensor] = {}
+        lacks: list[set[str]] = [set() for _ in self.ranks]
+        for name, tensor in self.logical.items():
+            number = self.number[name]
+            grad = cases.gradient(self.case, number, tensor, step)
+            without = cases.lacking(self.case.kind(number, tensor, step))
+            if grad is None:
+                continue
+            if without is not None and name in self.index[without]:
+                missing = self.index[without][name]
+                for rank, index in enumerate(self.index):
+                    if name in index and np.array_equal(index[name], missing):
+                        lacks[rank].add(name)
+                grad.view(-1)[torch.from_numpy(missing)] = 0
+            if any(self.has_gradient(step, rank, name) for rank, i in enumerate(self.index) if name in i):
+                whole[name] = grad
+        return whole, lacks
+
+    def has_gradient(self, step: int, rank: int, name: str) -> bool:
+        return bool(self.ranks[rank]["steps"][step - 1]["present"][name])
+
+    def expect(self, step: int, whole: dict[str, Tensor], lacks: list[set[str]]) -> Expected:
+        grads: list[dict[Key, Tensor]] = []
+        for group in self.groups:
+            if not group.shards:
+                grads.append({name: whole[name] for name in group.names if name in whole})
+                continue
+            there = {
+                key for rank, mine in enumerate(self.piece_of) for name, key in mine.items() if name not in lacks[rank]
+            }
+            pieces = {key: index for key, index in self.pieces.items() if key[0] in group.names and key in there}
+            grads.append({key: whole[key[0]].flatten()[i] for key, i in pieces.items() if key[0] in whole})
+        norms = {key: reference.l2_norm(grad) for each in grads for key, grad in each.items()}
+        bad = {key for key, norm in norms.items() if not math.isfinite(norm)}
+        mode = self.case.nonfinite
+        counted = {k: n for k, n in norms.items() if not (mode == "zero" and k in bad)}
+        total = reference.total_norm(counted)
+        raised = bool(bad) and mode == "raise"
+        skipped = (bool(bad) and mode == "skip") or total > self.case.skip_above
+        scales: dict[Key, float] = dict.fromkeys(norms, 1.0)
+        atol: dict[Key, float] = dict.fromkeys(norms, SUBNORMAL)
+        if not raised and not skipped:
+            self.t += 1
+            for group, mine in zip(self.groups, grads, strict=True):
+                known = dict(getattr(group.rule, "gamma", {}))
+                outcome = reference.clip(group.rule, mine, mode)
+                scales |= outcome.scales
+                for key, scale in outcome.scales.items():
+                    gamma = known.get("N" if isinstance(group.rule, reference.AdaGCGlobal) else key)
+                    atol[key] += abs(scale) * SUBNORMAL / gamma if gamma and math.isfinite(scale) else 0.0
+                if isinstance(group.rule, reference.ZClip):
+                    group.largest = max(group.largest, 0.0 if math.isnan(group.rule.mean) else group.rule.mean)
+        clipped = math.sqrt(sum((scales[key] * norm) ** 2 for key, norm in counted.items()))
+        return Expected(norms, scales, atol, bad, skipped, raised, total, clipped)
+
+    # ------------------------------------------------------------------------------------------------------ checks
+
+    def check_step(self, step: int) -> None:
+        whole, lacks = self.whole_gradients(step)
+        expected = self.expect(step, whole, lacks)
+        for rank, result in enumerate(self.ranks):
+            entry = result["steps"][step - 1]
+            try:
+                self.check_present(rank, entry, whole, lacks[rank])
+                self.check_raised(rank, entry, expected)
+                if "report" in entry:
+                    self.check_report(rank, entry, expected)
+                    self.check_log(rank, entry, step)
+                self.check_gradients(rank, entry, whole, expected)
+                self.check_state(rank, entry, expected)
+            except Mismatch as error:
+                raise Mismatch(f"rank {rank}: {error}") from None
+        self.check_agreement(step)
+
+    def check_present(self, rank: int, entry: dict[str, Any], whole: dict[str, Tensor], lacks: set[str]) -> None:
+        """The test gave the gradients that it believes it gave. FSDP1 may have none where nothing is held."""
+        for name, present in entry["present"].items():
+            due = name in whole and name not in lacks
+            unsure = self.index[rank][name].size == 0
+            require(present == due or unsure, f"the test is to blame: gradient of {name}", present, due)
+
+    def check_raised(self, rank: int, entry: dict[str, Any], expected: Expected) -> None:
+        require(("raised" in entry) == expected.raised, "raised", entry.get("raised"), sorted(map(str, expected.bad)))
+        if not expected.raised:
+            return
+        message = entry["raised"]
+        require(message == self.ranks[0]["steps"][self.step_of(entry, rank)]["raised"], "messages differ", message)
+        named = dict(re.findall(r"'([\w.]+)' \(rank ([\d, ]+)\)", message))
+        names = sorted({key if isinstance(key, str) else key[0] for key in expected.bad})
+        require(sorted(named) == names[:8], "the error names", sorted(named), "not", names)
+        for name, listed in named.items():
+            faulty = self.faulty_ranks(name, self.step_of(entry, rank) + 1)
+            require([int(r) for r in listed.split(",")] == faulty, message, f"{name} is faulty on", faulty)
+
+    def step_of(self, entry: dict[str, Any], rank: int) -> int:
+        return next(i for i, other in enumerate(self.ranks[rank]["steps"]) if other is entry)
+
+    def faulty_ranks(self, name: str, step: int) -> list[int]:
+        """Ranks whose piece of that gradient has a NaN or Inf."""
+        whole, lacks = self.whole_gradients(step)
+        return [
+            rank
+            for rank, index in enumerate(self.index)
+            if name in index
+            and name not in lacks[rank]
+            and not whole[name].flatten()[torch.from_numpy(index[name])].isfinite().all()
+        ]
+
+    def key(self, rank: int, name: str) -> Key | None:
+        """What this rank's part of a tensor is to its policy; None: an empty shard, where shards are tensors."""
+        return self.piece_of[rank].get(name) if self.group_of[name].shards else name
+
+    def check_report(self, rank: int, entry: dict[str, Any], expected: Expected) -> None:
+        report = entry["report"]
+        require(list(report["names"]) == self.ranks[rank]["names"], "names in the report", report["names"])
+        finite = True
+        counted = clipped = 0
+        for name, norm, scale in zip(report["names"], report["tensor_norms"], report["scales"], strict=True):
+            key = self.key(rank, name)
+            counted += norm != 0
+            clipped += norm != 0 and scale < 1
+            if key not in expected.norms:
+                require(norm == 0, f"{name}: norm {norm} where there is no gradient")
+                continue
+            due = expected.norms[key]
+            finite &= math.isfinite(due)
+            require(close(norm, fp32(due)), f"{name}: norm {norm}, not {due}")
+            if due != 0:  # of a gradient of zeros the scale does not matter
+                want = expected.scales[key]
+                good = close(scale, want, expected.scale_atol[key], self.scale_rtol(name))
+                if not good:
+                    raise Mismatch(f"{name}: scale {scale}, not {want}")
+        require(close(report["clipped_fraction"], clipped / max(1, counted)), "clipped fraction")
+        require(report["min_scale"] == min(report["scales"], default=1.0) or math.isnan(report["min_scale"]), "minimum")
+        if self.case.nonfinite == "skip":
+            require(report["nonfinite"] == bool(expected.bad), "nonfinite", report["nonfinite"])
+        elif math.isinf(self.case.skip_above):
+            require(report["nonfinite"] == (not finite), "nonfinite", report["nonfinite"])
+        require(report["skip"] == expected.skipped, "skip", report["skip"])
+        present = sum(entry["present"][name] for name in report["names"])
+        require(report["num_grads"] == present, "num_grads", report["num_grads"], present)
+        require(report["empty"] == (present == 0), "empty")
+        self.check_global_norm(report, expected)
+
+    def scale_rtol(self, name: str) -> float:
+        return self.z_rtol if isinstance(self.group_of[name].rule, reference.ZClip) else RTOL
+
+    def check_global_norm(self, report: dict[str, Any], expected: Expected) -> None:
+        norm, clipped = report["global_norm"], report["clipped_global_norm"]
+        require(report["has_global_norm"] == (norm is not None), "has_global_norm")
+        free = self.case.model.pp == 1 and not any(group.shards for group in self.groups)
+        if self.case.log_global_norm or free:
+            require(norm is not None and clipped is not None, "global norms are not reported", norm, clipped)
+        if norm is not None:
+            require(close(norm, fp32(expected.total)), f"global norm {norm}, not {expected.total}")
+        if clipped is not None:
+            # Its tensors' scales and norms have their errors.
+            rtol = 2 * max(map(self.scale_rtol, self.group_of), default=RTOL)
+            atol = SUBNORMAL + max(
+                (expected.scale_atol[k] * n for k, n in expected.norms.items() if math.isfinite(n)), default=0.0
+            )
+            due = fp32(expected.clipped_total)
+            require(close(clipped, due, atol, rtol), f"clipped global norm {clipped}, not {due}")
+
+    def check_log(self, rank: int, entry: dict[str, Any], step: int) -> None:
+        """Collectives: none across stages once AdaGC's warm-up is over, none at all where nothing is split."""
+        log = [(name, ranks) for name, ranks in entry.get("log", ()) if len(ranks) > 1]
+        warm = all(
+            type(group.policy).__name__ == "AdaGC"
+            and group.policy.scope != "global"
+            and self.t > group.policy.warmup_steps
+            for group in self.groups
+        )
+        case = self.case
+        silent = warm and case.nonfinite in ("propagate", "zero") and not case.log_global_norm
+        if not silent or not math.isinf(case.skip_above) or any(step_.reload for step_ in case.steps[: step - 1]):
+            return
+        if isinstance(case.model, Hand) and case.model.pp > 1:
+            per = case.world // case.model.pp
+            across = [call for call in log if len({r // per for r in call[1]}) > 1]
+            require(not across, "collectives across stages", across)
+        if all(tensor.mesh is None for tensor in self.logical.values()) and isinstance(case.model, Hand):
+            require(not log, "collectives, though no tensor is split", log)
+
+    def check_gradients(self, rank: int, entry: dict[str, Any], whole: dict[str, Tensor], expected: Expected) -> None:
+        for name, after in entry["after"].items():
+            if not entry["present"][name]:
+                require(after is None, f"{name}: a gradient where there was none")
+                continue
+            mine = self.index[rank][name]
+            require(after is not None and after.size == mine.size, f"{name}: gradient", after)
+            if not mine.size or (name in self.excluded and any(self.logical[name].partial)):
+                continue  # nobody has made the sum of a gradient that is excluded
+            before = whole[name].flatten()[torch.from_numpy(mine)].double().numpy()
+            key = self.key(rank, name) if name in self.group_of else None
+            if key is None or expected.raised or expected.skipped:
+                if not same(after, before):
+                    raise Mismatch(f"{name}: changed from {before} to {after}")
+                continue
+            if self.case.nonfinite == "zero" and key in expected.bad:
+                if after.any():
+                    raise Mismatch(f"{name}: not zero but {after}")
+                continue
+            scale = expected.scales[key]
+            reported = entry["report"]["scales"][self.ranks[rank]["names"].index(name)]
+            if scale == 1.0 == reported:
+                if not same(after, before):
+                    raise Mismatch(f"{name}: scale 1, but changed from {before} to {after}")
+                continue
+            self.check_scaled(name, before, after, scale, expected.scale_atol[key])
+
+    def check_scaled(self, name: str, before: np.ndarray, after: np.ndarray, scale: float, atol: float) -> None:
+        dtype = self.logical[name].dtype
+        with np.errstate(all="ignore"):
+            # Below float64, gradients are multiplied by the scale as a float32.
+            product = before * (scale if dtype == "float64" else fp32(scale))
+            want = torch.from_numpy(product).to(getattr(torch, dtype)).double().numpy()
+            error = np.abs(after - want)
+            limit = (
+                np.abs(want) * (self.scale_rtol(name) + ROUNDING[dtype]) + np.abs(before) * atol + 2 * SPACING[dtype]
+            )
+            good = (error <= limit) | (np.isnan(want) & np.isnan(after)) | (want == after)
+        if not good.all():
+            raise Mismatch(f"{name}: scaled by {scale} from {before[~good]} to {after[~good]}, not {want[~good]}")
+
+    def check_state(self, rank: int, entry: dict[str, Any], expected: Expected) -> None:
+        state = entry["state"]
+        require(state["t"] == self.t, "steps", state["t"], self.t)
+        check_finite(state)
+        if expected.raised or expected.skipped:
+            previous = self.before[rank]
+            require(previous is None or repr(previous) == repr(state), "a skipped step changed the state")
+        self.before[rank] = state
+        for group in self.groups:
+            if isinstance(group.rule, reference.GlobalGC):
+                continue
+            if isinstance(group.rule, reference.ZClip):
+                self.check_zclip(group, state["global"][group.pattern])
+            elif isinstance(group.rule, reference.AdaGCGlobal):
+                gamma = state["global"][group.pattern]["gamma"]
+                due = group.rule.gamma.get("N", 0.0)
+                require(close(gamma, due), f"gamma of {group.pattern}: {gamma}, not {due}")
+            else:
+                for name in group.names:
+                    if name in self.index[rank]:
+                        gamma = state["tensors"][name]["gamma"]
+                        due = group.rule.gamma.get(self.key(rank, name), 0.0)
+                        require(close(gamma, due), f"{name}: gamma {gamma}, not {due}")
+
+    def check_zclip(self, group: Group, slots: dict[str, Any]) -> None:
+        rule = group.rule
+        count = len(rule.record)
+        require(slots["count"] == count, "ZClip's count", slots["count"], count)
+        if not count:
+            return
+        require(close(slots["mean"], rule.mean, 1e-300, self.z_rtol), f"mean {slots['mean']}, not {rule.mean}")
+        # A difference of nearly equal squares: its error is that of the squares, the largest that were ever in it.
+        atol = (1e-13 if self.z_rtol == RTOL else 4 * RTOL) * group.largest**2
+        good = close(slots["var"], rule.var, atol, 10 * self.z_rtol)
+        require(good, f"variance {slots['var']}, not {rule.var}")
+
+    def check_agreement(self, step: int) -> None:
+        """Ranks that hold the same tensor (scope "shard": piece) agree on its norm, scale and state to the bit."""
+        seen: dict[Any, tuple[int, str]] = {}
+        for rank, result in enumerate(self.ranks):
+            entry = result["steps"][step - 1]
+            state = entry["state"]
+            facts: dict[Any, Any] = {("global", p): slots for p, slots in state["global"].items()}
+            report = entry.get("report")
+            for i, name in enumerate(result["names"]):
+                key = self.key(rank, name)
+                if key is not None:
+                    numbers = (report["tensor_norms"][i], report["scales"][i]) if report else ()
+                    facts[key] = (*numbers, state["tensors"].get(name))
+            if report and report["global_norm"] is not None:
+                facts["global norm"] = report["global_norm"]
+            for key, mine in facts.items():
+                first, theirs = seen.setdefault(key, (rank, repr(mine)))
+                require(theirs == repr(mine), f"{key}: {theirs} on rank {first}, {mine!r} on rank {rank}")
+        logs: dict[tuple[int, ...], tuple[int, list[str]]] = {}
+        for rank, result in enumerate(self.ranks):
+            mine_log: dict[tuple[int, ...], list[str]] = {}
+            for name, ranks in result["steps"][step - 1].get("log", ()):
+                mine_log.setdefault(ranks, []).append(name)
+            for ranks, names in mine_log.items():
+                first, others = logs.setdefault(ranks, (rank, names))
+                require(names == others, f"collectives over {ranks}: {others} on rank {first}, {names} on rank {rank}")
+
+
+def same(a: np.ndarray, b: np.ndarray) -> bool:
+    return bool(np.array_equal(a, b, equal_nan=True))
+
+
+def check_finite(state: dict[str, Any]) -> None:
+    """Nothing that is not finite ever enters the state; rows of a record that hold nothing yet may be anything."""
+    for part in ("tensors", "global"):
+        for name, slots in state[part].items():
+            for slot, value in slots.items():
+                if not isinstance(value, list):
+                    require(math.isfinite(value) and value >= 0, f"state of {name}: {slot} = {value}")
