@@ -195,7 +195,10 @@ class GradClipper:
 
         scales, uniform_scales = self._decide(measured, totals, skip)
         self._calls += 1
-        uniform = len(self._domains) == 1 and self._domains[0].policy.rule_scope == "global"
+        # With "zero" a faulty tensor has a scale of its own, 0.
+        uniform = (
+            len(self._domains) == 1 and self._domains[0].policy.rule_scope == "global" and self.nonfinite != "zero"
+        )
         self.kernels.scale_(shards, scales, uniform=uniform)
         if self.nonfinite == "zero":
             # Not where the step is to be skipped, for skip_above: then nothing is touched.

@@ -1,0 +1,115 @@
+"""dist_clip's CPU path and others' clipping side by side: one command, one run, every number measured in it.
+
+    python -m scripts.bench                                  # everything, some minutes on an idle core
+    python -m scripts.bench --quick                          # small versions, under a minute: do they run?
+    python -m scripts.bench --only gpt2 small                # some sections
+    python -m scripts.bench --docs docs/performance.md       # and paste the tables into a page
+
+Each process has one thread. Repeats are interleaved, so that a slow spell of the machine hits all candidates alike, and
+ratios are of medians. No GPU is timed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import importlib.metadata
+import os
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import tyro
+
+import dist_clip
+from scripts.benchmark import costs, dtensors, local, processes, training
+from scripts.benchmark.output import markdown, paste, plot, write_json
+from scripts.benchmark.timing import Section, load_average
+
+SECTIONS: dict[str, Callable[[bool], Section]] = {
+    "gpt2": local.gpt2,
+    "small": local.small,
+    "large": local.large,
+    "optimizer": local.optimizer,
+    "costs": costs.costs,
+    "dtensor": dtensors.dtensor,
+    "tensor_parallel": processes.tensor_parallel,
+    "desync": processes.desync,
+    "end_to_end": training.end_to_end,
+}
+SectionName = Literal[
+    "gpt2", "small", "large", "optimizer", "costs", "dtensor", "tensor_parallel", "desync", "end_to_end"
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What is measured, and where the results go."""
+
+    quick: bool = False
+    """Small models and few repeats: to see that everything runs, not to compare."""
+    only: tuple[SectionName, ...] = ()
+    """Sections to run; default all."""
+    out: Path = Path("runs/bench")
+    """Folder for bench.json and tables.md."""
+    images: Path | None = None
+    """Folder for the plots; default, that of the tables."""
+    docs: Path | None = None
+    """A page with markers, between which the tables are pasted."""
+
+
+def main() -> None:
+    cfg = tyro.cli(Config, description=__doc__)
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that are started
+    results: dict[str, Any] = {"meta": about(cfg), "sections": {}}
+    started = time.monotonic()
+    loads = [load_average()]
+    for name in cfg.only or SECTIONS:
+        section = SECTIONS[name](cfg.quick)
+        results["sections"][name] = dataclasses.asdict(section)
+        loads.append(load_average())
+        print(f"{name}: done after {time.monotonic() - started:.0f} s, load {loads[-1]:.1f}", flush=True)
+    low, high = min(loads), max(loads)
+    cores = results["meta"]["cores"]
+    results["meta"] |= {"load_low": low, "load_high": high, "busy": high > cores, "seconds": time.monotonic() - started}
+    write_json(results, cfg.out / "bench.json")
+    text = markdown(results)
+    (cfg.out / "tables.md").write_text(text)
+    plot(results, cfg.images or cfg.out)
+    if cfg.docs is not None:
+        paste(text, cfg.docs)
+    print(text)
+
+
+def about(cfg: Config) -> dict[str, Any]:
+    """What somebody needs to know to judge the numbers."""
+    return {
+        "date": datetime.date.today().isoformat(),
+        "torch": torch.__version__,
+        "dist_clip": dist_clip.__version__,
+        "zclip": importlib.metadata.version("zclip"),
+        "pytorch_optimizer": importlib.metadata.version("pytorch_optimizer"),
+        "python": platform.python_version(),
+        "processor": processor(),
+        "cores": os.cpu_count() or 1,
+        "threads": torch.get_num_threads(),
+        "quick": cfg.quick,
+    }
+
+
+def processor() -> str:
+    info = Path("/proc/cpuinfo")
+    names = (
+        [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        if info.exists()
+        else []
+    )
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+if __name__ == "__main__":
+    main()
