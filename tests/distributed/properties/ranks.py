@@ -62,8 +62,7 @@ def run_case(case: Case) -> dict[str, Any]:
 
 def record(case: Case) -> dict[str, Any]:
     model = by_hand(case, case.model) if isinstance(case.model, Hand) else wrapped(case.model)
-    everyone: list[Any] = [None] * case.world
-    dist.all_gather_object(everyone, {name: held.index.flatten().tolist() for name, held in model.held.items()})
+    others = elsewhere(case, model)
     logical = case.model.logical()
     numbers = {name: number for number, name in enumerate(logical)}
     clipper = make_clipper(case, model)
@@ -74,7 +73,7 @@ def record(case: Case) -> dict[str, Any]:
             held.param.requires_grad_(step > tensor.frozen)
             whole = cases.gradient(case, number, tensor, step)
             without = cases.lacking(case.kind(number, tensor, step))
-            lacks = without is not None and everyone[without].get(name) == held.index.flatten().tolist()
+            lacks = without is not None and others(without, name) == held.index.flatten().tolist()
             held.put(None if whole is None or lacks else whole.flatten()[held.index])
         entry = one_step(clipper, model, logged=case.seed % 4 == 0)
         if spec.reload:
@@ -91,6 +90,24 @@ def record(case: Case) -> dict[str, Any]:
         "pp_ranks": None if model.pp_group is None else tuple(dist.get_process_group_ranks(model.pp_group)),
         "steps": records,
     }
+
+
+def elsewhere(case: Case, model: Model) -> Callable[[int, str], list[int] | None]:
+    """What a function of a rank and a name tells: the flat indices of what that rank holds; None: nothing."""
+    made = case.model
+    if isinstance(made, Hand):
+        logical = made.logical()
+
+        def computed(rank: int, name: str) -> list[int] | None:
+            tensor = logical[name]
+            if cases.stage_of(made, rank, case.world) not in tensor.stages:
+                return None
+            return cases.piece(tensor, made, rank, case.world).flatten().tolist()
+
+        return computed
+    everyone: list[Any] = [None] * case.world
+    dist.all_gather_object(everyone, {name: held.index.flatten().tolist() for name, held in model.held.items()})
+    return lambda rank, name: everyone[rank].get(name)
 
 
 def one_step(clipper: Any, model: Model, *, logged: bool) -> dict[str, Any]:
