@@ -16,13 +16,15 @@ from torch import Tensor
 # equal elements, whose roundings do not average out. Rows of this length are off by at most 3e-7 in that worst case; the
 # rows are then added in float64.
 _BLOCK = 256
-# Up to this many elements the cost of a torch call outweighs that of the elements: tensors of one shape are stacked first.
-_SMALL = 16_384
+# Up to this many elements a torch call costs more than they do: tensors of one shape are stacked, then measured together.
+_SMALL = 4096
+# From this many on a tensor is read as several streams, which takes a few calls more.
+_LARGE = 1_000_000
 # Elements that are stacked, or widened to fp32, at a time: scratch that does not grow with the model and stays in cache.
 # Widening piece by piece is five times as fast as asking vector_norm to do it (measured on 39M bf16 elements).
-_CHUNK = 1024 * _BLOCK
-# fp32 is read where it is: only the rows' norms need a place, this many times less one in _BLOCK.
-_CHUNK_IN_PLACE = 64 * _CHUNK
+_CHUNK = 512 * _BLOCK
+# fp32 is read where it is: only the rows' norms need a place, one for every _BLOCK elements.
+_CHUNK_IN_PLACE = 128 * _CHUNK
 # Parts of a large tensor that are read in turn, row by row, so that several loads from memory are under way at once: a
 # seventh off the time of reading it from end to end (2 parts do not help, 8 hurt; measured over the tensors of GPT-2).
 _STREAMS = 4
@@ -72,23 +74,25 @@ def _by_device(shards: Sequence[Tensor | None]) -> dict[torch.device, list[tuple
 
 
 def _norms_cpu(tensors: Sequence[Tensor], p: float) -> Tensor:
-    """float64 [n] norms of CPU tensors, the same bits whatever other tensors are in the list."""
-    small: dict[tuple[torch.Size, torch.dtype], list[int]] = defaultdict(list)
+    """float64 [n] norms of CPU tensors. Which other tensors are in the list does not change a norm's bits."""
+    alike: dict[tuple[torch.Size, torch.dtype], list[int]] = defaultdict(list)
+    for i, tensor in enumerate(tensors):
+        alike[tensor.shape, tensor.dtype].append(i)
+    scratch = torch.empty(_CHUNK, dtype=torch.float32, device="cpu")
     order: list[int] = []
     parts: list[Tensor] = []
-    for i, tensor in enumerate(tensors):
-        if tensor.numel() <= _SMALL:
-            small[tensor.shape, tensor.dtype].append(i)
+    for (shape, dtype), members in alike.items():
+        numel = math.prod(shape)
+        if dtype != torch.float64 and numel >= _LARGE:
+            measure, at_once = _norm_of_large, 1
+        elif dtype != torch.float64 and numel > _SMALL:
+            measure, at_once = _norms_in_place, _CHUNK_IN_PLACE // numel
         else:
-            order.append(i)
-            parts.append(_large_norm(_flat(tensor), p))
-    for (shape, _), members in small.items():
-        at_once = max(1, _CHUNK // math.prod(shape))
+            measure, at_once = _norms_of_stack, max(1, _CHUNK // numel)
         for start in range(0, len(members), at_once):
             chosen = members[start : start + at_once]
             order += chosen
-            stacked = torch.stack([tensors[i] for i in chosen]).reshape(len(chosen), -1)
-            parts.append(_blocked_norms(stacked, p))
+            parts.append(measure([tensors[i] for i in chosen], p, scratch))
     norms = torch.empty(len(tensors), dtype=torch.float64, device="cpu")
     norms.index_copy_(0, torch.tensor(order, device="cpu"), torch.cat(parts))
     # A norm outside the range in which fp32 powers are safe is measured again in float64. CPU data: no sync.
@@ -100,6 +104,59 @@ def _norms_cpu(tensors: Sequence[Tensor], p: float) -> Tensor:
     return norms
 
 
+# The following take tensors of one shape and dtype and return their norms, float64 [k]. `scratch` is theirs to write to.
+
+
+def _norms_of_stack(tensors: Sequence[Tensor], p: float, scratch: Tensor) -> Tensor:
+    """Small tensors, and float64 ones of any size."""
+    first = tensors[0]
+    if first.dtype == torch.float64:
+        stacked = torch.stack(list(tensors))
+    else:  # widens, too
+        place = scratch[: len(tensors) * first.numel()].view(len(tensors), *first.shape)
+        stacked = torch.stack(list(tensors), out=place)
+    return _add_rows(_row_norms(stacked.reshape(len(tensors), -1), p), p)
+
+
+def _norms_in_place(tensors: Sequence[Tensor], p: float, scratch: Tensor) -> Tensor:
+    """Tensors whose elements are worth a call each, but no more."""
+    if tensors[0].dtype != torch.float32:
+        return torch.cat([_norm_of_large([t], p, scratch) for t in tensors])
+    if tensors[0].numel() % _BLOCK == 0 and all(t.is_contiguous() for t in tensors):  # the same with fewer calls
+        return _add_rows(torch.stack([torch.linalg.vector_norm(t.view(-1, _BLOCK), p, dim=1) for t in tensors]), p)
+    return _add_rows(torch.cat([_row_norms(_flat(t).view(1, -1), p) for t in tensors]), p)
+
+
+def _norm_of_large(tensors: Sequence[Tensor], p: float, scratch: Tensor) -> Tensor:
+    """One tensor of many elements, in chunks."""
+    (tensor,) = tensors
+    if tensor.dtype == torch.float32:
+        chunks = torch.split(_flat(tensor), _CHUNK_IN_PLACE)
+        parts = [part for chunk in chunks for part in _streamed_norms(chunk, p)]
+    else:
+        chunks = torch.split(_flat(tensor), _CHUNK)
+        widened = (scratch[: chunk.numel()].copy_(chunk).view(1, -1) for chunk in chunks)
+        parts = [_add_rows(_row_norms(chunk, p), p) for chunk in widened]
+    return parts[0] if len(parts) == 1 else torch.linalg.vector_norm(torch.cat(parts), p).view(1)
+
+
+def _streamed_norms(flat: Tensor, p: float) -> list[Tensor]:
+    """Norms, float64 [1] each, of the parts of a contiguous fp32 vector that make up the whole."""
+    # An odd number of rows: streams a multiple of 4 KiB apart would compete for the same sets of the cache.
+    rows = (flat.numel() // (_STREAMS * _BLOCK) - 1) | 1
+    end = _STREAMS * rows * _BLOCK
+    parts = []
+    if rows > 0:
+        # torch walks in the order of the output's strides: one row of each stream, then the next of each.
+        norms = flat.new_empty(rows, _STREAMS)
+        torch.linalg.vector_norm(flat[:end].view(_STREAMS, rows, _BLOCK).transpose(0, 1), p, dim=2, out=norms)
+        parts.append(_add_rows(norms.view(1, -1), p))
+    rest = flat[max(end, 0) :]
+    if rest.numel() > 0:
+        parts.append(_add_rows(_row_norms(rest.view(1, -1), p), p))
+    return parts
+
+
 def _flat(tensor: Tensor) -> Tensor:
     """The elements in memory order, without a copy when they fill their memory (a norm does not care for the order)."""
     if tensor.is_contiguous():
@@ -108,48 +165,20 @@ def _flat(tensor: Tensor) -> Tensor:
     return tensor.permute(order).reshape(-1)
 
 
-def _large_norm(flat: Tensor, p: float) -> Tensor:
-    """float64 [1]: norm of a tensor of many elements, in chunks."""
-    if flat.dtype == torch.float64:
-        return torch.linalg.vector_norm(flat, p).view(1)
-    if flat.dtype == torch.float32:
-        parts = [part for chunk in torch.split(flat, _CHUNK_IN_PLACE) for part in _streamed_norms(chunk, p)]
-    else:
-        buffer = torch.empty(min(_CHUNK, flat.numel()), dtype=torch.float32, device="cpu")
-        parts = [
-            _blocked_norms(buffer[: chunk.numel()].copy_(chunk).view(1, -1), p) for chunk in torch.split(flat, _CHUNK)
-        ]
-    return parts[0] if len(parts) == 1 else torch.linalg.vector_norm(torch.cat(parts), p).view(1)
-
-
-def _streamed_norms(flat: Tensor, p: float) -> list[Tensor]:
-    """float64 [1] each: norms of the parts of a contiguous fp32 vector that make up the whole."""
-    # An odd number of rows: streams a multiple of 4 KiB apart would compete for the same sets of the cache.
-    rows = (flat.numel() // (_STREAMS * _BLOCK) - 1) | 1
-    end = _STREAMS * rows * _BLOCK
-    if rows < 1 or end > flat.numel():
-        return [_blocked_norms(flat.view(1, -1), p)]
-    # torch walks in the order of the output's strides: one row of each stream, then the next of each.
-    norms = flat.new_empty(rows, _STREAMS)
-    torch.linalg.vector_norm(flat[:end].view(_STREAMS, rows, _BLOCK).transpose(0, 1), p, dim=2, out=norms)
-    parts = [torch.linalg.vector_norm(norms.double(), p).view(1)]
-    if end < flat.numel():
-        parts.append(_blocked_norms(flat[end:].view(1, -1), p))
-    return parts
-
-
-def _blocked_norms(vectors: Tensor, p: float) -> Tensor:
-    """float64 [k]: norms of the rows of [k, m], found block by block of each row, so that k does not change the bits."""
-    if vectors.dtype not in (torch.float32, torch.float64):
-        vectors = vectors.float()
+def _row_norms(vectors: Tensor, p: float) -> Tensor:
+    """[k, r]: norms of the rows of `_BLOCK` elements that each of the vectors, [k, m], is made of, the last one shorter."""
     k, m = vectors.shape
     whole = m // _BLOCK * _BLOCK
-    blocks = []
-    if whole:
-        blocks.append(torch.linalg.vector_norm(vectors[:, :whole].view(k, -1, _BLOCK), p, dim=2))
-    if whole < m:
-        blocks.append(torch.linalg.vector_norm(vectors[:, whole:], p, dim=1, keepdim=True))
-    norms = blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=1)
+    if whole == m:
+        return torch.linalg.vector_norm(vectors.view(k, -1, _BLOCK), p, dim=2)
+    rest = torch.linalg.vector_norm(vectors[:, whole:], p, dim=1, keepdim=True)
+    if whole == 0:
+        return rest
+    return torch.cat([torch.linalg.vector_norm(vectors[:, :whole].view(k, -1, _BLOCK), p, dim=2), rest], dim=1)
+
+
+def _add_rows(norms: Tensor, p: float) -> Tensor:
+    """float64 [k]: norms of vectors, from those of their rows, [k, r]. Each by itself: k does not change the bits."""
     return torch.linalg.vector_norm(norms.double(), p, dim=1)
 
 
@@ -164,9 +193,11 @@ def scale_(
             of lower precision are multiplied in fp32 and rounded once.
         uniform: all entries of ``scales`` are equal, which lets an accelerator use one fused launch.
     """
+    if scales.device.type == "cpu" and scales.tolist().count(1.0) == len(shards):
+        return
     for device, present in _by_device(shards).items():
         if device.type == "cpu":
-            _scale_cpu(present, scales, uniform)
+            _scale_cpu(present, scales.cpu(), uniform)
             continue
         local = scales.to(device, non_blocking=True)
         by_dtype: dict[torch.dtype, list[tuple[int, Tensor]]] = defaultdict(list)
@@ -189,8 +220,6 @@ def _scale_cpu(present: Sequence[tuple[int, Tensor]], scales: Tensor, uniform: b
     values: list[float] = scales.tolist()
     # `!=` also lets a NaN scale through: a non-finite norm propagates as it does in torch.
     touched = [(i, shard) for i, shard in present if values[i] != 1.0]
-    if not touched:
-        return
     # 0-dim tensors, not Python floats, of which torch would make tensors one by one. Gradients below float64 are computed
     # with in fp32, and so with the fp32 value of the scale, bf16 and fp16 included.
     double = [(i, shard) for i, shard in touched if shard.dtype == torch.float64]

@@ -56,6 +56,7 @@ def layout_of_parameters(pairs: Sequence[tuple[str, Tensor]], flat: FlatParamete
     """The layout of `pairs`; those of FSDP1 can only be read where `flat` knows their modules."""
     flat = flat or FlatParameters(())
     groups = MeshGroups()
+    here = frozenset({_rank()})
     tensors: list[LogicalTensor] = []
     for name, param in pairs:
         if param.is_complex() and param.requires_grad:
@@ -65,13 +66,13 @@ def layout_of_parameters(pairs: Sequence[tuple[str, Tensor]], flat: FlatParamete
             tensors += several
         else:
             tensors.append(
-                read_dtensor(name, param, groups) if isinstance(param, DTensor) else _read_plain(name, param)
+                read_dtensor(name, param, groups) if isinstance(param, DTensor) else _read_plain(name, param, here)
             )
     return Layout(tuple(tensors))
 
 
-def _read_plain(name: str, param: Tensor) -> LogicalTensor:
-    """A tensor that is whole on this rank: single process, DDP, pipeline stages, replicated."""
+def _read_plain(name: str, param: Tensor, here: frozenset[int]) -> LogicalTensor:
+    """A tensor that is whole on this rank, `here`: single process, DDP, pipeline stages, replicated."""
 
     def read() -> Tensor | None:
         grad = param.grad
@@ -93,8 +94,8 @@ def _read_plain(name: str, param: Tensor) -> LogicalTensor:
         param=param,
         shard_numel=param.numel(),
         norm_groups=(),
-        component=frozenset({_rank()}),
-        mesh_ranks=frozenset({_rank()}),
+        component=here,
+        mesh_ranks=here,
         read=read,
         device=param.device,
         placement="whole",
