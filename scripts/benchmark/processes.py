@@ -149,7 +149,7 @@ def _desync(tensors: int, repeats: int) -> list[dict[str, Any]]:
 
 
 def tensor_parallel(quick: bool) -> Section:
-    tensors, repeats = (30, 3) if quick else (300, 15)
+    tensors, repeats = (30, 3) if quick else (300, 11)
     rows: list[dict[str, Any]] = []
     for processes in (2,) if quick else (2, 4):
         rows += spawn(_tensor_parallel, processes, tensors, repeats)
@@ -172,7 +172,7 @@ def tensor_parallel(quick: bool) -> Section:
 
 
 def desync(quick: bool) -> Section:
-    tensors, repeats, processes = (30, 3, 2) if quick else (300, 31, 4)
+    tensors, repeats, processes = (30, 3, 2) if quick else (300, 21, 4)
     return Section(
         "detect_desync",
         f"AdaGC after its warm-up on {tensors} sharded tensors, {processes} gloo processes; as above.",
