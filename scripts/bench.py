@@ -54,7 +54,7 @@ class Config:
     only: tuple[SectionName, ...] = ()
     """Sections to run; default all."""
     out: Path = Path("runs/bench")
-    """Folder for bench.json and tables.md."""
+    """Folder for bench.json and, without a page to paste them into, tables.md."""
     images: Path | None = None
     """Folder for the plots; default, that of the tables."""
     docs: Path | None = None
@@ -75,13 +75,19 @@ def main() -> None:
         print(f"{name}: done after {time.monotonic() - started:.0f} s, load {loads[-1]:.1f}", flush=True)
     low, high = min(loads), max(loads)
     cores = results["meta"]["cores"]
-    results["meta"] |= {"load_low": low, "load_high": high, "busy": high > cores, "seconds": time.monotonic() - started}
+    results["meta"] |= {
+        "load_low": low,
+        "load_high": high,
+        "busy": low > cores / 2,
+        "seconds": time.monotonic() - started,
+    }
     write_json(results, cfg.out / "bench.json")
     text = markdown(results)
-    (cfg.out / "tables.md").write_text(text)
     plot(results, cfg.images or cfg.out)
     if cfg.docs is not None:
         paste(text, cfg.docs)
+    else:
+        (cfg.out / "tables.md").write_text(text)
     print(text)
 
 

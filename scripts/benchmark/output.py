@@ -82,13 +82,13 @@ def plot(results: dict[str, Any], folder: Path) -> list[Path]:
         meshes = list(dict.fromkeys(row["mesh"] for row in rows))
         names = list(dict.fromkeys(row["name"] for row in rows))
         figure, axes = plt.subplots(1, 2, figsize=(10, 4))
-        for axis, key, title in ((axes[0], "first_ms", "first call"), (axes[1], "wall_ms", "steady step")):
+        for axis, key, title in ((axes[0], "first_cpu_ms", "first call"), (axes[1], "cpu_ms", "steady step")):
             for k, name in enumerate(names):
                 heights = [row[key] for row in rows if row["name"] == name]
                 axis.bar([i + 0.2 * k for i in range(len(meshes))], heights, width=0.2, label=name)
             axis.set_xticks([i + 0.3 for i in range(len(meshes))], meshes, fontsize=8)
             axis.set_yscale("log")
-            axis.set_ylabel("ms (log)")
+            axis.set_ylabel("CPU time, ms (log)")
             axis.set_title(f"{sections['dtensor']['title']}, {title}", fontsize=10)
         axes[0].legend(fontsize=7)
         written.append(_save(figure, folder / "bench-dtensor.png"))
