@@ -10,6 +10,7 @@ from typing import Any
 import torch.distributed as dist
 
 from dist_clip.errors import LayoutError
+from dist_clip.groups import distributed
 
 # Errors that keep their class on their way to the other ranks; any other becomes a LayoutError.
 _KINDS = (LayoutError, ValueError, TypeError, ImportError)
@@ -39,7 +40,7 @@ def agree(mine: Announcement, process_group: Any, pp_group: Any) -> list[tuple[i
     Ranks first compare digests. Names travel only where they are needed: between the stages of a pipeline, and between
     all ranks to say what differs.
     """
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+    if not distributed():
         everyone = [(0, mine)]
     else:
         group = process_group if process_group is not None else dist.group.WORLD

@@ -15,11 +15,12 @@ from dist_clip import state
 from dist_clip.attachment import Attachment, Detachable
 from dist_clip.construction import Arguments, Construction, construct
 from dist_clip.cover import check_cover
-from dist_clip.desync import DesyncDetector, Standing, compare
+from dist_clip.desync import DesyncDetector, Standing, compare, shared_state
 from dist_clip.domains import Domain, Measured, NonFinite, make_domains, rule_for
 from dist_clip.explain import explain_table
 from dist_clip.faults import any_rank, raise_nonfinite
 from dist_clip.freshness import ClippedGradients
+from dist_clip.groups import distributed
 from dist_clip.kernels import Kernels, Preference
 from dist_clip.layout import Layout
 from dist_clip.policies.base import Policy, is_finite, is_nonfinite
@@ -90,7 +91,6 @@ class GradClipper:
         self.skip_above = skip_above
         self.last_report: ClipReport | None = None
         self.attachment: Detachable | None = None
-        self._detect_desync = detect_desync
         arguments = Arguments(
             policy,
             pp_group,
@@ -130,10 +130,10 @@ class GradClipper:
             process_group=whole,
             copies_among=world // stages,
             shared=made.elsewhere,
-            meet=self._detect_desync,
+            meet=made.detect_desync,
         )
         self._clipped = ClippedGradients()
-        self._detector = DesyncDetector(self._standing, made.device) if self._detect_desync else None
+        self._detector = DesyncDetector(self._standing, made.device) if made.detect_desync else None
         check_cover(made.layout, self._plan, made.process_group)
         self._pipeline = PipelineReducer(made.pp_group) if stages > 1 else None
         self._partial = PartialReducer(made.layout.tensors)
@@ -242,7 +242,7 @@ class GradClipper:
             return self._plan.reduce(sums)
         # Scope "shard" is left out: there each rank remembers something else.
         common = [value for d in self._domains if d.policy.rule_scope != "shard" for value in d.state.values()]
-        riders = self._detector.riders(self._calls, self._again(), [self._t, *common])
+        riders = self._detector.riders(self._calls, self._clipped.all_clipped(self.layout), [self._t, *common])
         added, arrived = self._plan.reduce_with(sums, riders)
         self._detector.judge(riders, arrived)
         return added
@@ -252,24 +252,16 @@ class GradClipper:
             return sums
         if self._detector is None:
             return self._pipeline.sum(sums)
-        riders = self._detector.riders(self._calls, self._again())  # stages have states of their own
+        riders = self._detector.riders(
+            self._calls, self._clipped.all_clipped(self.layout)
+        )  # stages have states of their own
         added = self._pipeline.sum(torch.cat([sums, riders]))
         self._detector.judge(riders, [(self.pp_group, added[len(sums) :])])
         return added[: len(sums)]
 
-    def _again(self) -> bool:
-        """Whether this rank has gradients, and all of them are those of the last clip."""
-        params = [t.param for t in self.layout if t.param is not None and t.param.grad is not None]
-        return bool(params) and not any(self._clipped.is_new(param) for param in params)
-
     def _standing(self) -> Standing:
-        taken = state.snapshot(self)
-        entries = {**taken["global"], **{n: e for n, e in taken["tensors"].items() if n not in taken["shards"]}}
-        values = {
-            name: {slot: tuple(value.nan_to_num(nan=-1.0).flatten().tolist()) for slot, value in entry.items()}
-            for name, entry in entries.items()
-        }
-        return Standing(self._calls, self._again(), self.layout.names, values)
+        again = self._clipped.all_clipped(self.layout)
+        return Standing(self._calls, again, self.layout.names, shared_state(state.snapshot(self)))
 
     def check_in_sync(self) -> None:
         """Compare all ranks' step and state, whatever the layout. Collective over `process_group`; reads the state.
@@ -281,7 +273,7 @@ class GradClipper:
         Raises:
             DesyncError: the same on every rank, naming the ranks and the first tensor whose state differs.
         """
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        if distributed():
             compare(self._standing(), self.process_group)
 
     def _needs_total(self, domain: Domain) -> bool:

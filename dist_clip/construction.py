@@ -57,6 +57,7 @@ class Construction:
         elsewhere: names that other pipeline stages hold.
         kernels: what measures and scales.
         scaler: the GradScaler, if there is one that scales.
+        detect_desync: whether to look for ranks that are out of step.
     """
 
     layout: Layout
@@ -70,6 +71,7 @@ class Construction:
     elsewhere: frozenset[str]
     kernels: Kernels
     scaler: GradScaler | None
+    detect_desync: bool
 
     def check_not_stale(self) -> None:
         """Raise if the module's parameters are no longer those of the construction: they would not be clipped."""
@@ -105,6 +107,7 @@ def construct(target: Any, arguments: Arguments) -> Construction:
         elsewhere=frozenset(name for _, a in everyone if a.stage != announcement.stage for name in a.names),
         kernels=draft.kernels,
         scaler=draft.scaler,
+        detect_desync=arguments.detect_desync,
     )
 
 

@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from dist_clip.errors import LayoutError
 from dist_clip.faults import any_rank
+from dist_clip.groups import distributed
 from dist_clip.layout import Layout
 from dist_clip.reduction import ReductionPlan
 
@@ -30,7 +31,7 @@ def check_cover(layout: Layout, plan: ReductionPlan, process_group: Any) -> None
     Raises:
         LayoutError: naming the tensors and what was found, the same on every rank.
     """
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+    if not distributed():
         return
     counts = torch.tensor([t.shard_numel for t in layout], dtype=torch.float64, device=layout.device)
     found = plan.reduce(counts).tolist()

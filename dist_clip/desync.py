@@ -40,6 +40,15 @@ class Standing:
     state: Mapping[str, Mapping[str, tuple[float, ...]]]
 
 
+def shared_state(snapshot: Mapping[str, Any]) -> dict[str, dict[str, tuple[float, ...]]]:
+    """The `Standing.state` of a snapshot (`dist_clip.state`); rows of a warm-up's record that hold nothing are -1."""
+    tensors = {name: entry for name, entry in snapshot["tensors"].items() if name not in snapshot["shards"]}
+    return {
+        name: {slot: tuple(value.nan_to_num(nan=-1.0).flatten().tolist()) for slot, value in entry.items()}
+        for name, entry in {**snapshot["global"], **tensors}.items()
+    }
+
+
 class DesyncDetector:
     """Makes the numbers that ride along, and judges what comes back.
 

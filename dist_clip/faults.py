@@ -9,12 +9,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dist_clip.errors import NonFiniteGradError
+from dist_clip.groups import distributed
 from dist_clip.layout import Layout
 
 
 def any_rank(flag: Tensor, process_group: Any) -> Tensor:
     """Bool 0-dim: `flag` of any rank of `process_group` (None: all), so that all of them raise or none."""
-    if not _distributed():
+    if not distributed():
         return flag
     shared = flag.float()
     dist.all_reduce(shared, op=dist.ReduceOp.MAX, group=process_group)
@@ -27,7 +28,7 @@ def raise_nonfinite(layout: Layout, local: Tensor, process_group: Any) -> NoRetu
     mine = [tensor.name for tensor, faulty in zip(layout, bad, strict=True) if faulty]
     gathered: list[Any] = [mine]
     ranks = [0]
-    if _distributed():
+    if distributed():
         gathered = [None] * dist.get_world_size(process_group)
         dist.all_gather_object(gathered, mine, group=process_group)
         ranks = dist.get_process_group_ranks(process_group if process_group is not None else dist.group.WORLD)
@@ -41,7 +42,3 @@ def raise_nonfinite(layout: Layout, local: Tensor, process_group: Any) -> NoRetu
         f"the gradient is NaN or Inf in {', '.join(listed[:8])}{more}; nothing was clipped and the state is as it was. "
         'nonfinite="skip" or "zero" would let training go on'
     )
-
-
-def _distributed() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

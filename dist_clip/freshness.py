@@ -32,6 +32,11 @@ class ClippedGradients:
         ref, version = self._clipped.get(id(param), (None, None))
         return ref is None or ref() is not grad or version != _version(grad)
 
+    def all_clipped(self, tensors: Iterable[LogicalTensor]) -> bool:
+        """Whether this rank has gradients, and none of them is new since `remember`."""
+        params = [t.param for t in tensors if t.param is not None and t.param.grad is not None]
+        return bool(params) and not any(self.is_new(param) for param in params)
+
 
 def _version(grad: Tensor) -> int | None:
     """How often the tensor has been written to in place; None where that is not counted (inference mode)."""

@@ -33,6 +33,11 @@ def checked_group(group: Any, argument: str) -> Any:
     return group
 
 
+def distributed() -> bool:
+    """Whether there are other ranks."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
 def group_alive(group: Any) -> bool:
     """Whether the group still exists: not destroyed, nor of an earlier init_process_group."""
     try:

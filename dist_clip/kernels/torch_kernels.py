@@ -193,7 +193,7 @@ def scale_(
             of lower precision are multiplied in fp32 and rounded once.
         uniform: all entries of ``scales`` are equal, which lets an accelerator use one fused launch.
     """
-    if scales.device.type == "cpu" and scales.tolist().count(1.0) == len(shards):
+    if scales.device.type == "cpu" and bool((scales == 1).all()):
         return
     for device, present in _by_device(shards).items():
         if device.type == "cpu":

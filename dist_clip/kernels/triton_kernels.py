@@ -98,26 +98,28 @@ class TritonKernels:
         """As `torch_kernels.scale_`: times the fp32 value of the scale, in fp32, rounded once; nothing where it is 1."""
         if foreach is False:
             return torch_kernels.scale_(shards, scales, uniform=uniform, foreach=foreach)
-        reading = self._tables.read(shards)
-        for plan in reading.plans:
-            tables = self._tables.on_device(plan, shards, first=False)
-            local = scales.to(plan.device, torch.float32, non_blocking=True).contiguous()
-            for launch in plan.launches:
-                self._launch_chunks(triton_jit.scale_chunks, launch, plan, tables, local)
-        if reading.rest:
-            torch_kernels.scale_(reading.left(shards), scales, uniform=uniform, foreach=foreach)
+        rest = self._write(triton_jit.scale_chunks, shards, scales, torch.float32)
+        if rest is not None:
+            torch_kernels.scale_(rest, scales, uniform=uniform, foreach=foreach)
         return None
 
     def zero_where_(self, shards: Sequence[Tensor | None], flags: Tensor) -> None:
         """As `torch_kernels.zero_where_`."""
+        rest = self._write(triton_jit.zero_chunks, shards, flags, torch.uint8)
+        if rest is not None:
+            torch_kernels.zero_where_(rest, flags)
+
+    def _write(
+        self, kernel: Any, shards: Sequence[Tensor | None], values: Tensor, dtype: torch.dtype
+    ) -> list[Tensor | None] | None:
+        """Launch a kernel that writes to the tensors, by one value [n] each, of `dtype`. Returns what is left for torch."""
         reading = self._tables.read(shards)
         for plan in reading.plans:
             tables = self._tables.on_device(plan, shards, first=False)
-            local = flags.to(plan.device, torch.uint8, non_blocking=True).contiguous()
+            local = values.to(plan.device, dtype, non_blocking=True).contiguous()
             for launch in plan.launches:
-                self._launch_chunks(triton_jit.zero_chunks, launch, plan, tables, local)
-        if reading.rest:
-            torch_kernels.zero_where_(reading.left(shards), flags)
+                self._launch_chunks(kernel, launch, plan, tables, local)
+        return reading.left(shards) if reading.rest else None
 
     def _launch_chunks(self, kernel: Any, launch: Launch, plan: Plan, tables: OnDevice, data: Tensor) -> None:
         self._launch(
