@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import importlib.util
 import os
 import platform
 from collections.abc import Iterator
@@ -192,6 +193,7 @@ def build_model(args: argparse.Namespace) -> list[Any]:
     from megatron.core.transformer.module import Float16Module
 
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+    with_te = not args.cpu and importlib.util.find_spec("transformer_engine") is not None
     moe: dict[str, Any] = {}
     if args.num_experts:
         moe = {
@@ -199,19 +201,20 @@ def build_model(args: argparse.Namespace) -> list[Any]:
             "moe_router_topk": args.moe_router_topk,
             "moe_router_pre_softmax": args.moe_router_topk == 1,
             "moe_token_dispatcher_type": "alltoall",
-            "moe_grouped_gemm": not args.cpu,
+            "moe_grouped_gemm": with_te,
             "expert_model_parallel_size": args.expert_model_parallel_size,
             "expert_tensor_parallel_size": args.expert_tensor_parallel_size or args.tensor_model_parallel_size,
         }
-    cpu: dict[str, Any] = {}
-    if args.cpu:  # none of Megatron's fused CUDA kernels
-        cpu = {
+    plain: dict[str, Any] = {}
+    if not with_te:  # none of Megatron's fused CUDA kernels, which are in extensions of their own
+        plain = {
             "masked_softmax_fusion": False,
             "bias_activation_fusion": False,
             "bias_dropout_fusion": False,
             "persist_layer_norm": False,
-            "batch_p2p_comm": False,
         }
+    if args.cpu:
+        plain["batch_p2p_comm"] = False
     torch.manual_seed(args.seed)  # initial weights: the whole tensor is made on each rank, then cut
     config = TransformerConfig(
         num_layers=args.num_layers,
@@ -233,7 +236,7 @@ def build_model(args: argparse.Namespace) -> list[Any]:
         attention_dropout=0.0,
         gradient_accumulation_fusion=False,
         **moe,
-        **cpu,
+        **plain,
     )
     ddp = DistributedDataParallelConfig(
         use_distributed_optimizer=args.use_distributed_optimizer,
@@ -242,8 +245,8 @@ def build_model(args: argparse.Namespace) -> list[Any]:
         overlap_param_gather=args.overlap_param_gather,
         grad_reduce_in_fp32=True,
     )
-    make_spec = get_gpt_layer_local_spec if args.cpu else get_gpt_layer_with_transformer_engine_spec
-    spec = make_spec(num_experts=args.num_experts, moe_grouped_gemm=bool(args.num_experts) and not args.cpu)
+    make_spec = get_gpt_layer_with_transformer_engine_spec if with_te else get_gpt_layer_local_spec
+    spec = make_spec(num_experts=args.num_experts, moe_grouped_gemm=bool(args.num_experts) and with_te)
     chunks = []
     for number in range(args.virtual_pipeline_model_parallel_size or 1):
         stage = {"vp_stage": number} if args.virtual_pipeline_model_parallel_size else {}

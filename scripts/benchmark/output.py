@@ -7,6 +7,10 @@ from pathlib import Path
 from typing import Any
 
 BEGIN, END = "<!-- scripts/bench.py: begin -->", "<!-- scripts/bench.py: end -->"
+MARKERS = {
+    "cpu": (BEGIN, END),
+    "cuda": ("<!-- scripts/bench.py --device cuda: begin -->", "<!-- scripts/bench.py --device cuda: end -->"),
+}
 
 
 def write_json(results: dict[str, Any], path: Path) -> None:
@@ -28,9 +32,10 @@ def cell(value: Any) -> str:
 def markdown(results: dict[str, Any]) -> str:
     """All sections as tables; every number in them is one of `results`."""
     meta = results["meta"]
+    on = "" if meta.get("cuda") is None else f"{meta['device']}, CUDA {meta['cuda']}, Triton {meta['triton']}; "
     lines = [
-        f"{meta['date']}, torch {meta['torch']}, dist_clip {meta['dist_clip']}, zclip {meta['zclip']}, pytorch_optimizer "
-        f"{meta['pytorch_optimizer']}, Python {meta['python']}; {meta['processor']}, {meta['cores']} cores, "
+        f"{on}{meta['date']}, torch {meta['torch']}, dist_clip {meta['dist_clip']}, zclip {meta['zclip']}, "
+        f"pytorch_optimizer {meta['pytorch_optimizer']}, Python {meta['python']}; {meta['processor']}, {meta['cores']} cores, "
         f"{meta['threads']} thread{'s' if meta['threads'] != 1 else ''} a process. Load average between "
         f"{cell(meta['load_low'])} and {cell(meta['load_high'])}{' (busy)' if meta['busy'] else ''}.",
         "",
@@ -50,11 +55,12 @@ def table(section: dict[str, Any]) -> list[str]:
     return [*lines, ""]
 
 
-def paste(text: str, page: Path) -> None:
-    """Put `text` between the page's markers."""
-    before, rest = page.read_text().split(BEGIN)
-    _, after = rest.split(END)
-    page.write_text(f"{before}{BEGIN}\n\n{text}\n{END}{after}")
+def paste(text: str, page: Path, device: str) -> None:
+    """Put `text` between the page's markers for the device."""
+    begin, end = MARKERS[device]
+    before, rest = page.read_text().split(begin)
+    _, after = rest.split(end)
+    page.write_text(f"{before}{begin}\n\n{text}\n{end}{after}")
 
 
 def plot(results: dict[str, Any], folder: Path) -> list[Path]:

@@ -1,0 +1,328 @@
+"""One GPU: every policy and every kind of kernel against torch, the zclip package, the official schedule and the memory.
+
+Three times of one call, each the median over interleaved rounds:
+
+- *device*: from the first kernel to the last, by CUDA events, the device having been kept busy until the host had queued
+  everything, so that gaps in which it waits for the host are not in it;
+- *host*: what the call takes of the host's time while the device is busy, i.e. until it returns;
+- *elapsed*: from an idle device to an idle device, as in a loop that reads the loss on every step.
+
+Calls that wait for the device (a host read inside) have an elapsed time only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import zclip
+from torch import Tensor, nn
+
+import dist_clip
+from dist_clip.kernels import multi_tensor
+from launch.model import VOCAB_SIZE, ModelConfig, build_model, next_byte_loss
+from scripts.benchmark.local import NO_LIMIT, Shapes, gpt2_shapes
+from scripts.benchmark.official import OfficialSchedule, Piece
+from scripts.benchmark.timing import Section
+
+TORCH = "torch clip_grad_norm_, foreach"
+READ = "read the same bytes once"
+READ_WRITE = "read and write them once"
+BUSY_CYCLES = 60_000_000
+"""Some 30 ms at 2 GHz: longer than the host takes to queue any of the calls."""
+
+COLUMNS = {
+    "name": "",
+    "device_us": "device, µs",
+    "host_us": "host, µs",
+    "elapsed_us": "elapsed, µs",
+    "graph_us": "in a CUDA graph, device, µs",
+    "device_ratio": "ratio, device",
+    "elapsed_ratio": "ratio, elapsed",
+    "floor_ratio": "to the read floor, device",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """Something to time.
+
+    Attributes:
+        run: what is timed.
+        prepare: puts the gradients back, untimed.
+        waits: reads something back from the device.
+        graph: replays the same work, captured; None: not captured.
+    """
+
+    run: Callable[[], Any]
+    prepare: Callable[[], Any]
+    waits: bool = False
+    graph: Callable[[], Any] | None = None
+
+
+class Gradients:
+    """Parameters with gradients on the GPU, and the originals to put back."""
+
+    def __init__(self, shapes: Shapes, dtype: torch.dtype) -> None:
+        generator = torch.Generator("cuda").manual_seed(0)
+        self.originals = [
+            torch.randn(shape, generator=generator, device="cuda").mul_(1e-3).to(dtype) for shape in shapes
+        ]
+        self.params = [nn.Parameter(torch.zeros((), device="cuda", dtype=dtype).expand(shape)) for shape in shapes]
+        for param, original in zip(self.params, self.originals, strict=True):
+            param.grad = original.clone()
+        self.flat = torch.randn(sum(o.numel() for o in self.originals), device="cuda").to(dtype)
+        self.named = [(f"p{i}", param) for i, param in enumerate(self.params)]
+
+    def restore(self, doubled: int = 0) -> None:
+        grads: list[Tensor] = [param.grad for param in self.params]  # type: ignore[misc]
+        torch._foreach_copy_(grads, self.originals)
+        if doubled:
+            torch._foreach_mul_([grads[i * len(grads) // doubled] for i in range(doubled)], 2.0)
+
+
+def timed(calls: Mapping[str, Call], rounds: int) -> dict[str, dict[str, float | None]]:
+    """Microseconds of each call: "device", "host", "elapsed" and "graph", None where it has no such time."""
+    kinds = ("device", "host", "elapsed", "graph")
+    seen: dict[str, dict[str, list[float]]] = {name: {kind: [] for kind in kinds} for name in calls}
+    for turn in range(rounds + 2):
+        for name, call in calls.items():
+            taken = _times_of(call)
+            if turn >= 2:
+                for kind, value in taken.items():
+                    seen[name][kind].append(value)
+    return {n: {k: statistics.median(v) if v else None for k, v in kinds.items()} for n, kinds in seen.items()}
+
+
+def _times_of(call: Call) -> dict[str, float]:
+    call.prepare()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    call.run()
+    torch.cuda.synchronize()
+    taken = {"elapsed": 1e6 * (time.perf_counter() - start)}
+    if not call.waits:
+        taken["device"], taken["host"] = _behind_other_work(call.run, call.prepare)
+    if call.graph is not None:
+        taken["graph"], _ = _behind_other_work(call.graph, call.prepare)
+    return taken
+
+
+def _behind_other_work(run: Callable[[], Any], prepare: Callable[[], Any]) -> tuple[float, float]:
+    """Microseconds on the device and of the host, of a call queued while the device is busy."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    prepare()
+    torch.cuda._sleep(BUSY_CYCLES)
+    begin.record()
+    start = time.perf_counter()
+    run()
+    host = 1e6 * (time.perf_counter() - start)
+    end.record()
+    if begin.query():
+        raise RuntimeError("the device was not busy for long enough: what was measured has gaps in it")
+    torch.cuda.synchronize()
+    return 1e3 * begin.elapsed_time(end), host
+
+
+def captured(run: Callable[[], Any]) -> Callable[[], Any]:
+    """The call as a CUDA graph."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
+def kernels_here() -> list[str]:
+    """Kinds of kernels that can be had, Triton's first."""
+    found = ["triton", "torch"]
+    for library in multi_tensor.LIBRARIES:
+        try:
+            multi_tensor.find(library)
+        except ImportError:
+            continue
+        found.append(library)
+    return found
+
+
+def clipper(gradients: Gradients, policy: dist_clip.Policy, kernels: str) -> dist_clip.GradClipper:
+    """A clipper past its policy's warm-up, on which nothing was clipped."""
+    made = dist_clip.GradClipper(gradients.named, policy, kernels=kernels)
+    gradients.restore()
+    for _ in range(4):
+        made.clip_()
+    return made
+
+
+def adagc() -> dist_clip.AdaGC:
+    return dist_clip.AdaGC(warmup_steps=2, max_norm=NO_LIMIT)
+
+
+def compare(title: str, shapes: Shapes, dtype: torch.dtype, rounds: int) -> Section:
+    gradients = Gradients(shapes, dtype)
+    params = gradients.params
+    some, every = max(1, round(0.05 * len(shapes))), len(shapes)
+
+    def call(run: Callable[[], Any], doubled: int = 0, *, waits: bool = False, graph: bool = False) -> Call:
+        prepare = lambda: gradients.restore(doubled)  # noqa: E731
+        return Call(run, prepare, waits, captured(run) if graph else None)
+
+    calls = {TORCH: call(lambda: torch.nn.utils.clip_grad_norm_(params, NO_LIMIT, foreach=True), graph=True)}
+    package = zclip.ZClip(warmup_steps=2, max_grad_norm=NO_LIMIT)
+    model = nn.ParameterList(params)
+    calls["zclip package, 0 % clipped"] = call(lambda: package.step(model), waits=True)
+    official = OfficialSchedule([Piece(param, sharded=False) for param in params], warmup_steps=2, max_norm=NO_LIMIT)
+    calls["official AdaGC's host reads (our rewrite), 0 % clipped"] = call(official.step, waits=True)
+    for kernels in kernels_here():
+        by = f", {kernels}"
+        for name, policy in (
+            ("GlobalNorm", dist_clip.GlobalNorm(NO_LIMIT)),
+            ("ZClip", dist_clip.ZClip(warmup_steps=2, max_norm=NO_LIMIT)),
+        ):
+            if kernels in ("triton", "torch"):
+                calls[f"{name}, 0 % clipped{by}"] = call(clipper(gradients, policy, kernels).clip_)
+        for share, doubled in (("0 %", 0), ("5 %", some), ("100 %", every)):
+            run = clipper(gradients, adagc(), kernels).clip_
+            calls[f"AdaGC, {share} clipped{by}"] = call(run, doubled, graph=kernels == "triton")
+    calls["dist_clip.clip_grad_norm_"] = call(lambda: dist_clip.clip_grad_norm_(params, NO_LIMIT))
+    calls[READ] = call(gradients.flat.sum)
+    calls[READ_WRITE] = call(lambda: gradients.flat.mul_(1.0))
+    times = timed(calls, rounds)
+    rows = []
+    for name, taken in times.items():
+        row: dict[str, Any] = {"name": name, **{f"{kind}_us": value for kind, value in taken.items()}}
+        row["device_ratio"] = _ratio(taken["device"], times[TORCH]["device"])
+        row["elapsed_ratio"] = _ratio(taken["elapsed"], times[TORCH]["elapsed"])
+        row["floor_ratio"] = _ratio(taken["device"], times[READ]["device"])
+        rows.append(row)
+    facts = {
+        "tensors": len(shapes),
+        "gradient_mib": gradients.flat.nbytes / 2**20,
+        "read_gb_s": gradients.flat.nbytes / (times[READ]["device"] or 1.0) / 1e3,
+        "rounds": rounds,
+    }
+    about = (
+        "Times of one call: on the device, of the host, and from an idle device to an idle device. Calls that wait for the "
+        "device have the last only."
+    )
+    return Section(f"{title}, {str(dtype).removeprefix('torch.')}", about, COLUMNS, rows, facts)
+
+
+def _ratio(a: float | None, b: float | None) -> float | None:
+    return None if a is None or b is None else a / b
+
+
+def gpt2_fp32(quick: bool) -> Section:
+    return compare(*_gpt2(quick), torch.float32, 3 if quick else 15)
+
+
+def gpt2_bf16(quick: bool) -> Section:
+    return compare(*_gpt2(quick), torch.bfloat16, 3 if quick else 15)
+
+
+def _gpt2(quick: bool) -> tuple[str, Shapes]:
+    return ("GPT-2, cut", gpt2_shapes(layers=2, vocab=2048)) if quick else ("GPT-2, 124M", gpt2_shapes())
+
+
+def small(quick: bool) -> Section:
+    n = 300 if quick else 2000
+    return compare(f"{n} tensors of 1,000 elements", [(1000,)] * n, torch.float32, 3 if quick else 15)
+
+
+def large(quick: bool) -> Section:
+    n, size = (2, 1_000_000) if quick else (10, 100_000_000)
+    return compare(f"{n} tensors of {size:,} elements", [(size,)] * n, torch.bfloat16, 3 if quick else 9)
+
+
+def step(quick: bool) -> Section:
+    """Forward and backward of launch's GPT under bf16 autocast, clip, AdamW: by CUDA events, the host never waiting."""
+    cfg = (
+        ModelConfig(dim=64, layers=2, seq_len=128) if quick else ModelConfig(dim=768, layers=12, heads=12, seq_len=1024)
+    )
+    rows_of_text, rounds = (4, 3) if quick else (16, 15)
+    model = build_model(cfg, seed=0).cuda()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    candidates: dict[str, Callable[[], Any]] = {
+        "no clipping": lambda: None,
+        TORCH: lambda: torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, foreach=True),
+        "GlobalNorm": dist_clip.GradClipper(model, dist_clip.GlobalNorm()).clip_,
+        "ZClip": dist_clip.GradClipper(model, dist_clip.ZClip(warmup_steps=1)).clip_,
+        "AdaGC": dist_clip.GradClipper(model, dist_clip.AdaGC(warmup_steps=1)).clip_,
+    }
+    text = torch.randint(VOCAB_SIZE, (rows_of_text, cfg.seq_len + 1), device="cuda")
+    marks: dict[str, list[list[torch.cuda.Event]]] = {name: [] for name in candidates}
+    for _ in range(rounds + 2):
+        for name, clip in candidates.items():
+            events = [torch.cuda.Event(enable_timing=True) for _ in range(4)]
+            events[0].record()
+            with torch.autocast("cuda", torch.bfloat16):
+                logits = model(text[:, :-1])
+            next_byte_loss(logits, text[:, 1:]).backward()  # type: ignore[no-untyped-call]
+            events[1].record()
+            clip()
+            events[2].record()
+            optimizer.step()
+            events[3].record()
+            optimizer.zero_grad()
+            marks[name].append(events)
+    torch.cuda.synchronize()
+    rows = []
+    for name, steps in marks.items():
+        phases = [statistics.median(e[i].elapsed_time(e[i + 1]) for e in steps[2:]) for i in range(3)]
+        rows.append(
+            {
+                "name": name,
+                "forward_backward_ms": phases[0],
+                "clip_ms": phases[1],
+                "optimizer_ms": phases[2],
+                "clip_percent": 100 * phases[1] / sum(phases),
+            }
+        )
+    size = sum(param.numel() for param in model.parameters())
+    return Section(
+        "Share of a training step",
+        f"{size:,} parameters, {rows_of_text} x {cfg.seq_len} random bytes a step, bf16 autocast: forward and backward, "
+        "clip, AdamW (fused); device times, the host ahead of the device.",
+        {
+            "name": "",
+            "forward_backward_ms": "forward and backward, ms",
+            "clip_ms": "clip, ms",
+            "optimizer_ms": "AdamW, ms",
+            "clip_percent": "clip, % of the step",
+        },
+        rows,
+        {"parameters": size, "tensors": len(list(model.parameters())), "rounds": rounds},
+    )
+
+
+def in_a_world_of_one(section: Callable[[bool], Section]) -> Callable[[bool], Section]:
+    """The official schedule's all-reduce needs a process group."""
+
+    def run(quick: bool) -> Section:
+        dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
+        try:
+            return section(quick)
+        finally:
+            dist.destroy_process_group()
+            torch.cuda.empty_cache()
+
+    return run
+
+
+SECTIONS = {
+    "gpu_gpt2_fp32": in_a_world_of_one(gpt2_fp32),
+    "gpu_gpt2_bf16": in_a_world_of_one(gpt2_bf16),
+    "gpu_small": in_a_world_of_one(small),
+    "gpu_large": in_a_world_of_one(large),
+    "gpu_step": in_a_world_of_one(step),
+}
