@@ -366,25 +366,25 @@ class GradClipper:
             pairs = [(total, scale) for total, scale in zip(totals, uniform, strict=True) if total is not None]
             if len(pairs) < len(totals):
                 return GlobalNorms(lambda: (None, None), known=False)
-            before = torch.stack([total.square() for total, _ in pairs]).sum().sqrt().float()
-            after = [(total * scale).square() for total, scale in pairs if scale is not None]
-            known = torch.stack(after).sum().sqrt().float() if len(after) == len(pairs) else None
-            return GlobalNorms(lambda: (before, known))
+            return GlobalNorms(lambda: _together(pairs))
         assert measured.whole is not None
-        squares = torch.where(self._counts, measured.whole.square(), 0.0)
         if sharded_scales:
             # Shards of one tensor have scales of their own: the clipped norm needs one more reduction.
             local = torch.where(measured.bad, 0.0, measured.local) if self.nonfinite == "zero" else measured.local
-            clipped = torch.where(self._counts, self._plan.reduce(local * scales.square()), 0.0)
+            clipped = self._plan.reduce(local * scales.square())
         else:
-            clipped = torch.where(self._counts, (measured.whole * scales).square(), 0.0)
-        sums = torch.stack([squares.sum(), clipped.sum()])
+            clipped = None
+        whole, counts = measured.whole, self._counts
+
+        def sums() -> Tensor:
+            after = (whole * scales).square() if clipped is None else clipped
+            return torch.stack([torch.where(counts, part, 0.0).sum() for part in (whole.square(), after)])
+
         if self._pipeline is None:
-            norms = sums.sqrt().float()
-            return GlobalNorms(lambda: tuple(norms.unbind()))  # type: ignore[arg-type, return-value]
+            return GlobalNorms(lambda: _roots(sums()))
         # The optimizer need not wait for the other stages: whoever reads the norm does.
-        pending = self._pending = self._pipeline.start(sums)
-        return GlobalNorms(lambda: tuple(pending.result().sqrt().float().unbind()))  # type: ignore[arg-type, return-value]
+        pending = self._pending = self._pipeline.start(sums())
+        return GlobalNorms(lambda: _roots(pending.result()))
 
     # --------------------------------------------------------------------------------- optimizers, state, explanation
 
@@ -469,3 +469,16 @@ class GradClipper:
     def counts(self, index: int) -> bool:
         """Whether this stage's copy of tensor `index` counts in the global norm."""
         return self._made.counted[index]
+
+
+def _together(pairs: Sequence[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor | None]:
+    """Norm of all domains from each one's norm and scale: before clipping, and after it if all scales are known."""
+    before = torch.stack([total for total, _ in pairs])
+    scales = [scale for _, scale in pairs if scale is not None]
+    after = (before * torch.stack(scales)).square().sum().sqrt().float() if len(scales) == len(pairs) else None
+    return before.square().sum().sqrt().float(), after
+
+
+def _roots(sums: Tensor) -> tuple[Tensor, Tensor]:
+    before, after = sums.sqrt().float().unbind()
+    return before, after

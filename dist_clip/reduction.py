@@ -238,11 +238,14 @@ class PendingSum:
 
     def __init__(self, gathered: Tensor, work: Any, size: int, p: float) -> None:
         self._gathered, self._work, self._size, self._p = gathered, work, size, p
+        self._sum: Tensor | None = None
 
     def result(self) -> Tensor:
         """The sum, float64 [k]."""
-        self._work.wait()
-        return _add_up(self._gathered, self._size, self._p)
+        if self._sum is None:
+            self._work.wait()
+            self._sum = _add_up(self._gathered, self._size, self._p)
+        return self._sum
 
 
 class PipelineReducer:

@@ -10,21 +10,16 @@ from torch import Tensor
 
 
 class GlobalNorms:
-    """Global norm before and after clipping, each fp32 0-dim or None; found when first asked for.
+    """Global norm before and after clipping, each fp32 0-dim or None; worked out when asked for.
 
-    Under pipeline parallelism the stages' shares may still be on their way when the report is made: whoever needs the
-    norm waits for it, and the optimizer step that follows clipping does not.
+    Most steps nobody asks. And under pipeline parallelism the stages' shares may still be on their way when the report is
+    made: whoever needs the norm waits for it, and the optimizer step that follows clipping does not. Worked out anew each
+    time, so that the report of a captured CUDA graph tells of the last replay.
     """
 
     def __init__(self, find: Callable[[], tuple[Tensor | None, Tensor | None]], *, known: bool = True) -> None:
         self.known = known  # whether the first of them is not None, without waiting for it
-        self._find = find
-        self._found: tuple[Tensor | None, Tensor | None] | None = None
-
-    def get(self) -> tuple[Tensor | None, Tensor | None]:
-        if self._found is None:
-            self._found = self._find()
-        return self._found
+        self.get = find
 
 
 @dataclasses.dataclass(frozen=True)

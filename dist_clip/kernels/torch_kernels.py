@@ -9,6 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+_CPU = torch.device("cpu")
+
 # `_foreach_copy_` stands in for `Tensor.copy_`, whose Python binding needs a CUDA build even for fake CUDA tensors, with
 # which the tests prove that no step syncs the host.
 
@@ -66,10 +68,12 @@ def power_sums(shards: Sequence[Tensor | None], p: float, device: torch.device, 
 
 def _by_device(shards: Sequence[Tensor | None]) -> dict[torch.device, list[tuple[int, Tensor]]]:
     """The non-empty tensors with their positions, by device."""
+    present = [(i, shard) for i, shard in enumerate(shards) if shard is not None and shard.numel() > 0]
+    if all(shard.is_cpu for _, shard in present):  # asking each for its device takes longer than all else here
+        return {_CPU: present} if present else {}
     by_device: dict[torch.device, list[tuple[int, Tensor]]] = defaultdict(list)
-    for i, shard in enumerate(shards):
-        if shard is not None and shard.numel() > 0:
-            by_device[shard.device].append((i, shard))
+    for i, shard in present:
+        by_device[shard.device].append((i, shard))
     return by_device
 
 
@@ -193,8 +197,11 @@ def scale_(
             of lower precision are multiplied in fp32 and rounded once.
         uniform: all entries of ``scales`` are equal, which lets an accelerator use one fused launch.
     """
-    if scales.device.type == "cpu" and bool((scales == 1).all()):
-        return
+    if scales.device.type == "cpu":
+        # Only tensors with a scale other than 1 are looked at: `!=` also lets a NaN through, for a non-finite norm
+        # propagates as it does in torch.
+        values: list[float] = scales.tolist()
+        shards = [None if value == 1.0 else shard for shard, value in zip(shards, values, strict=True)]
     for device, present in _by_device(shards).items():
         if device.type == "cpu":
             _scale_cpu(present, scales.cpu(), uniform)
@@ -216,14 +223,10 @@ def scale_(
 
 
 def _scale_cpu(present: Sequence[tuple[int, Tensor]], scales: Tensor, uniform: bool) -> None:
-    """Only tensors with a scale other than 1 are touched, which on the CPU can be looked up."""
-    values: list[float] = scales.tolist()
-    # `!=` also lets a NaN scale through: a non-finite norm propagates as it does in torch.
-    touched = [(i, shard) for i, shard in present if values[i] != 1.0]
     # 0-dim tensors, not Python floats, of which torch would make tensors one by one. Gradients below float64 are computed
     # with in fp32, and so with the fp32 value of the scale, bf16 and fp16 included.
-    double = [(i, shard) for i, shard in touched if shard.dtype == torch.float64]
-    single = [(i, shard) for i, shard in touched if shard.dtype != torch.float64] if double else touched
+    double = [(i, shard) for i, shard in present if shard.dtype == torch.float64]
+    single = [(i, shard) for i, shard in present if shard.dtype != torch.float64] if double else present
     for entries, factors in ((double, scales), (single, scales.float())):
         if not entries:
             continue
@@ -231,8 +234,8 @@ def _scale_cpu(present: Sequence[tuple[int, Tensor]], scales: Tensor, uniform: b
         if uniform:
             torch._foreach_mul_(shards, factors[entries[0][0]])
         else:
-            every = factors.unbind()
-            torch._foreach_mul_(shards, [every[i] for i, _ in entries])
+            chosen = torch.tensor([i for i, _ in entries], device="cpu")
+            torch._foreach_mul_(shards, factors.index_select(0, chosen).unbind())
 
 
 def zero_where_(shards: Sequence[Tensor | None], flags: Tensor) -> None:

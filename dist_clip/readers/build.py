@@ -76,8 +76,8 @@ def _read_plain(name: str, param: Tensor, here: frozenset[int]) -> LogicalTensor
 
     def read() -> Tensor | None:
         grad = param.grad
-        if grad is None:
-            return None
+        if grad is None or (type(grad) is Tensor and grad.layout is torch.strided):
+            return grad
         if isinstance(grad, DTensor):
             raise RuntimeError(f"{name!r} is a plain tensor but its gradient is a DTensor")
         if grad.layout != torch.strided:

@@ -33,10 +33,11 @@ def markdown(results: dict[str, Any]) -> str:
     """All sections as tables; every number in them is one of `results`."""
     meta = results["meta"]
     on = "" if meta.get("cuda") is None else f"{meta['device']}, CUDA {meta['cuda']}, Triton {meta['triton']}; "
+    threads = f"{meta['threads']} thread{'s' if meta['threads'] != 1 else ''} a process"
     lines = [
         f"{on}{meta['date']}, torch {meta['torch']}, dist_clip {meta['dist_clip']}, zclip {meta['zclip']}, "
-        f"pytorch_optimizer {meta['pytorch_optimizer']}, Python {meta['python']}; {meta['processor']}, {meta['cores']} cores, "
-        f"{meta['threads']} thread{'s' if meta['threads'] != 1 else ''} a process. Load average between "
+        f"pytorch_optimizer {meta['pytorch_optimizer']}, Python {meta['python']}; {meta['processor']}, "
+        f"{meta['cores']} cores, {threads}. Load average between "
         f"{cell(meta['load_low'])} and {cell(meta['load_high'])}{' (busy)' if meta['busy'] else ''}.",
         "",
     ]
