@@ -134,6 +134,7 @@ class TritonKernels:
             DTYPE=_DTYPES[launch.dtype],
             TILE=triton_jit.TILE,
             TILES=triton_jit.TILES,
+            num_warps=triton_jit.WARPS,
         )
 
     def _launch(self, kernel: Any, programs: int, device: torch.device, *args: Any, **constants: Any) -> None:

@@ -515,7 +515,11 @@ def compiled() -> dict[tuple[int, str, str], str]:
         assert arguments
         assert all(p.do_not_specialize for p in arguments), "alignment or size would make it another kernel"
     return {
-        (capability, *key): triton.compile(source, target=GPUTarget("cuda", capability, 32)).asm["ptx"]
+        (capability, *key): triton.compile(
+            source,
+            target=GPUTarget("cuda", capability, 32),
+            options={} if key[0] == "add_chunks" else {"num_warps": triton_jit.WARPS},
+        ).asm["ptx"]
         for key, source in sources.items()
         for capability in ((80, 90) if key[1] == "bf16" else (90,))
     }
