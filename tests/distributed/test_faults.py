@@ -49,17 +49,7 @@ def with_flip(layout: str, policies: tuple[str, ...], factor: float) -> dict[str
         setup.backward(step)
         if step == HIT and victim is not None:
             training.local(victim.grad).mul_(factor)
-        before = [training.local_grad(param) for param in params]
-        record: dict[str, Any] = {"present": [grad is not None for grad in before], "before": training.flat(before)}
-        record["clipped"] = {}
-        restore = training.remember_gradients(setup.modules)
-        for policy, clipper in clippers.items():
-            restore()
-            clipped: dict[str, Any] = {"report": training.plain_report(clipper.clip_())}
-            clipped["after"] = training.flat([training.local_grad(param) for param in params])
-            clipped["gamma"], clipped["global"] = training.state_of(clipper)
-            record["clipped"][policy] = clipped
-        records.append(record)
+        records.append(training.clip_with_each(setup, clippers, training.clip_once))
     dtypes = [training.local(param).dtype for param in params]
     return {"names": names, "index": index, "grad_dtypes": dtypes, "records": records}
 

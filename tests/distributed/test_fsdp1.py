@@ -32,18 +32,15 @@ def test_layout_itself(layout: str, world: int) -> None:
     training.check_gradients(training.Run(ranks, LAYOUTS[layout]), layout, torch.float64)
 
 
-POLICY_NAMES = ["global_norm", "adagc", "adagc-shard", "zclip"]
+POLICY_NAMES = ("global_norm", "adagc", "adagc-shard", "zclip")
 
 
 @pytest.mark.parametrize("layout", FSDP1)
 def test_clipping(layout: str) -> None:
     """As in test_layouts.py: every policy on the same gradients, the optimizer follows one of them in turn."""
-    turn = FSDP1.index(layout) % len(POLICY_NAMES)
-    policies = (*POLICY_NAMES[turn + 1 :], *POLICY_NAMES[: turn + 1])
+    policies = training.in_turn(POLICY_NAMES, FSDP1.index(layout))
     ranks = pool(worlds(layout)[-1]).run(training.train, layout, policies, "adamw", torch.float32)
-    for policy in policies:
-        run = training.Run(training.of_policy(ranks, policy), LAYOUTS[layout])
-        training.check(run, layout, policy, "adamw", torch.float32, followed=policy == policies[-1])
+    training.check_policies(ranks, layout, policies, "adamw", torch.float32)
 
 
 def real_loop(original: bool) -> dict[str, Any]:

@@ -8,8 +8,6 @@ where the whole path of a single process can be followed to 1e-6, which float32 
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 
@@ -31,13 +29,13 @@ def test_layout_itself(layout: str, world: int) -> None:
     training.check_gradients(training.Run(ranks, LAYOUTS[layout]), layout, dtype)
 
 
-POLICY_NAMES = ["global_norm", "adagc", "adagc-shard", "adagc-global", "zclip"]
+POLICY_NAMES = ("global_norm", "adagc", "adagc-shard", "adagc-global", "zclip")
 
 
 @pytest.mark.parametrize(("layout", "world"), CASES, ids=IDS)
 def test_adamw(layout: str, world: int) -> None:
-    turn = CASES.index((layout, world)) % len(POLICY_NAMES)
-    run(layout, world, (*POLICY_NAMES[turn + 1 :], *POLICY_NAMES[: turn + 1]), "adamw", torch.float32)
+    policies = training.in_turn(POLICY_NAMES, CASES.index((layout, world)))
+    run(layout, world, policies, "adamw", torch.float32)
 
 
 @pytest.mark.parametrize("layout", sorted({name for name, world in EXACT if world == 4}))
@@ -58,12 +56,4 @@ def test_three_mesh_dimensions() -> None:
 
 def run(layout: str, world: int, policies: tuple[str, ...], optimizer: str, dtype: torch.dtype) -> None:
     ranks = pool(world).run(training.train, layout, policies, optimizer, dtype)
-    check_all(ranks, layout, policies, optimizer, dtype)
-
-
-def check_all(
-    ranks: list[dict[str, Any]], layout: str, policies: tuple[str, ...], optimizer: str, dtype: torch.dtype
-) -> None:
-    for policy in policies:
-        merged = training.Run(training.of_policy(ranks, policy), LAYOUTS[layout])
-        training.check(merged, layout, policy, optimizer, dtype, followed=policy == policies[-1])
+    training.check_policies(ranks, layout, policies, optimizer, dtype)

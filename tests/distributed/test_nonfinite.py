@@ -56,24 +56,20 @@ def run_poisoned(layout: str, policies: tuple[str, ...], mode: str, value: float
         setup.backward(step)
         if step in AT:
             poison(layout, setup, NAMES.get(layout, "blocks.0.up.weight"), value)
-        before = [training.local_grad(param) for param in params]
-        record: dict[str, Any] = {"present": [grad is not None for grad in before], "before": training.flat(before)}
-        record["clipped"] = {}
-        restore = training.remember_gradients(setup.modules)
-        for policy, clipper in clippers.items():
-            restore()
-            clipped: dict[str, Any] = {"state_before": clipper.state_dict()}
-            try:
-                clipped["report"] = training.plain_report(clipper.clip_())
-            except dist_clip.NonFiniteGradError as error:
-                clipped["error"] = str(error)
-            clipped["after"] = training.flat([training.local_grad(param) for param in params])
-            clipped["state"] = clipper.state_dict()
-            clipped["gamma"], clipped["global"] = training.state_of(clipper)
-            record["clipped"][policy] = clipped
-        records.append(record)
+        records.append(training.clip_with_each(setup, clippers, clip_or_refuse))
     dtypes = [training.local(param).dtype for param in params]
     return {"names": names, "index": index, "grad_dtypes": dtypes, "records": records}
+
+
+def clip_or_refuse(clipper: dist_clip.GradClipper) -> dict[str, Any]:
+    out: dict[str, Any] = {"state_before": clipper.state_dict()}
+    try:
+        out["report"] = training.plain_report(clipper.clip_())
+    except dist_clip.NonFiniteGradError as error:
+        out["error"] = str(error)
+    out["state"] = clipper.state_dict()
+    out["gamma"], out["global"] = training.state_of(clipper)
+    return out
 
 
 def same_state(a: Any, b: Any) -> bool:

@@ -16,7 +16,7 @@ from tests.harness import pool
 
 from . import training
 from .counting import CollectiveLog
-from .layouts import LAYOUTS, mesh
+from .layouts import mesh
 
 
 @pytest.mark.parametrize("union", [False, True])
@@ -24,14 +24,14 @@ def test_large_groups(union: bool) -> None:
     """What groups of more than GATHER_LIMIT ranks do, by groups of two: under HSDP one union instead of a gather."""
     ranks = pool(4, "limit").run(train_with_limit, "hsdp", 1 if union else 16)
     assert {rank["collectives"] for rank in ranks} == {("all_reduce",) if union else ("all_gather",)}
-    check(ranks, "hsdp", ("zclip", "adagc"), "adamw", torch.float32)
+    training.check_policies(ranks, "hsdp", ("zclip", "adagc"), "adamw", torch.float32)
 
 
 def test_large_groups_inside_pipeline_stages() -> None:
     """TP + FSDP2 in each of two stages: FSDP all-reduces, and what TP replicates is spread in the gather over TP."""
     ranks = pool(8, "limit").run(train_with_limit, "pp-tp-fsdp", 16)
     assert {rank["collectives"] for rank in ranks} == {("all_reduce", "all_gather")}
-    check(ranks, "pp-tp-fsdp", ("zclip", "adagc"), "adamw", torch.float32)
+    training.check_policies(ranks, "pp-tp-fsdp", ("zclip", "adagc"), "adamw", torch.float32)
 
 
 def train_with_limit(layout: str, limit: int) -> dict[str, Any]:
@@ -43,14 +43,6 @@ def train_with_limit(layout: str, limit: int) -> dict[str, Any]:
     finally:
         reduction.GATHER_LIMIT = before
     return {**out, "collectives": tuple(stage.collective for stage in clipper.reduction_plan.stages)}
-
-
-def check(
-    ranks: list[dict[str, Any]], layout: str, policies: tuple[str, ...], optimizer: str, dtype: torch.dtype
-) -> None:
-    for policy in policies:
-        run = training.Run(training.of_policy(ranks, policy), LAYOUTS[layout])
-        training.check(run, layout, policy, optimizer, dtype, followed=policy == policies[-1])
 
 
 def experts_in_stages() -> dict[str, Any]:

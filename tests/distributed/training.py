@@ -145,18 +145,7 @@ def train(
         for param in params:
             param.grad = None
         setup.backward(step)
-        before = [local_grad(param) for param in params]
-        record: dict[str, Any] = {"present": [grad is not None for grad in before], "before": flat(before)}
-        record["clipped"] = {}
-        restore = remember_gradients(setup.modules) if len(clippers) > 1 else None
-        for policy, clipper in clippers.items():
-            if restore is not None:
-                restore()
-            clipped: dict[str, Any] = {"report": plain_report(clipper.clip_())}
-            clipped["after"] = flat([local_grad(param) for param in params])
-            if step >= WARMUP:
-                clipped["gamma"], clipped["global"] = state_of(clipper)
-            record["clipped"][policy] = clipped
+        record = clip_with_each(setup, clippers, functools.partial(clip_once, with_state=step >= WARMUP))
         records.append(record)
         if owned is not params:
             for mine, param in zip(owned, params, strict=True):
@@ -169,6 +158,25 @@ def train(
         "records": records,
         "params": {name: local(param).detach().clone() for name, param in setup.named},
     }
+
+
+def clip_with_each(setup: Setup, clippers: dict[str, Any], clip: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+    """A step's record. Each clipper gets the gradients that are there now; `clip(clipper)` clips and says what to record."""
+    params = [param for _, param in setup.named]
+    before = [local_grad(param) for param in params]
+    restore = remember_gradients(setup.modules) if len(clippers) > 1 else lambda: None
+    clipped = {}
+    for policy, clipper in clippers.items():
+        restore()
+        clipped[policy] = {**clip(clipper), "after": flat([local_grad(param) for param in params])}
+    return {"present": [grad is not None for grad in before], "before": flat(before), "clipped": clipped}
+
+
+def clip_once(clipper: Any, with_state: bool = True) -> dict[str, Any]:
+    out = {"report": plain_report(clipper.clip_())}
+    if with_state:
+        out["gamma"], out["global"] = state_of(clipper)
+    return out
 
 
 def remember_gradients(modules: list[nn.Module]) -> Callable[[], None]:
@@ -218,6 +226,12 @@ def of_policy(ranks: list[dict[str, Any]], policy: str) -> list[dict[str, Any]]:
     return [
         {**rank, "records": [{**record, **record["clipped"][policy]} for record in rank["records"]]} for rank in ranks
     ]
+
+
+def in_turn(policies: tuple[str, ...], number: int) -> tuple[str, ...]:
+    """The policies in an order that ends, and so is followed, with another one for each number."""
+    turn = number % len(policies)
+    return (*policies[turn + 1 :], *policies[: turn + 1])
 
 
 class Run:
@@ -328,6 +342,15 @@ def check_gradients(run: Run, layout: str, dtype: torch.dtype) -> None:
         for name, grad in record["grads"].items():
             scale = float(grad.double().abs().max())
             assert_close(whole[name], grad.double().flatten(), f"step {step}, {name}", rtol=1e-4, atol=1e-5 * scale)
+
+
+def check_policies(
+    ranks: list[dict[str, Any]], layout: str, policies: tuple[str, ...], optimizer: str, dtype: torch.dtype
+) -> None:
+    """`check` of what `train` recorded, for each of its policies."""
+    for policy in policies:
+        run = Run(of_policy(ranks, policy), LAYOUTS[layout])
+        check(run, layout, policy, optimizer, dtype, followed=policy == policies[-1])
 
 
 def check(
