@@ -23,9 +23,10 @@ pytest.importorskip("zclip")
 pytest.importorskip("pytorch_optimizer")
 
 from scripts.bench import SECTIONS
+from scripts.benchmark import gpu
 from scripts.benchmark.local import FLOOR, TORCH
 from scripts.benchmark.official import OfficialSchedule, Piece
-from scripts.benchmark.output import BEGIN, END, markdown
+from scripts.benchmark.output import MARKERS, markdown
 from scripts.benchmark.processes import OFFICIAL
 from scripts.benchmark.timing import Candidate, Timing, count, interleaved, peak_bytes, ratio_rows
 from tests import reference
@@ -33,7 +34,7 @@ from tests.harness import pool
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs/performance.md"
-RECORDED = ROOT / "docs/data/bench/bench.json"
+RECORDED = {"cpu": ROOT / "docs/data/bench/bench.json", "cuda": ROOT / "docs/data/bench/bench-cuda.json"}
 NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?")
 
 
@@ -134,11 +135,13 @@ def test_the_table_shows_the_row_it_is_about(quick: Path) -> None:
     assert results["sections"]["gpt2"]["rows"][0]["name"] in changed[0]
 
 
-def test_the_page_shows_what_was_recorded() -> None:
-    recorded = load(RECORDED)
+@pytest.mark.parametrize("device", RECORDED)
+def test_the_page_shows_what_was_recorded(device: str) -> None:
+    recorded = load(RECORDED[device])
     assert not recorded["meta"]["quick"]
-    assert list(recorded["sections"]) == list(SECTIONS)
-    pasted = PAGE.read_text().split(BEGIN)[1].split(END)[0]
+    assert list(recorded["sections"]) == list(SECTIONS if device == "cpu" else gpu.SECTIONS)
+    begin, end = MARKERS[device]
+    pasted = PAGE.read_text().split(begin)[1].split(end)[0]
     assert pasted.strip() == markdown(recorded).strip()
 
 
