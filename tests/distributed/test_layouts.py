@@ -31,13 +31,11 @@ def test_layout_itself(layout: str, world: int) -> None:
     training.check_gradients(training.Run(ranks, LAYOUTS[layout]), layout, dtype)
 
 
-POLICY_NAMES = ["global_norm", "adagc", "adagc-shard", "adagc-global", "zclip"]
-
-
 @pytest.mark.parametrize(("layout", "world"), CASES, ids=IDS)
 def test_adamw(layout: str, world: int) -> None:
-    turn = CASES.index((layout, world)) % len(POLICY_NAMES)
-    run(layout, world, (*POLICY_NAMES[turn + 1 :], *POLICY_NAMES[: turn + 1]), "adamw", torch.float32)
+    names = training.MAIN_POLICIES
+    turn = CASES.index((layout, world)) % len(names)
+    run(layout, world, (*names[turn + 1 :], *names[: turn + 1]), "adamw", torch.float32)
 
 
 @pytest.mark.parametrize("layout", sorted({name for name, world in EXACT if world == 4}))
