@@ -193,7 +193,7 @@ class LogClip:
             return 1.0
         level = self.level[name]
         scale = at_most_one(self.ratio * level / norm) ** self.power
-        if observable(norm):
+        if observable(fp32(norm)):
             streak = self.streak.get(name, 0) + 1 if norm > self.ratio * level else 0
             late = streak - self.patience
             if late > 0:

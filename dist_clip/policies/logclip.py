@@ -15,7 +15,6 @@ from dist_clip.policies.base import (
     check_count,
     check_finite,
     check_number,
-    observed,
 )
 from dist_clip.policies.warmup import GlobalWarmup, storable
 
@@ -115,7 +114,7 @@ class LogClip(GlobalWarmup):
 
 def _kept(norms: Tensor, state: State, level: Tensor, count: Tensor, streak: Tensor) -> State:
     """The new state where there is something to remember, else the old."""
-    seen = observed(norms) & storable(level)
+    seen = storable(norms) & storable(level)
     return {
         "level": torch.where(seen, level.float(), state["level"]),
         "count": torch.where(seen, count, state["count"]),

@@ -158,7 +158,7 @@ def check_clipped(run: training.Run, rank: int, step: int, policy: Any, outcome:
             continue
         expected = outcome.grads[key] if policy.scope == "shard" else outcome.grads[name].flatten()[run.pieces[key]]
         where = f"rank {rank}, step {step}, {name}"
-        rtol = training.CLIPPED_RTOL[torch.float32]
+        rtol = training.CLIPPED_RTOL[torch.float32] - training.RTOL + policy.rtol
         training.assert_close(tensor, expected.double(), where, rtol=rtol, atol=1e-30, equal_nan=True)
 
 

@@ -44,6 +44,8 @@ class Policy:
     ours: Callable[[], Any]
     theirs: Callable[[], Any]
     scope: str = "tensor"
+    rtol: float = RTOL
+    """Of scales and state."""
 
 
 def _adagc(scope: str = "tensor", gamma_init: str = "min") -> Policy:
@@ -59,7 +61,8 @@ def _logclip(scope: str = "tensor", post_max_norm: float | None = None) -> Polic
     """Sharper and less patient than by default, so that a short run meets every part of the rule."""
     rule = reference.LogClipGlobal if scope == "global" else reference.LogClip
     settings: dict[str, Any] = {"warmup_steps": WARMUP, "ratio": 1.2, "patience": 2, "post_max_norm": post_max_norm}
-    return Policy(lambda: dist_clip.LogClip(scope=scope, **settings), lambda: rule(**settings), scope)
+    # The scale is the square of a level, which is a product of moves: there the roundings of many steps may add up.
+    return Policy(lambda: dist_clip.LogClip(scope=scope, **settings), lambda: rule(**settings), scope, rtol=4 * RTOL)
 
 
 POLICIES: dict[str, Policy] = {
@@ -370,7 +373,7 @@ def check(
         clipped_something |= step > WARMUP and min(outcome.scales.values()) < 1
         for rank in range(len(run.ranks)):
             check_report(run, rank, step, policy, outcome, rule)
-            check_global_norms(run, rank, step, outcome)
+            check_global_norms(run, rank, step, policy, outcome)
             check_clipped(run, rank, step, policy, outcome)
         check_agreement(run, step, policy)
         if shadow is not None:
@@ -428,7 +431,8 @@ def check_report(run: Run, rank: int, step: int, policy: Policy, outcome: refere
             continue  # this rank's piece is missing while others have theirs
         assert close(norm, outcome.norms[key]), f"{here}: norm {norm}, not {outcome.norms[key]}"
         if outcome.norms[key] > 0:
-            assert close(scale, outcome.scales[key]), f"{here}: scale {scale}, not {outcome.scales[key]}"
+            good = close(scale, outcome.scales[key], policy.rtol)
+            assert good, f"{here}: scale {scale}, not {outcome.scales[key]}"
     check_state(run, rank, step, policy, rule)
     assert report["num_grads"] == sum(record["present"]), where
     assert report["empty"] == (not any(record["present"])), where
@@ -443,7 +447,7 @@ def check_report(run: Run, rank: int, step: int, policy: Policy, outcome: refere
     assert close(report["clipped_fraction"], fraction), f"{where}: {report['clipped_fraction']} {fraction}"
 
 
-def check_global_norms(run: Run, rank: int, step: int, outcome: reference.Outcome) -> None:
+def check_global_norms(run: Run, rank: int, step: int, policy: Policy, outcome: reference.Outcome) -> None:
     """N before and after clipping, wherever they are reported; where they must be is tested in test_collectives.py."""
     report = run.ranks[rank]["records"][step - 1]["report"]
     where = f"rank {rank}, step {step}"
@@ -458,7 +462,7 @@ def check_global_norms(run: Run, rank: int, step: int, outcome: reference.Outcom
         assert different > 1, f"{where}: no clipped global norm, though it is the scale times the global norm"
         return
     actual = report["clipped_global_norm"]
-    assert close(actual, expected, 2 * RTOL), f"{where}: clipped global norm {actual}, not {expected}"
+    assert close(actual, expected, 2 * policy.rtol), f"{where}: clipped global norm {actual}, not {expected}"
 
 
 def check_state(run: Run, rank: int, step: int, policy: Policy, rule: reference.Rule) -> None:
@@ -467,17 +471,17 @@ def check_state(run: Run, rank: int, step: int, policy: Policy, rule: reference.
         return
     record = run.ranks[rank]["records"][step - 1]
     where = f"rank {rank}, step {step}"
-    check_memory(record["global"], rule.memory(None) if record["global"] else {}, where)
+    check_memory(record["global"], rule.memory(None) if record["global"] else {}, policy.rtol, where)
     for name in run.ranks[rank]["names"]:
         key: Any = run.piece_of[rank].get(name) if policy.scope == "shard" else name
         if name in record["tensors"]:
-            check_memory(record["tensors"][name], rule.memory(key), f"{where}, {name}")
+            check_memory(record["tensors"][name], rule.memory(key), policy.rtol, f"{where}, {name}")
 
 
-def check_memory(actual: dict[str, float], expected: dict[str, float], where: str) -> None:
+def check_memory(actual: dict[str, float], expected: dict[str, float], usual_rtol: float, where: str) -> None:
     for slot, value in expected.items():
         # The variance is that of norms that agree to RTOL: a difference of nearly equal numbers, squared.
-        rtol, atol = (1e-4, RTOL * expected["mean"] ** 2) if slot == "var" else (RTOL, 1e-12)
+        rtol, atol = (1e-4, RTOL * expected["mean"] ** 2) if slot == "var" else (usual_rtol, 1e-12)
         good = math.isclose(actual[slot], value, rel_tol=rtol, abs_tol=atol)
         assert good, f"{where}: {slot} {actual[slot]}, not {value}"
 
@@ -490,7 +494,7 @@ def check_clipped(run: Run, rank: int, step: int, policy: Policy, outcome: refer
         if tensor is None or key is None:
             continue
         expected = outcome.grads[key] if policy.scope == "shard" else outcome.grads[name].flatten()[run.pieces[key]]
-        rtol = CLIPPED_RTOL[dtype] if dtype is not None else 8e-3
+        rtol = CLIPPED_RTOL[dtype] - RTOL + policy.rtol if dtype is not None else 8e-3
         # Partial gradients are sums over ranks in an order of their own, which shows where terms cancel.
         atol = 2e-7 * float(expected.abs().max()) if run.layout.partial else 1e-30
         if not torch.allclose(tensor, expected, rtol=rtol, atol=atol):  # ten times as fast as the next line

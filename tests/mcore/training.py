@@ -27,7 +27,6 @@ from .setups import LR, Config, Setup, build
 WARMUP = 5
 STEPS = 20
 RTOL = 1e-6
-
 POLICIES: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
     "global": (lambda: dist_clip.GlobalNorm(1.0), lambda: reference.GlobalGC(1.0)),
     "adagc": (lambda: dist_clip.AdaGC(warmup_steps=WARMUP), lambda: reference.AdaGC(warmup_steps=WARMUP)),
@@ -48,8 +47,8 @@ POLICIES: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
         lambda: reference.ZClip(warmup_steps=WARMUP, max_norm=5.0),
     ),
     "logclip": (
-        lambda: dist_clip.LogClip(warmup_steps=WARMUP, ratio=1.2, patience=2, post_max_norm=0.5),
-        lambda: reference.LogClip(warmup_steps=WARMUP, ratio=1.2, patience=2, post_max_norm=0.5),
+        lambda: dist_clip.LogClip(warmup_steps=WARMUP, ratio=1.2, power=1.0, patience=2, post_max_norm=0.5),
+        lambda: reference.LogClip(warmup_steps=WARMUP, ratio=1.2, power=1.0, patience=2, post_max_norm=0.5),
     ),
 }
 
