@@ -93,7 +93,7 @@ POLICIES: dict[str, Policy] = {
 }
 MAIN_POLICIES = (
     *("global_norm", "adagc", "adagc-shard", "adagc-global", "zclip", "zclip-tensor"),
-    *("logclip", "logclip-shard", "logclip-global", "logclip-post", "logclip-shard-post"),
+    *("logclip", "logclip-post", "logclip-shard-post", "logclip-global"),
 )
 """Each rule at each scope: the paths through the clipper that differ."""
 
