@@ -94,7 +94,7 @@ class LogClip(GlobalWarmup):
         # An element with no level and a non-finite norm has no threshold to be scaled to: its gradient stays as it is.
         scales = torch.where(known & (norms != 0), _power(allowed, self.power), 1.0)
         streak = torch.where(known & (allowed < 1), state["streak"] + 1, 0)
-        overdue = streak - self.patience
+        overdue = (streak - self.patience).double()  # an int64 tensor times a float would be fp32
         count = state["count"] + 1
         r = norms / level
         bounded = _power(torch.clamp(r, 1 / self.ratio, self.ratio), self._rate(count))

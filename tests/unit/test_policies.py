@@ -594,6 +594,17 @@ def test_growth_has_a_smallest_scale(growth: float) -> None:
     assert 1.0 in scales[-2 * k :], "it is let through again and again"
 
 
+def test_a_level_that_climbs_far_is_as_exact_as_any() -> None:
+    """60 powers of ten in a few moves: a factor that is off in fp32 would show."""
+    settings: dict[str, Any] = {"rate": 0.3, "patience": 0, "warmup_steps": 0}
+    ours, theirs = dist_clip.LogClip(**settings), reference.LogClip(**settings)
+    state = ours.init_state(1, torch.device("cpu"))
+    for t, norm in enumerate([1e-30, 1e30, 1e30, 1e30, 1e30, 3e30], start=1):
+        scale, state = ours.step(state, torch.tensor([norm], dtype=torch.float64), None, torch.tensor(t))
+        assert scale.item() == pytest.approx(theirs.scales({"w": norm})["w"], rel=RTOL)
+        assert state["level"].item() == pytest.approx(theirs.memory("w")["level"], rel=RTOL)
+
+
 def test_a_patience_that_never_ends_is_the_rule_without_repair() -> None:
     scales, _ = follow(dist_clip.LogClip(patience=10**9), [8.0] * 200)
     assert scales.index(1.0) == 67

@@ -82,10 +82,15 @@ class Group:
     rule: Any
     names: list[str]
     largest: dict[Key, float] = dataclasses.field(default_factory=dict)  # largest mean so far, of ZClip
+    smallest: dict[Key, float] = dataclasses.field(default_factory=dict)  # smallest level so far, of LogClip
 
     @property
     def shards(self) -> bool:
         return self.scope == "shard"
+
+    def level_error(self, key: Key) -> float:
+        """Relative error of LogClip's level, beside RTOL: it moves by factors, so what was lost when it was small stays."""
+        return SUBNORMAL / self.smallest[key] if self.smallest.get(key) else 0.0
 
     @property
     def scope(self) -> str:
@@ -211,12 +216,17 @@ class Checker:
                 outcome = reference.clip(group.rule, mine, mode)
                 scales |= outcome.scales
                 for key, scale in outcome.scales.items():
-                    usual = known[key].get("gamma", 0.0) or known[key].get("level", 0.0)
-                    error = SUBNORMAL * getattr(group.policy, "power", 1.0)
-                    atol[key] += abs(scale) * error / usual if usual and math.isfinite(scale) else 0.0
+                    gamma = known[key].get("gamma", 0.0)
+                    error = SUBNORMAL / gamma if gamma else 0.0
+                    if isinstance(group.policy, dist_clip.LogClip):
+                        # With a global clip after the rule, each scale has a part of the others' errors.
+                        others = mine if group.policy.post_max_norm is not None else [key]
+                        error = group.policy.power * max(map(group.level_error, others))
+                    atol[key] += abs(scale) * error if math.isfinite(scale) else 0.0
                 for key in mine:
-                    mean = group.rule.memory(key).get("mean", 0.0)
-                    group.largest[key] = max(group.largest.get(key, 0.0), mean)
+                    memory = group.rule.memory(key)
+                    group.largest[key] = max(group.largest.get(key, 0.0), memory.get("mean", 0.0))
+                    group.smallest[key] = min(group.smallest.get(key, math.inf), memory.get("level") or math.inf)
         clipped = math.sqrt(sum((scales[key] * norm) ** 2 for key, norm in counted.items()))
         return Expected(norms, scales, atol, bad, skipped, raised, total, clipped)
 
@@ -410,7 +420,10 @@ class Checker:
     def check_memory(self, group: Group, key: Key | None, slots: dict[str, Any], where: str) -> None:
         for slot, due in group.rule.memory(key).items():
             rtol, atol = RTOL, SUBNORMAL
-            if slot == "mean":
+            if slot == "level":
+                keys = group.smallest if key is None else [key]
+                rtol += max(map(group.level_error, keys), default=0.0)
+            elif slot == "mean":
                 rtol, atol = self.z_rtol, 1e-300
             elif slot == "var":
                 # A difference of nearly equal squares: its error is that of the squares, the largest that were ever in it.
