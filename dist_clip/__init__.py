@@ -5,7 +5,7 @@ from typing import Any
 from dist_clip.clipper import GradClipper
 from dist_clip.errors import DesyncError, LayoutError, NonFiniteGradError
 from dist_clip.functional import clip_grad_norm_
-from dist_clip.policies import AdaGC, GlobalNorm, Policy, ZClip
+from dist_clip.policies import AdaGC, GlobalNorm, LogClip, Policy, ZClip
 from dist_clip.report import ClipReport
 
 __version__ = "0.1.0"
@@ -27,6 +27,7 @@ __all__ = [
     "GlobalNorm",
     "GradClipper",
     "LayoutError",
+    "LogClip",
     "NonFiniteGradError",
     "Policy",
     "ZClip",

@@ -23,7 +23,7 @@ from dist_clip.freshness import ClippedGradients
 from dist_clip.groups import distributed
 from dist_clip.kernels import Kernels, Preference
 from dist_clip.layout import Layout
-from dist_clip.policies.base import Policy, is_finite, is_nonfinite
+from dist_clip.policies.base import Policy, global_clip_scale, is_finite, is_nonfinite
 from dist_clip.readers import PartialReducer
 from dist_clip.reduction import PendingSum, PipelineReducer, ReductionPlan
 from dist_clip.report import ClipReport, GlobalNorms
@@ -39,7 +39,7 @@ class GradClipper:
     Args:
         target: the model, a list of modules (pipeline chunks), (name, parameter) pairs, parameters, optimizer
             param_groups or an optimizer. Names key the state: with modules they are the same under every layout.
-        policy: `GlobalNorm`, `AdaGC` or `ZClip`.
+        policy: `GlobalNorm`, `AdaGC`, `LogClip` or `ZClip`.
         pp_group: the process group across pipeline stages, if there are any. A tensor that several stages hold under one
             name (tied embeddings) counts once in the global norm.
         process_group: the ranks that train this model, every rank of its device meshes among them; default all.
@@ -339,8 +339,8 @@ class GradClipper:
                 elements = measured.clean.index_select(0, domain.index)
             domain_scales, new_state = domain.policy.step(domain.state, elements, total, t)
             scales.index_copy_(0, domain.index, domain_scales.expand(len(domain.indices)))
-            alike = domain.policy.rule_scope == "global" or (total is not None and not self.may_skip)
-            uniform.append(domain_scales.unbind()[0] if alike and domain_scales.numel() else None)
+            one = self._has_one_scale(domain, total) and domain_scales.numel() > 0
+            uniform.append(domain_scales.unbind()[0] if one else None)
             # What a policy no longer returns (the record of a warm-up that is over) is let go.
             domain.state = {name: value for name, value in domain.state.items() if name in new_state}
             olds += domain.state.values()
@@ -351,10 +351,55 @@ class GradClipper:
         torch._foreach_copy_(olds, news)
         if self.nonfinite == "zero":
             scales = torch.where(measured.bad, 0.0, scales)
+        scales, uniform = self._clip_result(measured, totals, scales, uniform)
         if ok is not None:
             scales = torch.where(ok, scales, 1.0)
             uniform = [None if scale is None else torch.where(ok, scale, 1.0) for scale in uniform]
         return scales, uniform
+
+    def _has_one_scale(self, domain: Domain, total: Tensor | None) -> bool:
+        """Whether all tensors of the domain get the same scale this step, on every rank. Known to the host."""
+        return domain.policy.rule_scope == "global" or (total is not None and not self.may_skip)
+
+    def _clip_result(
+        self, measured: Measured, totals: list[Tensor | None], scales: Tensor, uniform: list[Tensor | None]
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        """Clip globally what the rules have scaled, in the domains whose policy asks for it: both kinds of scales again."""
+        thresholds = {k: d.policy.post_max_norm for k, d in enumerate(self._domains)}
+        squares: dict[int, Tensor] = {}
+        ask = []
+        for k, (domain, total, scale) in enumerate(zip(self._domains, totals, uniform, strict=True)):
+            if thresholds[k] is None:
+                continue
+            if not self._has_one_scale(domain, total):
+                ask.append(k)
+            elif total is not None and scale is not None:  # None: a stage without a tensor
+                squares[k] = (total * scale).square()
+        if ask:
+            sharded = any(self._domains[k].policy.rule_scope == "shard" for k in ask)
+            after = self._clipped_squares(measured, scales, sharded=sharded)
+            sums = torch.stack([after.index_select(0, self._domains[k].index).sum() for k in ask])
+            squares |= zip(ask, self._sum_over_stages(sums).unbind(), strict=True)
+        for k, square in squares.items():
+            threshold, index, scale = thresholds[k], self._domains[k].index, uniform[k]
+            assert threshold is not None
+            factor = global_clip_scale(threshold, square.sqrt())
+            scales = scales.index_copy(0, index, scales.index_select(0, index) * factor)
+            uniform[k] = None if scale is None else scale * factor
+        return scales, uniform
+
+    def _clipped_squares(self, measured: Measured, scales: Tensor, *, sharded: bool) -> Tensor:
+        """The tensors' squared norms after scaling, float64 [n], 0 for those that another stage counts.
+
+        `sharded`: shards of one tensor have scales of their own, so that it takes one more reduction.
+        """
+        if sharded and self._plan.stages:
+            local = torch.where(measured.bad, 0.0, measured.local) if self.nonfinite == "zero" else measured.local
+            squares = self._plan.reduce(local * scales.square())
+        else:
+            assert measured.whole is not None
+            squares = (measured.whole * scales).square()
+        return torch.where(self._counts, squares, 0.0)
 
     def _global_norms(
         self, measured: Measured, totals: list[Tensor | None], scales: Tensor, uniform: list[Tensor | None]
@@ -368,17 +413,14 @@ class GradClipper:
                 return GlobalNorms(lambda: (None, None), known=False)
             return GlobalNorms(lambda: _together(pairs))
         assert measured.whole is not None
-        if sharded_scales:
-            # Shards of one tensor have scales of their own: the clipped norm needs one more reduction.
-            local = torch.where(measured.bad, 0.0, measured.local) if self.nonfinite == "zero" else measured.local
-            clipped = self._plan.reduce(local * scales.square())
-        else:
-            clipped = None
+        # A collective, where it takes one, now and not when somebody asks.
+        clipped = self._clipped_squares(measured, scales, sharded=True) if sharded_scales else None
         whole, counts = measured.whole, self._counts
 
         def sums() -> Tensor:
-            after = (whole * scales).square() if clipped is None else clipped
-            return torch.stack([torch.where(counts, part, 0.0).sum() for part in (whole.square(), after)])
+            before = torch.where(counts, whole.square(), 0.0)
+            after = torch.where(counts, (whole * scales).square(), 0.0) if clipped is None else clipped
+            return torch.stack([before.sum(), after.sum()])
 
         if self._pipeline is None:
             return GlobalNorms(lambda: _roots(sums()))

@@ -8,6 +8,7 @@ from dist_clip.layout import LogicalTensor, group_label
 
 if TYPE_CHECKING:
     from dist_clip.clipper import GradClipper
+    from dist_clip.domains import Domain
 
 
 def _note(tensor: LogicalTensor) -> str:
@@ -48,4 +49,16 @@ def explain_table(clipper: GradClipper) -> str:
         lines.append(
             f"pipeline {group_label(clipper.pp_group)}: one gather of a few numbers on steps that need the global norm"
         )
+    lines += [_post_clip(clipper, domain) for domain in clipper.domains if domain.policy.post_max_norm is not None]
     return "\n".join(lines)
+
+
+def _post_clip(clipper: GradClipper, domain: Domain) -> str:
+    scope = domain.policy.rule_scope
+    costs = []
+    if scope == "shard" and clipper.reduction_plan.stages:
+        costs.append("the tensors' collectives")
+    if scope != "global" and clipper.pp_group is not None:
+        costs.append("a gather over the pipeline")
+    cost = f"{' and '.join(costs)} once more a step, after the rule" if costs else "no collective more"
+    return f"{domain.pattern!r}: the result is clipped at a global norm of {domain.policy.post_max_norm:g}: {cost}"

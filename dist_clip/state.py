@@ -114,7 +114,7 @@ def _chosen(
     if recut:
         warnings.warn(
             f"scope 'shard': {len(recut)} tensors ({_some(recut)}) are cut into other shards than when the state was saved, "
-            "so what their shards remember starts afresh: a shard's first norm sets its gamma",
+            "so what their shards remember starts afresh, with their next norm",
             stacklevel=4,
         )
     return chosen

@@ -14,12 +14,24 @@ from launch.parallel import Layout
 class ClipConfig:
     """Which rule, and its options; those that a rule does not have are ignored."""
 
-    clip: Literal["none", "global", "adagc", "adagc-shard", "adagc-global", "zclip"] = "adagc"
-    """none: measure only."""
+    clip: Literal[
+        "none",
+        "global",
+        "adagc",
+        "adagc-shard",
+        "adagc-global",
+        "zclip",
+        "zclip-tensor",
+        "zclip-shard",
+        "logclip",
+        "logclip-shard",
+        "logclip-global",
+    ] = "adagc"
+    """none: measure only. Without a scope: adagc and logclip for each tensor, zclip for the global norm."""
     max_norm: float = 1.0
-    """global: the threshold. adagc: the threshold during its warm-up. zclip: upper bound of the norm."""
+    """global: the threshold. adagc, logclip: the threshold during their warm-up. zclip: upper bound of the norm."""
     clip_warmup_steps: int | None = None
-    """adagc, zclip: steps before the adaptive rule starts. Default: the rule's own (100 and 25)."""
+    """adagc, logclip, zclip: steps before the adaptive rule starts. Default: the rule's own (100, 100 and 25)."""
     lambda_rel: float = 1.04
     """adagc: how far above its moving average a norm may go."""
     beta: float = 0.99
@@ -38,6 +50,16 @@ class ClipConfig:
     """zclip: multiplies the adaptive threshold."""
     skip_update_on_spike: bool = False
     """zclip: leave mean and variance as they are at a spike."""
+    clip_ratio: float = 2.0
+    """logclip: how far above its level a norm may go."""
+    clip_power: float = 2.0
+    """logclip: how hard a norm above that is scaled down; 1 is to the threshold."""
+    level_rate: float = 0.03
+    """logclip: share of the log of a norm's ratio that the level moves by."""
+    patience: int = 50
+    """logclip: steps running that a tensor may be clipped before its level follows without a bound."""
+    post_max_norm: float | None = None
+    """logclip: clip the result globally at this norm; None: do not."""
     nonfinite: Literal["propagate", "zero", "skip", "raise"] = "propagate"
     """What a NaN or Inf in a gradient leads to."""
     log_global_norm: bool = True
@@ -47,18 +69,19 @@ class ClipConfig:
 
     def policy(self) -> dist_clip.Policy:
         warmup: dict[str, Any] = {} if self.clip_warmup_steps is None else {"warmup_steps": self.clip_warmup_steps}
-        match self.clip:
+        rule, _, named = self.clip.partition("-")
+        scope: Any = named or ("global" if rule == "zclip" else "tensor")
+        match rule:
             case "none":
                 return dist_clip.GlobalNorm(max_norm=math.inf)
             case "global":
                 return dist_clip.GlobalNorm(max_norm=self.max_norm)
-            case "adagc" | "adagc-shard" | "adagc-global":
-                scopes: dict[str, Any] = {"adagc": "tensor", "adagc-shard": "shard", "adagc-global": "global"}
+            case "adagc":
                 return dist_clip.AdaGC(
                     lambda_rel=self.lambda_rel,
                     beta=self.beta,
                     max_norm=self.max_norm,
-                    scope=scopes[self.clip],
+                    scope=scope,
                     gamma_init=self.gamma_init,
                     **warmup,
                 )
@@ -71,8 +94,22 @@ class ClipConfig:
                     clip_factor=self.zclip_factor,
                     max_norm=self.max_norm,
                     skip_update_on_spike=self.skip_update_on_spike,
+                    scope=scope,
                     **warmup,
                 )
+            case "logclip":
+                return dist_clip.LogClip(
+                    ratio=self.clip_ratio,
+                    power=self.clip_power,
+                    rate=self.level_rate,
+                    max_norm=self.max_norm,
+                    scope=scope,
+                    patience=self.patience,
+                    post_max_norm=self.post_max_norm,
+                    **warmup,
+                )
+            case unknown:
+                raise ValueError(f"no such rule: {unknown!r}")
 
 
 def build_clipper(layout: Layout, cfg: ClipConfig) -> dist_clip.GradClipper:

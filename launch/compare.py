@@ -46,7 +46,8 @@ def load_runs(folder: Path) -> dict[str, Run]:
     for name, run in runs.items():
         if run.end is None or run.end["error"] or not run.validation:
             raise ValueError(f"{folder / name} did not finish: {run.end['error'] if run.end else 'no end in its log'}")
-    order = ("none", "global", "zclip", "adagc", "adagc-shard", "adagc-global")
+    scopes = ("", "-tensor", "-shard", "-global")
+    order = ("none", "global", *(rule + scope for rule in ("zclip", "adagc", "logclip") for scope in scopes))
     return dict(sorted(runs.items(), key=lambda item: (order.index(item[1].header["config"]["clip"]["clip"]), item[0])))
 
 
@@ -81,10 +82,19 @@ def rule_of(run: Run) -> str:
         case "GlobalNorm":
             return "no clipping" if math.isinf(policy["max_norm"]) else "GlobalGC"
         case "AdaGC":
-            scope = "" if policy["scope"] == "tensor" else f"-{policy['scope'].capitalize()}"
-            return f"AdaGC{scope} ({policy['gamma_init']})"
+            return f"AdaGC{_scope(policy, 'tensor')} ({policy['gamma_init']})"
+        case "LogClip":
+            post = "" if policy["post_max_norm"] is None else f" (then GlobalGC {policy['post_max_norm']:g})"
+            return f"LogClip{_scope(policy, 'tensor')}{post}"
+        case "ZClip":
+            return f"ZClip{_scope(policy, 'global')}"
         case other:
             return str(other)
+
+
+def _scope(policy: dict[str, Any], usual: str) -> str:
+    scope = policy.get("scope", usual)
+    return "" if scope == usual else f"-{scope.capitalize()}"
 
 
 def excess(run: Run, other: Run) -> list[float]:

@@ -12,7 +12,7 @@ import math
 import statistics
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -48,6 +48,10 @@ def fp32(value: float) -> float:
 class Rule(Protocol):
     def scales(self, norms: Norms) -> Scales: ...
 
+    def memory(self, name: Hashable) -> dict[str, float]:
+        """What the rule remembers of a tensor (a global rule: of N, whatever the name); zeros before it has seen it."""
+        ...
+
 
 @dataclass
 class GlobalGC:
@@ -58,6 +62,9 @@ class GlobalGC:
     def scales(self, norms: Norms) -> Scales:
         scale = at_most_one(self.max_norm / (total_norm(norms) + 1e-6))
         return dict.fromkeys(norms, scale)
+
+    def memory(self, name: Hashable) -> dict[str, float]:
+        return {}
 
 
 GAMMA_INITS = {"min": min, "median": statistics.median, "mean": statistics.fmean, "last": lambda seen: seen[-1]}
@@ -115,6 +122,9 @@ class AdaGC:
             self.gamma[name] = gamma
         return scale
 
+    def memory(self, name: Hashable) -> dict[str, float]:
+        return {"gamma": self.gamma.get(name, 0.0)}
+
 
 class AdaGCGlobal(AdaGC):
     """AdaGC-Global: the rule applied once, to N."""
@@ -122,6 +132,106 @@ class AdaGCGlobal(AdaGC):
     def scales(self, norms: Norms) -> Scales:
         scale = super().scales({"N": total_norm(norms)})["N"]
         return dict.fromkeys(norms, scale)
+
+    def memory(self, name: Hashable) -> dict[str, float]:
+        return super().memory("N")
+
+
+class LogClip:
+    """LogClip over the tensors handed in: whole tensors (scope "tensor"), or the ranks' pieces (scope "shard").
+
+    The level is one float32 scalar: a norm that float32 cannot tell from 0 or Inf is no observation.
+    """
+
+    def __init__(
+        self,
+        ratio: float = 2.0,
+        power: float = 2.0,
+        rate: float = 0.03,
+        warmup_steps: int = 100,
+        max_norm: float = 1.0,
+        warmup_ratio: float = 100.0,
+        patience: int = 50,
+        post_max_norm: float | None = None,
+    ) -> None:
+        self.ratio, self.power, self.rate, self.warmup_steps = ratio, power, rate, warmup_steps
+        self.max_norm, self.warmup_ratio, self.patience = max_norm, warmup_ratio, patience
+        self.post_max_norm = post_max_norm
+        self.t = 0
+        self.level: dict[Hashable, float] = {}
+        self.count: dict[Hashable, int] = {}
+        self.streak: dict[Hashable, int] = {}
+
+    def scales(self, norms: Norms) -> Scales:
+        self.t += 1
+        if self.t <= self.warmup_steps:
+            scales = self._warmup(norms)
+        else:
+            scales = {name: self._scale(name, norm) for name, norm in norms.items()}
+        if self.post_max_norm is None:
+            return scales
+        after = total_norm({name: scales[name] * norm for name, norm in norms.items()})
+        factor = at_most_one(self.post_max_norm / (after + 1e-6))
+        return {name: scale * factor for name, scale in scales.items()}
+
+    def _warmup(self, norms: Norms) -> Scales:
+        """GlobalGC; the level is the geometric mean of the norms that it lets through."""
+        scales = GlobalGC(self.max_norm).scales(norms)
+        for name, norm in norms.items():
+            x = norm * scales[name]
+            if observable(fp32(x)):
+                self._observe(name, x, self.warmup_ratio)
+        return scales
+
+    def _scale(self, name: Hashable, norm: float) -> float:
+        """min(1, ratio / r) ** power with the level from before this step; then the level moves."""
+        if norm == 0:
+            return 1.0
+        if name not in self.level:  # first seen after the warm-up: unclipped, whatever the norm
+            if observable(fp32(norm)):
+                self._observe(name, norm, self.ratio)
+            return 1.0
+        level = self.level[name]
+        scale = at_most_one(self.ratio * level / norm) ** self.power
+        if observable(fp32(norm)):
+            streak = self.streak.get(name, 0) + 1 if norm > self.ratio * level else 0
+            late = streak - self.patience
+            if late > 0:
+                moved = level * (norm / level) ** min(1.0, late * self.rate)
+                if observable(fp32(moved)):
+                    self._remember(name, moved, streak)
+            else:
+                self._observe(name, norm, self.ratio, streak)
+        return scale
+
+    def _observe(self, name: Hashable, x: float, bound: float, streak: int = 0) -> None:
+        """The first norm is the level; another moves it by a share of its log, within the bound."""
+        moved = x
+        if name in self.level:
+            r = min(max(x / self.level[name], 1 / bound), bound)
+            moved = self.level[name] * r ** max(self.rate, 1 / (self.count[name] + 1))
+        if observable(fp32(moved)):
+            self._remember(name, moved, streak)
+
+    def _remember(self, name: Hashable, level: float, streak: int) -> None:
+        self.level[name] = fp32(level)
+        self.count[name] = self.count.get(name, 0) + 1
+        self.streak[name] = streak
+
+    def memory(self, name: Hashable) -> dict[str, float]:
+        kept = {"level": self.level, "count": self.count, "streak": self.streak}
+        return {slot: values.get(name, 0) for slot, values in kept.items()}
+
+
+class LogClipGlobal(LogClip):
+    """LogClip applied once, to N."""
+
+    def scales(self, norms: Norms) -> Scales:
+        scale = super().scales({"N": total_norm(norms)})["N"]
+        return dict.fromkeys(norms, scale)
+
+    def memory(self, name: Hashable) -> dict[str, float]:
+        return super().memory("N")
 
 
 class ZClip:
@@ -180,6 +290,28 @@ class ZClip:
         if self.clip_option == "mean":
             return self.mean
         return self.clip_factor * (self.mean + self.z_thresh * std / (z / self.z_thresh))
+
+    def memory(self, name: Hashable) -> dict[str, float]:
+        if not self.record:
+            return {"mean": 0.0, "var": 0.0, "count": 0}
+        return {"mean": self.mean, "var": self.var, "count": len(self.record)}
+
+
+class ZClipEach:
+    """ZClip for each tensor (or piece) handed in, as if it were the whole model."""
+
+    def __init__(self, **settings: Any) -> None:
+        self.settings = settings
+        self.rules: dict[Hashable, ZClip] = {}
+
+    def rule(self, name: Hashable) -> ZClip:
+        return self.rules.setdefault(name, ZClip(**self.settings))
+
+    def scales(self, norms: Norms) -> Scales:
+        return {name: self.rule(name).scales({name: norm})[name] for name, norm in norms.items()}
+
+    def memory(self, name: Hashable) -> dict[str, float]:
+        return self.rule(name).memory(name)
 
 
 @dataclass

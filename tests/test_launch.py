@@ -138,7 +138,7 @@ def test_bf16_autocast_trains_close_to_fp32(parallel: Any, single: Run, tmp_path
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp", "pp"])
-@pytest.mark.parametrize("clip", ["none", "global", "adagc", "adagc-shard", "adagc-global", "zclip"])
+@pytest.mark.parametrize("clip", ["none", "global", "adagc", "adagc-shard", "adagc-global", "zclip", "logclip"])
 def test_every_rule_runs_through_the_fault(clip: Any, parallel: Any, tmp_path: Path) -> None:
     rule = ClipConfig(clip=clip, clip_warmup_steps=4, max_norm=0.5, gamma_init="median")
     got = run(2, config(tmp_path, clip=rule, parallel=ParallelConfig(parallel), fault=GARBAGE))

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from dist_clip.policies.base import (
-    Policy,
     Scope,
     State,
     check_choice,
@@ -18,15 +17,15 @@ from dist_clip.policies.base import (
     check_finite,
     check_fraction,
     check_number,
-    global_clip_scale,
     observed,
 )
+from dist_clip.policies.warmup import GlobalWarmup, storable
 
 GammaInit = Literal["min", "median", "mean", "last"]
 
 
 @dataclasses.dataclass(frozen=True)
-class AdaGC(Policy):
+class AdaGC(GlobalWarmup):
     """Adaptive gradient clipping per tensor.
 
     Warm-up (``t <= warmup_steps``): GlobalGC at ``max_norm``; ``gamma`` becomes a statistic of the norms after that
@@ -69,13 +68,6 @@ class AdaGC(Policy):
         check_choice("AdaGC", "gamma_init", self.gamma_init, get_args(GammaInit))
         check_finite("AdaGC", "eps", self.eps, 0.0)
 
-    @property
-    def rule_scope(self) -> Scope:
-        return self.scope
-
-    def needs_global_norm(self, step: int) -> bool:
-        return self.scope == "global" or step <= self.warmup_steps
-
     def init_state(self, n: int, device: torch.device) -> State:
         state = {"gamma": torch.zeros(n, dtype=torch.float32, device=device)}
         if self.gamma_init == "mean":
@@ -88,18 +80,8 @@ class AdaGC(Policy):
         record = {"mean": ("count",), "median": ("history",)}.get(self.gamma_init, ())
         return ("gamma",) if step >= self.warmup_steps else ("gamma", *record)
 
-    def step(self, state: State, norms: Tensor, global_norm: Tensor | None, t: Tensor) -> tuple[Tensor, State]:
-        steady_scales, steady_gamma = self._after_warmup(state["gamma"].double(), norms)
-        if global_norm is None or self.warmup_steps == 0:  # the host knows that warm-up is over, and with it the record
-            return steady_scales, {"gamma": steady_gamma.float()}
-        in_warmup = t <= self.warmup_steps
-        warm_scales = global_clip_scale(self.max_norm, global_norm).expand(norms.shape)
-        warm = self._observe(state, norms * warm_scales, t)
-        new = {name: torch.where(in_warmup, value, state[name]) for name, value in warm.items()}
-        new["gamma"] = torch.where(in_warmup, warm["gamma"], steady_gamma.float())
-        return torch.where(in_warmup, warm_scales, steady_scales), new
-
-    def _after_warmup(self, gamma: Tensor, norms: Tensor) -> tuple[Tensor, Tensor]:
+    def _after_warmup(self, state: State, norms: Tensor) -> tuple[Tensor, State]:
+        gamma = state["gamma"].double()
         known = gamma > 0
         threshold = self.lambda_rel * gamma
         scales = torch.clamp(threshold / (norms + self.eps), max=1.0)
@@ -107,11 +89,10 @@ class AdaGC(Policy):
         # A tensor with no gamma and a non-finite norm has no threshold to be scaled to: its gradient stays as it is.
         average = self.beta * gamma + (1 - self.beta) * torch.minimum(norms, threshold)
         updated = torch.where(known, average, norms)
-        return scales, torch.where(observed(norms) & _storable(updated), updated, gamma)
+        return scales, {"gamma": torch.where(observed(norms) & storable(updated), updated, gamma).float()}
 
     def _observe(self, state: State, clipped_norms: Tensor, t: Tensor) -> State:
-        """One warm-up observation of the norms after clipping."""
-        seen = observed(clipped_norms) & _storable(clipped_norms)
+        seen = observed(clipped_norms) & storable(clipped_norms)
         gamma = state["gamma"].double()
         if self.gamma_init == "min":
             first = gamma == 0
@@ -128,11 +109,6 @@ class AdaGC(Policy):
             history = torch.where(rows == t - 1, row, state["history"])
             return {"gamma": _median(history), "history": history}
         return {"gamma": torch.where(seen, updated, gamma).float()}
-
-
-def _storable(norms: Tensor) -> Tensor:
-    """Bool: norms that fp32, the state's dtype, can tell from 0 (nothing observed) and from Inf."""
-    return observed(norms.float())
 
 
 def _median(history: Tensor) -> Tensor:

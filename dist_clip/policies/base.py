@@ -27,6 +27,16 @@ class Policy:
     def rule_scope(self) -> Scope:
         return "global"
 
+    @property
+    def post_max_norm(self) -> float | None:
+        """Threshold of a global clip of what the rule has scaled; None for none.
+
+        The domain's gradients are clipped at this norm of all of them, ``N' = sqrt(sum (scale_i n_i)^2)``. That is known
+        only after the rule, so where the scales differ the pipeline stages (with scope "shard" also the norm groups) are
+        asked once more: a collective more, on every step.
+        """
+        return None
+
     def init_state(self, n: int, device: torch.device) -> State:
         """State of `n` elements before anything was observed: tensors of shape [n] or [k, n]."""
         return {}

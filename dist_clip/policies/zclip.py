@@ -1,15 +1,16 @@
-"""ZClip: the global norm is bounded when it is an outlier of its own recent distribution."""
+"""ZClip: a norm is bounded when it is an outlier of its own recent distribution."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from dist_clip.policies.base import (
     Policy,
+    Scope,
     State,
     check_choice,
     check_count,
@@ -26,13 +27,13 @@ ClipOption = Literal["adaptive_scaling", "mean"]
 
 @dataclasses.dataclass(frozen=True)
 class ZClip(Policy):
-    """Z-score based clipping of the global norm N.
+    """Z-score based clipping of the global norm N, or of each tensor's or shard's norm as if it were N.
 
     Warm-up: N is recorded for ``warmup_steps`` steps, gradients clipped at ``max_norm`` if given; mean and population
     variance of the record start the state. After it ``z = (N - mean) / (std + eps)``; a threshold is set if
     ``z > z_thresh`` ("zscore") or N exceeds ``mean + z_thresh * std`` ("percentile"), the gradients are scaled to
     ``min(threshold or N, max_norm)``, and mean and variance follow the threshold, or N where none was set.
-    A global norm of zero (no gradients), NaN or Inf never enters the state, the warm-up's record included.
+    A norm of zero (no gradients), NaN or Inf never enters the state, the warm-up's record included.
 
     Args:
         alpha: decay of mean and variance, in [0, 1).
@@ -42,9 +43,12 @@ class ZClip(Policy):
         clip_option: for "zscore", the threshold: "adaptive_scaling" ``clip_factor * (mean + z_thresh**2 * std / z)``
             or "mean".
         clip_factor: multiplies the "adaptive_scaling" threshold, above 0.
-        max_norm: upper bound of the norm at all times, above 0; None for none.
+        max_norm: upper bound of the norm at all times, above 0; None for none. Of the norm that the rule looks at: with
+            scope "tensor" or "shard" of each tensor's or shard's, so that the global norm may be larger.
         skip_update_on_spike: leave mean and variance as they are when a threshold was set.
         eps: added to the standard deviation in the z-score.
+        scope: "global" is the paper's; "tensor" and "shard" apply the rule to each tensor, or each rank's piece of one, by
+            itself, and never need the global norm.
 
     State: ``mean`` and ``var`` (float64 [n]) and ``count`` (int64 [n]), the finite norms recorded so far.
 
@@ -60,6 +64,7 @@ class ZClip(Policy):
     max_norm: float | None = 1.0
     skip_update_on_spike: bool = False
     eps: float = 1e-6
+    scope: Scope = "global"
 
     def __post_init__(self) -> None:
         check_fraction("ZClip", "alpha", self.alpha)
@@ -73,6 +78,19 @@ class ZClip(Policy):
         if not isinstance(self.skip_update_on_spike, bool):
             raise TypeError(f"ZClip: skip_update_on_spike must be a bool, got {self.skip_update_on_spike!r}")
         check_finite("ZClip", "eps", self.eps, 0.0)
+        check_choice("ZClip", "scope", self.scope, get_args(Scope))
+
+    @property
+    def rule_scope(self) -> Scope:
+        return self.scope
+
+    def needs_global_norm(self, step: int) -> bool:
+        return self.scope == "global"
+
+    def config(self) -> dict[str, Any]:
+        # States saved before there was a choice say nothing of the scope, and have to load.
+        config = super().config()
+        return {name: value for name, value in config.items() if name != "scope" or self.scope != "global"}
 
     def init_state(self, n: int, device: torch.device) -> State:
         return {

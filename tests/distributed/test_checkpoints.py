@@ -135,13 +135,17 @@ PAIRS = [
     (("ep", 4), ("ddp", 2), MOE),
     (("ep", 2), ("ep", 4), MOE),
 ]
+CHANGES = [(*pair, "adagc-median") for pair in PAIRS]
+CHANGES += [(*PAIRS[k], policy) for k, policy in ((0, "logclip"), (8, "logclip-post"), (3, "zclip-tensor"))]
 
 
 @pytest.mark.parametrize(
-    ("first", "second", "config"), PAIRS, ids=lambda v: f"{v[0]}{v[1]}" if type(v) is tuple else ""
+    ("first", "second", "config", "policy"), CHANGES, ids=lambda v: f"{v[0]}{v[1]}" if type(v) is tuple else None
 )
-def test_another_layout(first: tuple[str, int], second: tuple[str, int], config: Config, tmp_path: Path) -> None:
-    before, after = round_trip(first, second, config, "adagc-median", tmp_path)
+def test_another_layout(
+    first: tuple[str, int], second: tuple[str, int], config: Config, policy: str, tmp_path: Path
+) -> None:
+    before, after = round_trip(first, second, config, policy, tmp_path)
     saved = merged(before, "saved")
     assert str(merged(after, "loaded")) == str({name: saved[name] for name in merged(after, "loaded")})
     assert merged(after, "loaded").keys() == saved.keys()
@@ -155,7 +159,7 @@ def test_another_layout(first: tuple[str, int], second: tuple[str, int], config:
 
 
 EXACT = [(policy, SAVED_AT) for policy in POLICIES]
-EXACT += [(policy, WARMUP - 2) for policy in ("adagc", "adagc-median", "adagc-mean", "adagc-shard", "zclip")]
+EXACT += [(policy, WARMUP - 2) for policy in ("adagc", "adagc-median", "adagc-mean", "adagc-shard", "zclip", "logclip")]
 
 
 @pytest.mark.parametrize(("policy", "saved_at"), EXACT)

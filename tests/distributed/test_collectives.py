@@ -81,7 +81,9 @@ def three_collectives() -> dict[str, Any]:
     return {"log": log.entries, "count": comm.get_total_counts()}
 
 
-@pytest.mark.parametrize("policy", ["global_norm", "adagc", "adagc-shard", "adagc-global", "zclip"])
+@pytest.mark.parametrize(
+    "policy", ["global_norm", "adagc", "adagc-shard", "adagc-global", "zclip", "logclip-post", "logclip-shard-post"]
+)
 @pytest.mark.parametrize("world", [2, 4])
 def test_none_under_ddp(world: int, policy: str) -> None:
     ranks = pool(world).run(count_steps, "ddp", policy)
@@ -137,6 +139,25 @@ def test_adagc_leaves_the_other_stages_alone(layout: str, world: int) -> None:
         across = [entry for entry in after if len(set(entry.ranks) & set(rank["pp_ranks"])) > 1]
         assert not across, f"spans pipeline stages: {tell(across)}"
         assert rank["global_norms"] == [True, False]
+
+
+@pytest.mark.parametrize(("layout", "world"), PIPELINES, ids=[f"{name}-{world}" for name, world in PIPELINES])
+def test_a_global_clip_after_the_rule_asks_once_more(layout: str, world: int) -> None:
+    """One gather over the stages that the rule alone has no need of, and where shards have scales of their own, their norm
+    groups again."""
+    for policy in ("logclip", "logclip-shard"):
+        without = pool(world).run(count_steps, layout, policy)
+        ranks = pool(world).run(count_steps, layout, f"{policy}-post")
+        check_modes_agree(ranks)
+        for rank, plain in zip(ranks, without, strict=True):
+            (warmup, after), (plain_warmup, plain_after) = rank["logs"], plain["logs"]
+            # In the warm-up one scale rules all tensors: N' is that times N.
+            assert warmup == plain_warmup, tell(warmup)
+            more = after[len(plain_after) :]
+            assert after[: len(plain_after)] == plain_after, tell(after)
+            again = len(rank["groups"]) - 1 if policy == "logclip-shard" else 0
+            assert len(more) <= 1 + again, tell(more)
+            assert set(rank["pp_ranks"]) <= set(more[-1].ranks), tell(more)
 
 
 @pytest.mark.parametrize("policy", ["global_norm", "zclip", "adagc-global"])

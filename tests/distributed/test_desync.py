@@ -47,7 +47,9 @@ def in_step(layout: str, policy: str, detect: bool) -> dict[str, Any]:
     return {"reports": reports, "logs": [logs[1], logs[-1]], "explain": clipper.explain()}
 
 
-@pytest.mark.parametrize("policy", ["global_norm", "adagc", "adagc-median", "adagc-shard", "zclip"])
+@pytest.mark.parametrize(
+    "policy", ["global_norm", "adagc", "adagc-median", "adagc-shard", "zclip", "logclip", "logclip-shard-post"]
+)
 @pytest.mark.parametrize("layout", LAYOUT_NAMES)
 def test_no_false_alarm_and_no_collective_more(layout: str, policy: str) -> None:
     with_it = pool(WORLD).run(in_step, layout, policy, True)

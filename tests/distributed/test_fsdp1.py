@@ -32,7 +32,7 @@ def test_layout_itself(layout: str, world: int) -> None:
     training.check_gradients(training.Run(ranks, LAYOUTS[layout]), layout, torch.float64)
 
 
-POLICY_NAMES = ("global_norm", "adagc", "adagc-shard", "zclip")
+POLICY_NAMES = tuple(name for name in training.MAIN_POLICIES if not name.endswith("-global"))
 
 
 @pytest.mark.parametrize("layout", FSDP1)

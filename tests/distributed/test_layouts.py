@@ -29,12 +29,9 @@ def test_layout_itself(layout: str, world: int) -> None:
     training.check_gradients(training.Run(ranks, LAYOUTS[layout]), layout, dtype)
 
 
-POLICY_NAMES = ("global_norm", "adagc", "adagc-shard", "adagc-global", "zclip")
-
-
 @pytest.mark.parametrize(("layout", "world"), CASES, ids=IDS)
 def test_adamw(layout: str, world: int) -> None:
-    policies = training.in_turn(POLICY_NAMES, CASES.index((layout, world)))
+    policies = training.in_turn(training.MAIN_POLICIES, CASES.index((layout, world)))
     run(layout, world, policies, "adamw", torch.float32)
 
 

@@ -74,7 +74,7 @@ def train_fp16(layout: str, policy: str, how: str) -> dict[str, Any]:
         record: dict[str, Any] = {"present": [grad is not None for grad in before], "before": training.flat(before)}
         record |= {"after": training.flat(given) if given else None, "scale": scaler.get_scale()}
         record |= {"state_moved": str(snapshot(clipper)) != state, "steps": clipper.steps}
-        record["gamma"], record["global"] = training.state_of(clipper)
+        record["tensors"], record["global"] = training.state_of(clipper)
         records.append(record)
     dtypes = [None if param.grad is None else training.local(param.grad).dtype for param in params]
     return {"names": names, "index": training.held(layout, torch.float32), "grad_dtypes": dtypes, "records": records}
@@ -109,7 +109,7 @@ def test_grad_scaler(layout: str, policy: str, how: str) -> None:
             assert record["steps"] == len(taken)
             training.check_clipped(run, rank, step, chosen, outcome)
             if len(taken) >= WARMUP:
-                training.check_gammas(run, rank, step, chosen, rule)
+                training.check_state(run, rank, step, chosen, rule)
         training.check_agreement_of_state(run, step)
     assert 1 not in taken, "the test is to blame: the first scale was not too high"
     assert OVERFLOWS not in taken

@@ -96,7 +96,7 @@ def parsed(text: str) -> Case:
     """A case from its repr."""
     names: dict[str, Any] = {name: getattr(cases, name) for name in ("Case", "Hand", "Wrapped", "Mesh", "Placed")}
     names |= {"Layer": cases.Layer, "Step": cases.Step, "inf": math.inf}
-    names |= {name: getattr(dist_clip, name) for name in ("GlobalNorm", "AdaGC", "ZClip")}
+    names |= {name: getattr(dist_clip, name) for name in ("GlobalNorm", "AdaGC", "LogClip", "ZClip")}
     return eval(text, names)
 
 

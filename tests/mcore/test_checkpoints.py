@@ -129,7 +129,7 @@ def test_a_change_of_layout(first: Config, ranks: int, second: Config, others: i
                 assert scale == pytest.approx(known, rel=1e-3), name
 
 
-@pytest.mark.parametrize("policy", ["zclip", "adagc-global", "adagc-shard"])
+@pytest.mark.parametrize("policy", ["zclip", "adagc-global", "adagc-shard", "logclip"])
 def test_other_policies_on_the_same_layout(policy: str, tmp_path: Path) -> None:
     config = Config(pp=2, zero=True, tied=True)
     saved = pool(4, "megatron").run(train_and_save, config, policy, str(tmp_path / "ckpt"), timeout=240)

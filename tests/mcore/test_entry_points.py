@@ -147,6 +147,14 @@ def parsed(*flags: str) -> argparse.Namespace:
              "--zclip-eps", "1e-5"],
             dist_clip.ZClip(0.9, 3.0, 9, "percentile", "mean", 0.7, 0.5, True, 1e-5),
         ),
+        (["--grad-clip-mode", "zclip-shard"], dist_clip.ZClip(max_norm=0.5, scope="shard")),
+        (["--grad-clip-mode", "logclip"], dist_clip.LogClip(max_norm=0.5)),
+        (
+            ["--grad-clip-mode", "logclip-global", "--logclip-ratio", "3", "--logclip-power", "1", "--logclip-rate", "0.1",
+             "--logclip-warmup-steps", "7", "--logclip-warmup-ratio", "10", "--logclip-patience", "30",
+             "--logclip-post-max-norm", "2"],
+            dist_clip.LogClip(3.0, 1.0, 0.1, 7, 0.5, "global", 10.0, 30, 2.0),
+        ),
     ],
     ids=lambda value: value[1] if isinstance(value, list) else "",
 )  # fmt: skip
@@ -157,9 +165,9 @@ def test_flags_make_the_policy(flags: list[str], policy: dist_clip.Policy) -> No
 def test_every_option_of_a_policy_has_a_flag() -> None:
     from dist_clip.frameworks.megatron import flags
 
-    adagc, zclip = (set(kind.__dataclass_fields__) for kind in (dist_clip.AdaGC, dist_clip.ZClip))
-    assert set(flags._ADAGC.values()) == adagc - {"scope", "max_norm"}
-    assert set(flags._ZCLIP.values()) == zclip - {"max_norm"}
+    for rule in (dist_clip.AdaGC, dist_clip.LogClip, dist_clip.ZClip):
+        assert set(flags._FLAGS[rule].values()) == set(rule.__dataclass_fields__) - {"scope", "max_norm"}
+        assert {scope for kind, scope in flags._SCOPED.values() if kind is rule} == {"tensor", "shard", "global"}
 
 
 def test_clip_grad_zero() -> None:

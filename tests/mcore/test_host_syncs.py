@@ -29,6 +29,7 @@ POLICIES: dict[str, Callable[[], Any]] = {
     "adagc": lambda: dist_clip.AdaGC(warmup_steps=WARMUP, gamma_init="median"),
     "adagc-shard": lambda: dist_clip.AdaGC(warmup_steps=WARMUP, scope="shard"),
     "adagc-global": lambda: dist_clip.AdaGC(warmup_steps=WARMUP, scope="global"),
+    "logclip": lambda: dist_clip.LogClip(warmup_steps=WARMUP, post_max_norm=1.0),
     "zclip": lambda: dist_clip.ZClip(warmup_steps=WARMUP),
 }
 

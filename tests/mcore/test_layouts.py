@@ -39,7 +39,7 @@ CONFIGS: dict[str, tuple[int, Config]] = {
 SOME = ["tp2-sp", "zero", "tp2-sp-zero-tied", "pp2-zero-tied", "tp2-ep2-etp1-zero"]
 
 
-@pytest.mark.parametrize("policy", ["global", "adagc-shard", "adagc-global", "zclip"])
+@pytest.mark.parametrize("policy", ["global", "adagc-shard", "adagc-global", "logclip", "zclip"])
 @pytest.mark.parametrize("name", SOME)
 def test_other_policies(name: str, policy: str) -> None:
     world, config = CONFIGS[name]

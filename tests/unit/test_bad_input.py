@@ -56,6 +56,18 @@ POLICY_ARGUMENTS: dict[str, dict[str, list[Any]]] = {
         "max_norm": POSITIVE,
         "skip_update_on_spike": FLAG,
         "eps": [*NOT_NEGATIVE, INF],
+        "scope": ["tensors", "Global", None, 1],
+    },
+    "LogClip": {
+        "ratio": [1.0, 0.5, NAN, INF, "2"],
+        "power": [*POSITIVE, INF],
+        "rate": [0.0, 1.5, NAN, "0.03"],
+        "warmup_steps": [*COUNT, None],
+        "max_norm": [*POSITIVE, None],
+        "scope": ["tensors", "Tensor", None, 1],
+        "warmup_ratio": [1.0, 0.5, NAN, INF, "100"],
+        "patience": [*COUNT, None],
+        "post_max_norm": POSITIVE,
     },
 }
 POLICY_CASES = [(p, a, v) for p, args in POLICY_ARGUMENTS.items() for a, values in args.items() for v in values]
@@ -83,6 +95,7 @@ def test_integers_are_numbers() -> None:
     dist_clip.GlobalNorm(max_norm=1)
     dist_clip.AdaGC(lambda_rel=2, max_norm=1, eps=0)
     dist_clip.ZClip(z_thresh=2, clip_factor=1, max_norm=None, mode="percentile")
+    dist_clip.LogClip(ratio=2, power=2, rate=1, max_norm=1, warmup_ratio=100, patience=0, post_max_norm=1)
 
 
 # ---- GradClipper -----------------------------------------------------------------------------------------------------
@@ -204,7 +217,9 @@ def test_a_sparse_embedding_that_is_excluded() -> None:
 
 
 @pytest.mark.parametrize(
-    "policy", [dist_clip.GlobalNorm(), dist_clip.AdaGC(warmup_steps=1), dist_clip.ZClip()], ids=repr
+    "policy",
+    [dist_clip.GlobalNorm(), dist_clip.AdaGC(warmup_steps=1), dist_clip.LogClip(), dist_clip.ZClip()],
+    ids=repr,
 )
 def test_sparse_gradients_at_clip(policy: Any) -> None:
     """Given parameters alone, nobody can know before the first gradient. Nothing is touched then."""

@@ -732,7 +732,14 @@ STATEFUL: dict[str, Callable[[], dict[str, Any]]] = {
         for scope in ("tensor", "shard", "global")
         for init in ("min", "median", "mean", "last")
     },
+    **{
+        f"LogClip-{scope}": lambda scope=scope: {  # type: ignore[misc]
+            "policy": dist_clip.LogClip(warmup_steps=6, scope=scope, ratio=1.2, patience=1, post_max_norm=1.0)
+        }
+        for scope in ("tensor", "shard", "global")
+    },
     "ZClip": lambda: {"policy": dist_clip.ZClip(warmup_steps=6)},
+    "ZClip-tensor": lambda: {"policy": dist_clip.ZClip(warmup_steps=6, scope="tensor")},
     "ZClip-percentile": lambda: {"policy": dist_clip.ZClip(warmup_steps=6, mode="percentile", max_norm=None)},
     "groups": lambda: {
         "policy": dist_clip.AdaGC(warmup_steps=6, gamma_init="median"),

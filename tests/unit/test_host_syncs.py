@@ -149,7 +149,14 @@ POLICIES: dict[str, Callable[[], Any]] = {
         for scope in ("tensor", "shard", "global")
         for init in ("min", "median", "mean", "last")
     },
+    **{
+        f"LogClip-{scope}": lambda scope=scope: dist_clip.LogClip(  # type: ignore[misc]
+            warmup_steps=WARMUP, scope=scope, post_max_norm=1.0
+        )
+        for scope in ("tensor", "shard", "global")
+    },
     "ZClip": lambda: dist_clip.ZClip(warmup_steps=WARMUP),
+    "ZClip-tensor": lambda: dist_clip.ZClip(warmup_steps=WARMUP, scope="tensor"),
     "ZClip-mean": lambda: dist_clip.ZClip(warmup_steps=WARMUP, clip_option="mean"),
     "ZClip-percentile": lambda: dist_clip.ZClip(warmup_steps=WARMUP, mode="percentile", max_norm=None),
     "ZClip-skip": lambda: dist_clip.ZClip(warmup_steps=WARMUP, skip_update_on_spike=True),
@@ -320,7 +327,16 @@ def sharded_specs(layout: str) -> tuple[dict[str, tuple[tuple[int, ...], DeviceM
 
 @pytest.mark.parametrize(("kernels", "nonfinite"), KERNELS_AND_NONFINITE, indirect=["kernels"])
 @pytest.mark.parametrize(
-    "policy", ["GlobalNorm", "AdaGC-tensor-median", "AdaGC-shard-min", "AdaGC-global-min", "ZClip"]
+    "policy",
+    [
+        "GlobalNorm",
+        "AdaGC-tensor-median",
+        "AdaGC-shard-min",
+        "AdaGC-global-min",
+        "LogClip-tensor",
+        "LogClip-shard",
+        "ZClip",
+    ],
 )
 @pytest.mark.parametrize("layout", ["fsdp", "hsdp", "tp", "tp-fsdp", "ep", "pp", "pp-fsdp"])
 @pytest.mark.usefixtures("ranks", "kernels")

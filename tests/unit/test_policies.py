@@ -1,13 +1,16 @@
 """Every policy through GradClipper on plain parameters, against references in plain Python floats.
 
-Covers: GlobalNorm, AdaGC (three scopes, four gamma_init) and ZClip (its modes, with and without max_norm, clip_factor,
-skip_update_on_spike) over 160 steps of gradients set by hand: random norms, spikes, zeros, missing gradients, NaN, Inf,
-values of 1e-30 and 1e30; each way to treat non-finite gradients; tensors that start with zero gradients; tensors first
-seen late.
+Covers: GlobalNorm, AdaGC (three scopes, four gamma_init), LogClip (three scopes, with and without the global clip after
+the rule) and ZClip (three scopes, its modes, with and without max_norm, clip_factor, skip_update_on_spike) over 160 steps
+of gradients set by hand: random norms, spikes, zeros, missing gradients, NaN, Inf, values of 1e-30 and 1e30; each way to
+treat non-finite gradients; tensors that start with zero gradients; tensors first seen late; and what LogClip's constants
+guarantee, as docs/algorithms.md derives it.
 
 Tolerances: 1e-6 relative for norms, scales and state, which are fp32 scalars (half an ulp is 6e-8). AdaGC's reference
 rounds gamma to fp32 after each step, as one fp32 scalar of state demands: without that the EMA itself wanders by up to
-1e-6 in 100 steps. Gradients get 2e-6, because a scale within 1e-6 meets two more fp32 roundings.
+1e-6 in 100 steps. Gradients get 2e-6, because a scale within 1e-6 meets two more fp32 roundings. LogClip's level is a
+product of moves of bounded size, so that a rounding to the other neighbour stays until norms within the bound take it
+back: 2e-6, and its scale is a power of the level.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from torch import Tensor, nn
 
 import dist_clip
 from dist_clip.state import snapshot
+from tests import reference
 
 RTOL = 1e-6
 GRAD_RTOL = 2e-6
@@ -185,6 +189,25 @@ class RefZClip:
         return {"mean": self.mean, "var": self.var} if self.warm else {}
 
 
+class Shared:
+    """A rule of tests/reference.py."""
+
+    def __init__(self, rule: Any) -> None:
+        self.rule = rule
+        self.state_rtol = 2 * RTOL if isinstance(rule, reference.LogClip) else RTOL
+        self.scale_rtol = self.state_rtol * max(1.0, getattr(rule, "power", 1.0))
+        self.names: set[str] = set()
+
+    def step(self, norms: Norms) -> Scales:
+        self.names |= norms.keys()
+        return dict(self.rule.scales(norms))
+
+    def state(self) -> dict[str, float]:
+        names = {""} if isinstance(self.rule, reference.LogClipGlobal) else self.names
+        kept = {f"{slot}:{name}": x for name in names for slot, x in self.rule.memory(name).items() if slot != "count"}
+        return {key: x for key, x in kept.items() if is_set(x)}
+
+
 # ---- gradients set by hand -------------------------------------------------------------------------------------------
 
 Draw = Callable[[random.Random, int], str]
@@ -275,6 +298,7 @@ class Trial:
     def check(self, report: Any, grads: dict[str, Tensor | None], norms: Norms) -> None:
         scales = self.expected(norms)
         where = f"step {self.t}"
+        scale_rtol = getattr(self.reference, "scale_rtol", RTOL)
         names = list(report.names)
         assert names == list(SHAPES)
         assert report.num_grads == len(norms)
@@ -301,12 +325,13 @@ class Trial:
                 continue
             if n > 0.0:
                 assert report.scales[names.index(name)].item() == pytest.approx(
-                    s, rel=RTOL, abs=SUBNORMAL, nan_ok=True
+                    s, rel=scale_rtol, abs=SUBNORMAL, nan_ok=True
                 ), f"{where}: scale of {name}"
             if not math.isnan(s):
                 atol = SUBNORMAL * max(1.0, n)  # a scale below 1e-38 has few bits itself
+                rtol = GRAD_RTOL - RTOL + scale_rtol
                 torch.testing.assert_close(
-                    after.double(), grad.double() * s, rtol=GRAD_RTOL, atol=atol, msg=label(f"{where}: {name}")
+                    after.double(), grad.double() * s, rtol=rtol, atol=atol, msg=label(f"{where}: {name}")
                 )
         finite = {n: x for n, x in norms.items() if math.isfinite(x) or self.nonfinite != "zero"}
         assert report.global_norm is not None
@@ -314,17 +339,15 @@ class Trial:
         state = snapshot(self.clipper)
         assert state["step"] == self.t
         want = self.reference.state()
-        got = flat_state(state, self.global_gamma)
+        got = flat_state(state)
         if not getattr(self.reference, "warm", True):  # how ZClip keeps its record is its own affair
             got = {}
         assert got.keys() == want.keys(), f"{where}: {got} {want}"
         for key, value in want.items():
-            rel, floor = (4 * RTOL, 4 * RTOL * self.reference.mean**2) if key == "var" else (RTOL, SUBNORMAL)
+            rel, floor = getattr(self.reference, "state_rtol", RTOL), SUBNORMAL
+            if key.startswith("var"):
+                rel, floor = 4 * RTOL, 4 * RTOL * want[key.replace("var", "mean")] ** 2
             assert got[key] == pytest.approx(value, rel=rel, abs=floor), f"{where}: {key}"
-
-    @property
-    def global_gamma(self) -> bool:
-        return getattr(self.reference, "scope", "") == "global"
 
 
 def leaves(tree: Any, key: str) -> list[float]:
@@ -340,18 +363,18 @@ def leaves(tree: Any, key: str) -> list[float]:
 
 
 def is_set(x: float) -> bool:
-    """A gamma that holds an observation; a clipper may leave an unseen tensor out, or store 0 or NaN for it."""
+    """A slot that holds an observation; a clipper may leave an unseen tensor out, or store 0 or NaN for it."""
     return math.isfinite(x) and x != 0.0
 
 
-def flat_state(state: dict[str, Any], global_gamma: bool) -> dict[str, float]:
+def flat_state(state: dict[str, Any]) -> dict[str, float]:
     out = {}
-    for name, entry in state["tensors"].items():
-        if "gamma" in entry and is_set(float(entry["gamma"])):
-            out[f"gamma:{name}"] = float(entry["gamma"])
-    if global_gamma:
-        [gamma] = leaves(state["global"], "gamma")
-        out |= {"gamma:": gamma} if is_set(gamma) else {}
+    for slot in ("gamma", "level", "streak", "mean", "var"):
+        for name, entry in state["tensors"].items():
+            if slot in entry and is_set(float(entry[slot])):
+                out[f"{slot}:{name}"] = float(entry[slot])
+    for slot in ("gamma", "level", "streak"):
+        out |= {f"{slot}:": x for x in leaves(state["global"], slot) if is_set(x)}
     mean, var = leaves(state["global"], "mean"), leaves(state["global"], "var")
     if mean and is_set(mean[0]):
         out |= {"mean": mean[0], "var": var[0]}
@@ -455,6 +478,195 @@ def test_zclip_settings(settings: dict[str, Any]) -> None:
 def test_zclip_nonfinite(mode: dict[str, Any], nonfinite: str) -> None:
     settings = {**mode, "warmup_steps": WARMUP}
     run(dist_clip.ZClip(**settings), RefZClip(**settings), dirty, WHOLE_STEP_DIRTY, nonfinite, seed=7)
+
+
+@pytest.mark.parametrize("stream", STREAMS)
+@pytest.mark.parametrize("extra", [{}, {"mode": "percentile", "max_norm": None}], ids=str)
+@pytest.mark.parametrize("scope", ["tensor", "shard"])
+def test_zclip_for_each_tensor(scope: Any, extra: dict[str, Any], stream: str) -> None:
+    ours = dist_clip.ZClip(scope=scope, warmup_steps=WARMUP, **extra)
+    run(ours, Shared(reference.ZClipEach(warmup_steps=WARMUP, **extra)), *STREAMS[stream], seed=8)
+
+
+@pytest.mark.parametrize("nonfinite", MODES)
+def test_zclip_for_each_tensor_nonfinite(nonfinite: str) -> None:
+    ours = dist_clip.ZClip(scope="tensor", warmup_steps=WARMUP)
+    theirs = Shared(reference.ZClipEach(warmup_steps=WARMUP))
+    run(ours, theirs, dirty, WHOLE_STEP_DIRTY, nonfinite, seed=9)
+
+
+# Each of them meets its patience within the run.
+LOGCLIP_SETTINGS: list[dict[str, Any]] = [
+    {},
+    {"ratio": 1.2, "patience": 2},
+    {"ratio": 1.05, "power": 1.0, "rate": 0.2, "patience": 0, "max_norm": 5.0},
+    {"ratio": 4.0, "power": 3.5, "rate": 1.0, "warmup_ratio": 1.5},
+    {"warmup_steps": 0, "ratio": 1.1, "patience": 1},
+    {"warmup_steps": 1, "power": 0.5},
+    {"warmup_steps": STEPS + 10},
+    {"post_max_norm": 0.3},
+]
+
+
+def log_clips(scope: Any, settings: dict[str, Any]) -> tuple[dist_clip.LogClip, Shared]:
+    settings = {"warmup_steps": WARMUP, **settings}
+    rule = reference.LogClipGlobal if scope == "global" else reference.LogClip
+    return dist_clip.LogClip(scope=scope, **settings), Shared(rule(**settings))
+
+
+LOGCLIP_CASES = [
+    *(("tensor", settings) for settings in LOGCLIP_SETTINGS),
+    *((scope, LOGCLIP_SETTINGS[k]) for scope in ("shard", "global") for k in (1, 4, -1)),
+]
+
+
+@pytest.mark.parametrize("stream", STREAMS)
+@pytest.mark.parametrize(("scope", "settings"), LOGCLIP_CASES, ids=str)
+def test_logclip(scope: str, settings: dict[str, Any], stream: str) -> None:
+    run(*log_clips(scope, settings), *STREAMS[stream], seed=10)
+
+
+@pytest.mark.parametrize("nonfinite", MODES)
+@pytest.mark.parametrize("settings", [LOGCLIP_SETTINGS[1], LOGCLIP_SETTINGS[-1]], ids=str)
+@pytest.mark.parametrize("scope", ["tensor", "shard", "global"])
+def test_logclip_nonfinite(scope: str, settings: dict[str, Any], nonfinite: str) -> None:
+    run(*log_clips(scope, settings), dirty, WHOLE_STEP_DIRTY, nonfinite, seed=11)
+
+
+def test_logclip_defaults() -> None:
+    run(dist_clip.LogClip(), Shared(reference.LogClip()), *STREAMS["mild"], seed=12)
+
+
+# ---- what LogClip's constants guarantee ------------------------------------------------------------------------------
+
+
+def follow(policy: dist_clip.LogClip, norms: list[float], level: float = 1.0) -> tuple[list[float], list[float]]:
+    """Scales and levels of one element, long past its warm-up and at `level`, as it sees `norms`."""
+    state = policy.init_state(1, torch.device("cpu"))
+    state["level"] += level
+    state["count"] += 1000
+    t = torch.tensor(policy.warmup_steps + 1)
+    scales, levels = [], []
+    for norm in norms:
+        scale, state = policy.step(state, torch.tensor([norm], dtype=torch.float64), None, t)
+        scales.append(scale.item())
+        levels.append(state["level"].item())
+    return scales, levels
+
+
+def test_a_fault_within_the_patience_is_not_followed() -> None:
+    """Whatever its size: ratio ** rate a step, 1.52 after 20 steps; and its gradients are scaled to next to nothing."""
+    policy = dist_clip.LogClip()
+    for size in (6.0, 1e2, 1e6):
+        scales, levels = follow(policy, [size] * policy.patience)
+        assert levels[19] == pytest.approx(2 ** (0.03 * 20), rel=1e-5)
+        assert max(levels) <= 2 ** (0.03 * policy.patience) * (1 + 1e-5)
+        assert scales[0] == pytest.approx((2 / size) ** 2)
+        # A norm of r levels is let through as 4 / r levels: less, the larger the fault.
+        assert scales[19] * size <= 4 * levels[18] ** 2 / size * (1 + 1e-5)
+
+
+@pytest.mark.parametrize(("rise", "steps"), [(2.0, 0), (3.0, 20), (8.0, 55), (100.0, 60), (1e6, 63)])
+def test_a_lasting_rise_is_let_through(rise: float, steps: int) -> None:
+    scales, levels = follow(dist_clip.LogClip(), [rise] * 200)
+    assert scales.index(1.0) == steps
+    assert min(scales[steps:]) == 1.0
+    assert levels[-1] > 0.4 * rise
+
+
+def test_any_lasting_rise_is_let_through_within_the_patience_and_one_over_rate_steps() -> None:
+    policy = dist_clip.LogClip()
+    scales, _ = follow(policy, [1e30] * 100)
+    assert scales.index(1.0) <= policy.patience + math.ceil(1 / policy.rate)
+
+
+@pytest.mark.parametrize("growth", [1.01, 1.0205, 1.03, 1.05, 1.1, 1.5])
+def test_growth_has_a_smallest_scale(growth: float) -> None:
+    """Up to ratio ** rate a step nothing is clipped; above it the patience bounds how far the level can fall behind."""
+    policy = dist_clip.LogClip()
+    scales, _ = follow(policy, [growth**k for k in range(1, int(80 / math.log10(growth)) // 4)])
+    if growth <= 2**0.03:
+        assert min(scales) == 1.0
+        return
+    k = policy.patience
+    bound = (growth ** (k + 1) / 2 ** (0.03 * k)) ** -2
+    assert bound * (1 - 1e-4) <= min(scales) < 1
+    assert 1.0 in scales[-2 * k :], "it is let through again and again"
+
+
+def test_a_level_that_climbs_far_is_as_exact_as_any() -> None:
+    """60 powers of ten in a few moves: a factor that is off in fp32 would show."""
+    settings: dict[str, Any] = {"rate": 0.3, "patience": 0, "warmup_steps": 0}
+    ours, theirs = dist_clip.LogClip(**settings), reference.LogClip(**settings)
+    state = ours.init_state(1, torch.device("cpu"))
+    for t, norm in enumerate([1e-30, 1e30, 1e30, 1e30, 1e30, 3e30], start=1):
+        scale, state = ours.step(state, torch.tensor([norm], dtype=torch.float64), None, torch.tensor(t))
+        assert scale.item() == pytest.approx(theirs.scales({"w": norm})["w"], rel=RTOL)
+        assert state["level"].item() == pytest.approx(theirs.memory("w")["level"], rel=RTOL)
+
+
+def test_a_patience_that_never_ends_is_the_rule_without_repair() -> None:
+    scales, _ = follow(dist_clip.LogClip(patience=10**9), [8.0] * 200)
+    assert scales.index(1.0) == 67
+    scales, _ = follow(dist_clip.LogClip(patience=10**9), [1.05**k for k in range(1, 1000)])
+    assert scales[-1] < 1e-20
+
+
+def test_a_level_too_low_after_a_short_warm_up_is_left_behind() -> None:
+    """The dip: norms of 0.02 while it warms up, 0.5 for good after it. Without the repair it takes twice as long."""
+    for patience, steps in ((50, 58), (10**9, 121)):
+        a, b, clipper = two_tensors(dist_clip.LogClip(warmup_steps=25, max_norm=100.0, patience=patience))
+        scales = []
+        for t in range(1, 251):
+            a.grad, b.grad = torch.full((4,), 0.01 if t <= 25 else 0.25), torch.full((9,), 0.01)
+            scales.append(clipper.clip_().scales[0].item())
+        assert scales[:25] == [1.0] * 25
+        assert scales.index(1.0, 25) == 25 + steps
+        assert min(scales[25 + steps :]) == 1.0
+
+
+def test_what_a_late_element_saw_first_does_not_last() -> None:
+    """It counts its own observations: its level is their mean at first, in bounded moves, and no norm of all steps'."""
+    policy = dist_clip.LogClip(warmup_steps=0)
+    state = policy.init_state(1, torch.device("cpu"))
+    levels = []
+    for k, norm in enumerate([0.0, 0.0, 8.0, 1.0, 1.0, 1.0], start=500):
+        norms = torch.tensor([norm], dtype=torch.float64)
+        scale, state = policy.step(state, norms, None, torch.tensor(k))
+        assert scale.item() == 1.0
+        levels.append(state["level"].item())
+    assert levels[:3] == [0.0, 0.0, 8.0]
+    assert levels[3:] == pytest.approx([8 / 2 ** (1 / 2), 8 / 2 ** (1 / 2 + 1 / 3), 8 / 2 ** (1 / 2 + 1 / 3 + 1 / 4)])
+    assert state["count"].item() == 4
+
+
+def test_steps_without_an_observation_leave_the_streak_alone() -> None:
+    policy = dist_clip.LogClip(warmup_steps=0, patience=3)
+    state = policy.init_state(1, torch.device("cpu"))
+    streaks = []
+    for norm in (1.0, 9.0, 9.0, 0.0, math.nan, math.inf, 9.0, 1.0, 9.0):
+        _, state = policy.step(state, torch.tensor([norm], dtype=torch.float64), None, torch.tensor(9))
+        streaks.append(state["streak"].item())
+    assert streaks == [0, 1, 2, 2, 2, 2, 3, 0, 1]
+
+
+@pytest.mark.parametrize("power", [2.0, 1.7])
+def test_an_elements_bits_do_not_depend_on_its_place(power: float) -> None:
+    """A tensor that two pipeline stages hold lies elsewhere in each stage's vector; its copies must not drift apart."""
+    policy = dist_clip.LogClip(power=power, patience=2, warmup_steps=3, ratio=1.1)
+    n = 1027
+    gen = torch.Generator().manual_seed(0)
+    alone = [policy.init_state(1, torch.device("cpu")) for _ in range(7)]
+    places = [0, 1, 5, 510, 1023, 1025, 1026]
+    together = policy.init_state(n, torch.device("cpu"))
+    for t in range(1, 40):
+        norms = torch.exp(torch.randn(n, generator=gen, dtype=torch.float64))
+        total = norms.square().sum().sqrt() if t <= 3 else None
+        scales, together = policy.step(together, norms, total, torch.tensor(t))
+        for k, place in enumerate(places):
+            scale, alone[k] = policy.step(alone[k], norms[place : place + 1], total, torch.tensor(t))
+            assert scale.item() == scales[place].item()
+            assert all(alone[k][slot].item() == together[slot][place].item() for slot in together)
 
 
 # ---- the traps, one by one -------------------------------------------------------------------------------------------
@@ -575,7 +787,11 @@ ALL_POLICIES = {
     "AdaGC-tensor": lambda w: dist_clip.AdaGC(warmup_steps=w),
     "AdaGC-shard": lambda w: dist_clip.AdaGC(warmup_steps=w, scope="shard"),
     "AdaGC-global": lambda w: dist_clip.AdaGC(warmup_steps=w, scope="global", gamma_init="median"),
+    "LogClip-tensor": lambda w: dist_clip.LogClip(warmup_steps=w),
+    "LogClip-shard": lambda w: dist_clip.LogClip(warmup_steps=w, scope="shard", post_max_norm=0.5),
+    "LogClip-global": lambda w: dist_clip.LogClip(warmup_steps=w, scope="global"),
     "ZClip": lambda w: dist_clip.ZClip(warmup_steps=w),
+    "ZClip-tensor": lambda w: dist_clip.ZClip(warmup_steps=w, scope="tensor"),
     "ZClip-percentile": lambda w: dist_clip.ZClip(warmup_steps=w, mode="percentile", max_norm=None),
 }
 

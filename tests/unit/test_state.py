@@ -241,3 +241,14 @@ def test_damaged_policies(line: Any) -> None:
     state = clipper.state_dict()
     with pytest.raises(ValueError, match="policies are damaged"):
         clipper.load_state_dict({**state, "policies": [line]}, strict=False)
+
+
+def test_zclip_states_from_before_it_had_a_scope_load() -> None:
+    """The default says nothing of its scope, so that the two are the same; another scope is another rule."""
+    assert "scope" not in dist_clip.ZClip().config()
+    old = trained(dist_clip.ZClip(), "w")
+    new = trained(dist_clip.ZClip(scope="global"), "w", steps=0)
+    new.load_state_dict(old.state_dict())
+    assert str(new.state_dict()) == str(old.state_dict())
+    with pytest.raises(ValueError, match="made by other policies"):
+        trained(dist_clip.ZClip(scope="tensor"), "w", steps=0).load_state_dict(old.state_dict())

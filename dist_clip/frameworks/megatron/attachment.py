@@ -49,7 +49,7 @@ def attach(
 
     Args:
         optimizer: what ``get_megatron_optimizer`` returned (chained, distributed, layer-wise, mixed-precision or fp32).
-        policy: `GlobalNorm`, `AdaGC` or `ZClip`.
+        policy: `GlobalNorm`, `AdaGC`, `LogClip` or `ZClip`.
         model: the model chunk, or the list of chunks, that the optimizer was made from.
         nonfinite, groups, exclude: as for `GradClipper`; patterns match global names, as ``explain()`` lists them. With
             "skip" the step reports itself unsuccessful, as Megatron's own skipped steps do.

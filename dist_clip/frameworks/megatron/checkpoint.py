@@ -64,7 +64,7 @@ def load(clipper: GradClipper, payload: Any) -> None:
         else:
             warnings.warn(
                 "scope 'shard': the checkpoint was saved under another layout, so what each shard remembers does not fit "
-                "and starts afresh (a shard's first norm sets its gamma)",
+                "and starts afresh, with its next norm",
                 stacklevel=2,
             )
             for name in own:

@@ -11,12 +11,22 @@ from torch import nn
 from dist_clip.clipper import GradClipper
 from dist_clip.domains import NonFinite
 from dist_clip.frameworks.megatron.attachment import attach
-from dist_clip.policies import AdaGC, GlobalNorm, Policy, ZClip
+from dist_clip.policies import AdaGC, GlobalNorm, LogClip, Policy, ZClip
 from dist_clip.policies.adagc import GammaInit
 from dist_clip.policies.zclip import ClipOption, Mode
 
-MODES = ("global", "adagc", "adagc-shard", "adagc-global", "zclip")
-_SCOPES: dict[str, Any] = {"adagc": "tensor", "adagc-shard": "shard", "adagc-global": "global"}
+_SCOPED: dict[str, tuple[type[AdaGC | LogClip | ZClip], Any]] = {
+    "adagc": (AdaGC, "tensor"),
+    "adagc-shard": (AdaGC, "shard"),
+    "adagc-global": (AdaGC, "global"),
+    "zclip": (ZClip, "global"),
+    "zclip-tensor": (ZClip, "tensor"),
+    "zclip-shard": (ZClip, "shard"),
+    "logclip": (LogClip, "tensor"),
+    "logclip-shard": (LogClip, "shard"),
+    "logclip-global": (LogClip, "global"),
+}
+MODES = ("global", *_SCOPED)
 
 # Flag of one rule -> the policy's argument. No defaults here: a flag that was not given leaves the policy's own.
 _ADAGC = {
@@ -36,6 +46,16 @@ _ZCLIP = {
     "zclip_skip_update_on_spike": "skip_update_on_spike",
     "zclip_eps": "eps",
 }
+_LOGCLIP = {
+    "logclip_ratio": "ratio",
+    "logclip_power": "power",
+    "logclip_rate": "rate",
+    "logclip_warmup_steps": "warmup_steps",
+    "logclip_warmup_ratio": "warmup_ratio",
+    "logclip_patience": "patience",
+    "logclip_post_max_norm": "post_max_norm",
+}
+_FLAGS: dict[type[Policy], dict[str, str]] = {GlobalNorm: {}, AdaGC: _ADAGC, LogClip: _LOGCLIP, ZClip: _ZCLIP}
 
 
 def add_clip_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -67,6 +87,13 @@ def add_clip_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "--zclip-skip-update-on-spike", action="store_const", const=True, help="A spike leaves mean and variance alone."
     )
     add("--zclip-eps", type=float, help="Added to the standard deviation.")
+    add("--logclip-ratio", type=float, help="How far above its level a norm may go.")
+    add("--logclip-power", type=float, help="How hard a norm above that is scaled down; 1 is to the threshold.")
+    add("--logclip-rate", type=float, help="Share of the log of a norm's ratio that the level moves by.")
+    add("--logclip-warmup-steps", type=int, help="Steps of global clipping at --clip-grad before the rule starts.")
+    add("--logclip-warmup-ratio", type=float, help="Bound of one warm-up observation, in levels.")
+    add("--logclip-patience", type=int, help="Clipped steps running before a level follows without a bound.")
+    add("--logclip-post-max-norm", type=float, help="Clip the result globally at this norm.")
     add("--grad-clip-nonfinite", choices=get_args(NonFinite), help="What a NaN or Inf in a gradient leads to.")
     add(
         "--grad-clip-exclude",
@@ -94,31 +121,34 @@ def policy_from_args(args: argparse.Namespace, clip_grad: float) -> Policy | Non
 
     Args:
         args: parsed arguments, with the flags of `add_clip_args`.
-        clip_grad: Megatron's ``--clip-grad``: threshold of GlobalNorm and of AdaGC's warm-up, upper bound of ZClip's norm.
+        clip_grad: Megatron's ``--clip-grad``: threshold of GlobalNorm and of the warm-up of AdaGC and LogClip, upper bound
+            of ZClip's norm.
 
     Raises:
         ValueError: flags that contradict each other, or values that a policy refuses; each named.
     """
     mode = getattr(args, "grad_clip_mode", None)
-    given = {flag for flag in (*_ADAGC, *_ZCLIP) if getattr(args, flag, None) is not None}
+    given = {flag for flags in _FLAGS.values() for flag in flags if getattr(args, flag, None) is not None}
     if mode is None:
         others = {"grad_clip_nonfinite", "grad_clip_exclude", "no_grad_clip_log_norm", "grad_clip_detect_desync"}
         stray = sorted(given | {flag for flag in others if getattr(args, flag, None) is not None})
         if stray:
             raise ValueError(f"{_flags(stray)} without --grad-clip-mode: give it one of {', '.join(MODES)}")
         return None
-    of_rule = {"global": {}, "zclip": _ZCLIP}.get(mode, _ADAGC)
-    stray = sorted(given - set(of_rule))
+    rule, scope = _SCOPED.get(mode, (GlobalNorm, None))
+    stray = sorted(given - set(_FLAGS[rule]))
     if stray:
         raise ValueError(f"{_flags(stray)} does not go with --grad-clip-mode {mode}")
-    options = {argument: getattr(args, flag) for flag, argument in of_rule.items() if flag in given}
-    if mode == "zclip":
+    options: dict[str, Any] = {
+        argument: getattr(args, flag) for flag, argument in _FLAGS[rule].items() if flag in given
+    }
+    if scope is not None:
+        options["scope"] = scope
+    if rule is ZClip:
         return ZClip(max_norm=clip_grad if clip_grad > 0 else None, **options)
     if not clip_grad > 0:
         raise ValueError(f"--grad-clip-mode {mode} clips at --clip-grad, which must be above 0, got {clip_grad}")
-    if mode == "global":
-        return GlobalNorm(max_norm=clip_grad)
-    return AdaGC(max_norm=clip_grad, scope=_SCOPES[mode], **options)
+    return rule(max_norm=clip_grad, **options)
 
 
 def attach_from_args(

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import dist_clip
 from tests import reference
 from tests.reference import fp32
 
@@ -62,10 +63,14 @@ def check(case: Case, ranks: list[dict[str, Any]]) -> None:
 
 def reference_rule(policy: Any) -> Any:
     options = dataclasses.asdict(policy)
-    scope = options.pop("scope", None)
-    if type(policy).__name__ == "AdaGC":
-        return reference.AdaGCGlobal(**options) if scope == "global" else reference.AdaGC(**options)
-    return {"GlobalNorm": reference.GlobalGC, "ZClip": reference.ZClip}[type(policy).__name__](**options)
+    whole = options.pop("scope", "global") == "global"
+    rules: dict[str, tuple[Any, Any]] = {  # at scope "global", and at the others
+        "GlobalNorm": (reference.GlobalGC, None),
+        "AdaGC": (reference.AdaGCGlobal, reference.AdaGC),
+        "LogClip": (reference.LogClipGlobal, reference.LogClip),
+        "ZClip": (reference.ZClip, reference.ZClipEach),
+    }
+    return rules[type(policy).__name__][0 if whole else 1](**options)
 
 
 @dataclasses.dataclass
@@ -76,11 +81,20 @@ class Group:
     policy: Any
     rule: Any
     names: list[str]
-    largest: float = 0.0  # largest mean so far, of ZClip
+    largest: dict[Key, float] = dataclasses.field(default_factory=dict)  # largest mean so far, of ZClip
+    smallest: dict[Key, float] = dataclasses.field(default_factory=dict)  # smallest level so far, of LogClip
 
     @property
     def shards(self) -> bool:
-        return getattr(self.policy, "scope", "") == "shard"
+        return self.scope == "shard"
+
+    def level_error(self, key: Key) -> float:
+        """Relative error of LogClip's level, beside RTOL: it moves by factors, so what was lost when it was small stays."""
+        return SUBNORMAL / self.smallest[key] if self.smallest.get(key) else 0.0
+
+    @property
+    def scope(self) -> str:
+        return str(getattr(self.policy, "scope", "global"))
 
 
 @dataclasses.dataclass
@@ -198,14 +212,21 @@ class Checker:
         if not raised and not skipped:
             self.t += 1
             for group, mine in zip(self.groups, grads, strict=True):
-                known = dict(getattr(group.rule, "gamma", {}))
+                known = {key: group.rule.memory(key) for key in mine}
                 outcome = reference.clip(group.rule, mine, mode)
                 scales |= outcome.scales
                 for key, scale in outcome.scales.items():
-                    gamma = known.get("N" if isinstance(group.rule, reference.AdaGCGlobal) else key)
-                    atol[key] += abs(scale) * SUBNORMAL / gamma if gamma and math.isfinite(scale) else 0.0
-                if isinstance(group.rule, reference.ZClip):
-                    group.largest = max(group.largest, 0.0 if math.isnan(group.rule.mean) else group.rule.mean)
+                    gamma = known[key].get("gamma", 0.0)
+                    error = SUBNORMAL / gamma if gamma else 0.0
+                    if isinstance(group.policy, dist_clip.LogClip):
+                        # With a global clip after the rule, each scale has a part of the others' errors.
+                        others = mine if group.policy.post_max_norm is not None else [key]
+                        error = group.policy.power * max(map(group.level_error, others))
+                    atol[key] += abs(scale) * error if math.isfinite(scale) else 0.0
+                for key in mine:
+                    memory = group.rule.memory(key)
+                    group.largest[key] = max(group.largest.get(key, 0.0), memory.get("mean", 0.0))
+                    group.smallest[key] = min(group.smallest.get(key, math.inf), memory.get("level") or math.inf)
         clipped = math.sqrt(sum((scales[key] * norm) ** 2 for key, norm in counted.items()))
         return Expected(norms, scales, atol, bad, skipped, raised, total, clipped)
 
@@ -299,7 +320,8 @@ class Checker:
         self.check_global_norm(report, expected)
 
     def scale_rtol(self, name: str) -> float:
-        return self.z_rtol if isinstance(self.group_of[name].rule, reference.ZClip) else RTOL
+        policy = self.group_of[name].policy
+        return self.z_rtol if isinstance(policy, dist_clip.ZClip) else RTOL * max(1.0, getattr(policy, "power", 1.0))
 
     def check_global_norm(self, report: dict[str, Any], expected: Expected) -> None:
         norm, clipped = report["global_norm"], report["clipped_global_norm"]
@@ -319,12 +341,12 @@ class Checker:
             require(close(clipped, due, atol, rtol), f"clipped global norm {clipped}, not {due}")
 
     def check_log(self, rank: int, entry: dict[str, Any], step: int) -> None:
-        """Collectives: none across stages once AdaGC's warm-up is over, none at all where nothing is split."""
+        """Collectives: none across stages once the warm-ups are over, none at all where nothing is split."""
         log = [(name, ranks) for name, ranks in entry.get("log", ()) if len(ranks) > 1]
         warm = all(
-            type(group.policy).__name__ == "AdaGC"
-            and group.policy.scope != "global"
-            and self.t > group.policy.warmup_steps
+            group.scope != "global"
+            and group.policy.post_max_norm is None
+            and (isinstance(group.policy, dist_clip.ZClip) or self.t > group.policy.warmup_steps)
             for group in self.groups
         )
         case = self.case
@@ -388,32 +410,26 @@ class Checker:
             require(previous is None or repr(previous) == repr(state), "a skipped step changed the state")
         self.before[rank] = state
         for group in self.groups:
-            if isinstance(group.rule, reference.GlobalGC):
+            if group.scope == "global":
+                self.check_memory(group, None, state["global"].get(group.pattern, {}), group.pattern)
                 continue
-            if isinstance(group.rule, reference.ZClip):
-                self.check_zclip(group, state["global"][group.pattern])
-            elif isinstance(group.rule, reference.AdaGCGlobal):
-                gamma = state["global"][group.pattern]["gamma"]
-                due = group.rule.gamma.get("N", 0.0)
-                require(close(gamma, due), f"gamma of {group.pattern}: {gamma}, not {due}")
-            else:
-                for name in group.names:
-                    if name in self.index[rank]:
-                        gamma = state["tensors"][name]["gamma"]
-                        due = group.rule.gamma.get(self.key(rank, name), 0.0)
-                        require(close(gamma, due), f"{name}: gamma {gamma}, not {due}")
+            for name in group.names:
+                if name in self.index[rank]:
+                    self.check_memory(group, self.key(rank, name), state["tensors"][name], name)
 
-    def check_zclip(self, group: Group, slots: dict[str, Any]) -> None:
-        rule = group.rule
-        count = len(rule.record)
-        require(slots["count"] == count, "ZClip's count", slots["count"], count)
-        if not count:
-            return
-        require(close(slots["mean"], rule.mean, 1e-300, self.z_rtol), f"mean {slots['mean']}, not {rule.mean}")
-        # A difference of nearly equal squares: its error is that of the squares, the largest that were ever in it.
-        atol = (1e-13 if self.z_rtol == RTOL else 4 * RTOL) * group.largest**2
-        good = close(slots["var"], rule.var, atol, 10 * self.z_rtol)
-        require(good, f"variance {slots['var']}, not {rule.var}")
+    def check_memory(self, group: Group, key: Key | None, slots: dict[str, Any], where: str) -> None:
+        for slot, due in group.rule.memory(key).items():
+            rtol, atol = RTOL, SUBNORMAL
+            if slot == "level":
+                keys = group.smallest if key is None else [key]
+                rtol += max(map(group.level_error, keys), default=0.0)
+            elif slot == "mean":
+                rtol, atol = self.z_rtol, 1e-300
+            elif slot == "var":
+                # A difference of nearly equal squares: its error is that of the squares, the largest that were ever in it.
+                largest = max(group.largest.values(), default=0.0) if key is None else group.largest.get(key, 0.0)
+                rtol, atol = 10 * self.z_rtol, (1e-13 if self.z_rtol == RTOL else 4 * RTOL) * largest**2
+            require(close(slots[slot], due, atol, rtol), f"{slot} of {where}: {slots[slot]}, not {due}")
 
     def check_agreement(self, step: int) -> None:
         """Ranks that hold the same tensor (scope "shard": piece) agree on its norm, scale and state to the bit."""

@@ -58,6 +58,22 @@ def adagcs() -> SearchStrategy[Any]:
 
 
 @functools.cache
+def logclips() -> SearchStrategy[Any]:
+    return st.builds(
+        dist_clip.LogClip,
+        ratio=st.sampled_from([2.0, 1.1, 8.0]),
+        power=st.sampled_from([2.0, 1.0, 0.5]),
+        rate=st.sampled_from([0.03, 0.3, 1.0]),
+        warmup_steps=st.integers(0, 4),
+        max_norm=st.sampled_from([1.0, 0.1, 10.0, 1000.0, math.inf]),
+        scope=st.sampled_from(["tensor", "tensor", "shard", "global"]),
+        warmup_ratio=st.sampled_from([100.0, 1.5]),
+        patience=st.integers(0, 3),
+        post_max_norm=st.sampled_from([None, None, 1.0, 0.01, 1000.0]),
+    )
+
+
+@functools.cache
 def zclips() -> SearchStrategy[Any]:
     return st.builds(
         dist_clip.ZClip,
@@ -70,12 +86,13 @@ def zclips() -> SearchStrategy[Any]:
         max_norm=st.sampled_from([1.0, None, 5.0]),
         skip_update_on_spike=st.booleans(),
         eps=st.sampled_from([1e-6, 1e-3]),
+        scope=st.sampled_from(["global", "tensor", "shard"]),
     )
 
 
 @functools.cache
 def policies() -> SearchStrategy[Any]:
-    return st.one_of(global_norms(), adagcs(), adagcs(), zclips())
+    return st.one_of(global_norms(), adagcs(), logclips(), zclips())
 
 
 # ---------------------------------------------------------------- hand-made tensors
