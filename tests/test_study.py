@@ -44,6 +44,7 @@ ROOT = Path(__file__).parents[1]
 ROWS = ROOT / "docs/data/study/rows.jsonl"
 PAGE = ROOT / "docs/stability.md"
 IMAGES = ROOT / "docs/images"
+FIGURES = ("excursions-batch", "excursions-grad", "price", "course", "clipping", "tracking")
 
 
 def elsewhere(function: Any, *args: Any) -> Any:
@@ -333,7 +334,7 @@ def test_a_quick_study_from_the_command_line(tmp_path: Path) -> None:
     assert list(rows.keys() ^ {spec.id for family in grid.families() for spec in family.specs}) == []
     assert all(row["validation"] < 5.6 for row in rows.values())
     drawn = {path.name for path in out.glob("*.png")}
-    assert drawn == {f"study-{name}.png" for name in ("excursions", "price", "course", "clipping", "tracking")}
+    assert drawn == {f"study-{name}.png" for name in FIGURES}
     page = (out / "stability.md").read_text()
     assert "18k parameters" in page
     before = (out / "rows.jsonl").read_bytes()
@@ -390,6 +391,8 @@ def test_excursions_are_compared_on_common_seeds() -> None:
     )
     assert got.excursion_ratio(QUICK_SETTING, "zclip", "batch") == pytest.approx(0.2)
     assert got.excursion_ratio(QUICK_SETTING, "zclip", "grad") is None
+    line = next(line for line in tables(got)["summary"].splitlines() if line.startswith("| ZClip |"))
+    assert "| 0.20 | 0 of 1 |" in line
     text = tables(got)["cells"]
     assert "0.60 / 0.60 | not in 31" in text
     assert "inf / inf" in text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,7 +26,7 @@ SMALLEST = 1e-3
 
 def draw(results: Results, folder: Path) -> list[Path]:
     figures: dict[str, Callable[[Results], Any]] = {
-        "study-excursions.png": excursions,
+        **{f"study-excursions-{f}.png": functools.partial(excursions, fault=f) for f in results.faults()},
         "study-price.png": prices,
         "study-course.png": courses,
         "study-clipping.png": clipping,
@@ -47,58 +48,50 @@ def colour(results: Results, policy: str) -> Any:
     return plt.get_cmap("tab20" if len(shown) > 10 else "tab10")(shown.index(policy))
 
 
-def excursions(results: Results) -> Any:
-    """How far each fault throws the loss: one panel a fault, a column a setting, a dot a seed."""
-    faults = list(results.faults())
-    settings = [s for s in results.settings if any(results.of(s, BASELINE, fault) for fault in faults)]
+def excursions(results: Results, fault: str) -> Any:
+    """How far a fault throws the loss: a panel a setting, a dot a seed."""
+    settings = [s for s in results.settings if results.of(s, BASELINE, fault)]
+    names = [p for p in results.grid.raw["policy"] if any(results.of(s, p, fault) for s in settings)]
     if not settings:
         return None
-    figure, panels = plt.subplots(
-        len(faults), len(settings), figsize=(2.2 + 1.9 * len(settings), 3.1 * len(faults)), sharex=True, sharey=True,
-        layout="constrained", squeeze=False,
-    )  # fmt: skip
-    names = [p for p in results.grid.raw["policy"] if any(results.of(s, p, f) for s in settings for f in faults)]
-    for row, fault in zip(panels, faults, strict=True):
-        for axes, setting in zip(row, settings, strict=True):
-            for y, policy in enumerate(names):
-                values = [max(SMALLEST, v) for v in results.excursions(setting, policy, fault).values()]
-                finite = [v for v in values if math.isfinite(v)]
-                if finite:
-                    tone = colour(results, policy)
-                    axes.plot(finite, [y] * len(finite), "o", color=tone, markersize=3.5, alpha=0.5, mew=0)
-                    axes.plot(sum(finite) / len(finite), y, "|", color=tone, markersize=14, mew=2.5)
-                if len(finite) < len(values):
-                    axes.text(1.0, y, "diverged", transform=axes.get_yaxis_transform(), ha="right", fontsize="x-small")
-            base = [v for v in results.excursions(setting, BASELINE, fault).values() if math.isfinite(v)]
-            if base:
-                axes.axvline(sum(base) / len(base) / 5, color="0.5", linewidth=0.9, linestyle=":", zorder=0)
-            axes.set_xscale("log")
-            axes.grid(axis="x", color="0.93", zorder=-1)
-            plain(axes)
-        row[0].set_ylabel(results.grid.title("fault", fault))
-    panels[0][0].set_yticks(range(len(names)), [results.grid.title("policy", name) for name in names])
-    panels[0][0].invert_yaxis()
-    for axes, setting in zip(panels[0], settings, strict=True):
-        axes.set_title(setting.title(results.grid).replace(", ", "\n"), fontsize="small")
-    figure.supxlabel("largest excess of the training loss over the run without the fault (nats a byte, log scale)")
-    figure.suptitle("How far does a fault throw the loss? Dots: seeds; bars: means; dotted: a fifth of GlobalGC's")
+    figure, panels = wrapped(results, settings, names)
+    for axes, setting in zip(panels, settings, strict=True):
+        for y, policy in enumerate(names):
+            values = [max(SMALLEST, v) for v in results.excursions(setting, policy, fault).values()]
+            finite = [v for v in values if math.isfinite(v)]
+            if finite:
+                tone = colour(results, policy)
+                axes.plot(finite, [y] * len(finite), "o", color=tone, markersize=4, alpha=0.5, mew=0)
+                axes.plot(sum(finite) / len(finite), y, "|", color=tone, markersize=13, mew=2.5)
+            if len(finite) < len(values):
+                axes.text(1.0, y, "diverged", transform=axes.get_yaxis_transform(), ha="right", fontsize="x-small")
+        base = [v for v in results.excursions(setting, BASELINE, fault).values() if math.isfinite(v)]
+        if base:
+            axes.axvline(sum(base) / len(base) / 5, color="0.4", linewidth=1, linestyle=":", zorder=0)
+        axes.set_xscale("log")
+        axes.grid(axis="x", color="0.93", zorder=-1)
+    figure.supxlabel(
+        "largest excess of the training loss over the run without the fault, nats a byte (log scale)", fontsize="medium"
+    )
+    figure.suptitle(
+        f"How far does the loss go? {results.grid.title('fault', fault).capitalize()}\n"
+        "dots: seeds; bars: means; dotted: a fifth of GlobalGC's mean",
+        fontsize="medium",
+    )
     return figure
 
 
 def prices(results: Results) -> Any:
     """What a rule costs where nothing goes wrong: differences from GlobalGC with their intervals over the noise floor."""
     settings = [s for s in results.settings if len(results.policies(s)) > 1 and results.of(s, BASELINE)]
+    names = [p for p in results.grid.raw["policy"] if p != BASELINE and any(results.of(s, p) for s in settings)]
     if not settings:
         return None
-    names = [p for p in results.grid.raw["policy"] if p != BASELINE and any(results.of(s, p) for s in settings)]
-    figure, panels = plt.subplots(
-        1, len(settings), figsize=(2.4 + 1.9 * len(settings), 0.9 + 0.36 * len(names)), sharey=True,
-        layout="constrained", squeeze=False,
-    )  # fmt: skip
-    for axes, setting in zip(panels[0], settings, strict=True):
+    figure, panels = wrapped(results, settings, names)
+    for axes, setting in zip(panels, settings, strict=True):
         floor = results.floor(setting)
         if floor is not None:
-            axes.axvspan(-floor, floor, color="0.9", zorder=0)
+            axes.axvspan(-floor, floor, color="0.88", zorder=0)
         axes.axvline(0, color="0.5", linewidth=0.8, zorder=0)
         for y, policy in enumerate(names):
             price = results.price(setting, policy)
@@ -107,15 +100,38 @@ def prices(results: Results) -> Any:
                 axes.errorbar(price.mean, y, xerr=price.half or 0, fmt="o", color=tone, markersize=4, capsize=2.5)
             elif results.of(setting, policy):
                 axes.text(0.5, y, "diverged", transform=axes.get_yaxis_transform(), ha="center", va="center")
-        axes.set_title(setting.title(results.grid).replace(", ", "\n"), fontsize="small")
         axes.set_xscale("symlog", linthresh=0.02)
-        axes.tick_params(axis="x", labelsize="x-small", rotation=60)
-        plain(axes)
-    panels[0][0].set_yticks(range(len(names)), [results.grid.title("policy", name) for name in names])
-    panels[0][0].invert_yaxis()
-    figure.supxlabel("validation loss less GlobalGC's, paired over seeds, 95 % interval (linear to ±.02, then log)")
-    figure.suptitle("What does a rule cost without faults? Grey: GlobalGC against itself; right: worse")
+        axes.set_xticks([-0.3, -0.1, -0.02, 0, 0.02, 0.1, 0.3, 1], ["-.3", "-.1", "-.02", "0", ".02", ".1", ".3", "1"])
+        axes.minorticks_off()
+        axes.tick_params(axis="x", labelsize="x-small")
+    panels[0].set_xlim(-0.3, 1.2)  # shared; a bar may leave it, a mean does not
+    figure.supxlabel(
+        "validation loss less GlobalGC's, paired over seeds, 95 % interval (linear to .02, then log)", fontsize="medium"
+    )
+    figure.suptitle(
+        "What does a rule cost without faults? Right: worse than GlobalGC; grey: the noise floor", fontsize="medium"
+    )
     return figure
+
+
+def wrapped(results: Results, settings: Sequence[Setting], names: Sequence[str]) -> tuple[Any, list[Any]]:
+    """Panels, four a row, with the rules' titles down the left side."""
+    columns = min(4, len(settings))
+    rows = -(-len(settings) // columns)
+    size = (2.3 + 2.5 * columns, 1.3 + rows * (1.0 + 0.24 * len(names)))
+    figure, grid = plt.subplots(
+        rows, columns, figsize=size, sharex=True, sharey=True, layout="constrained", squeeze=False
+    )
+    panels = list(grid.flat)
+    for axes in panels[len(settings) :]:
+        axes.remove()
+    for axes, setting in zip(panels, settings, strict=False):
+        axes.set_title(setting.title(results.grid).replace(", ", "\n", 1), fontsize="small")
+        axes.tick_params(axis="x", labelbottom=True)
+        plain(axes)
+    panels[0].set_yticks(range(len(names)), [results.grid.title("policy", name) for name in names], fontsize="small")
+    panels[0].set_ylim(len(names) - 0.5, -0.5)
+    return figure, panels[: len(settings)]
 
 
 def courses(results: Results) -> Any:
@@ -146,7 +162,9 @@ def courses(results: Results) -> Any:
     for axes in panels[-1]:
         axes.set_xlabel("steps from the fault's first")
     legend(figure, panels)
-    figure.suptitle("Training loss over that of the same run without the fault (seed 0; grey: while it lasts)")
+    figure.suptitle(
+        "Training loss over that of the same run without the fault (seed 0; grey: while it lasts)", fontsize="medium"
+    )
     return figure
 
 
@@ -176,7 +194,7 @@ def clipping(results: Results) -> Any:
     panels[0][0].set_ylabel("share of tensors clipped")
     panels[1][0].set_ylabel("mean scale")
     legend(figure, panels)
-    figure.suptitle("What is clipped where nothing goes wrong (means of 10 steps and all seeds)")
+    figure.suptitle("What is clipped where nothing goes wrong (means of 10 steps and all seeds)", fontsize="medium")
     return figure
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from scripts.stability.measures import Interval, interval
@@ -20,6 +21,7 @@ def tables(results: Results) -> dict[str, str]:
     """Sections of the page: name -> text."""
     return {
         "state": state(results),
+        "summary": summary(results),
         "floor": floors(results),
         "acceptance": acceptance(results),
         "cells": "\n\n".join(cell_table(results, setting) for setting in results.settings),
@@ -36,10 +38,48 @@ def state(results: Results) -> str:
     seconds = sum(row["seconds"] for row in rows)
     missing = "" if len(rows) == results.planned else f"**Not complete: {len(rows)} of {results.planned} runs.** "
     return (
-        f"{missing}{len(rows)} runs, {seconds / 3600:.1f} hours of one core; the loss of {failed} became no number. "
+        f"{missing}{len(rows)} runs, {seconds / 3600:.1f} hours of training added up; the loss of {failed} became no number. "
         f"Spikes without a fault: {sum(row['spikes'] for row in results.rows if row['fault'] == 'none')} in "
         f"{sum(row['fault'] == 'none' for row in results.rows)} runs. {'; '.join(versions)}."
     )
+
+
+def summary(results: Results) -> str:
+    """A line a rule, over all settings."""
+    faults = list(results.faults())
+    lines = []
+    for policy in results.grid.raw["policy"]:
+        settings = [s for s in results.settings if policy != FLOOR and results.of(s, policy)]
+        if not settings:
+            continue
+        verdicts = Counter(v for s in settings if (v := results.verdict(s, policy)) != "one seed")
+        prices = [price.mean for s in settings if (price := results.price(s, policy)) is not None]
+        line: list[object] = [results.grid.title("policy", policy), len(settings)]
+        line += [""] * 2 if policy == BASELINE else [span(prices, "+.3f"), tally(verdicts)]
+        for fault in faults:
+            ratios = [r for s in settings if (r := results.excursion_ratio(s, policy, fault)) is not None]
+            line += [span(ratios, ".2f"), returned([row for s in settings for row in results.of(s, policy, fault)])]
+        lines.append(line)
+    header = ["clipping", "settings", "no fault: least and largest difference", "verdicts"]
+    for fault in faults:
+        title = results.grid.title("fault", fault).split(",")[0]
+        header += [f"{title}: excursion / GlobalGC's", "runs back at the end"]
+    return table(header, lines) if lines else "No rows yet."
+
+
+def span(values: Sequence[float], form: str) -> str:
+    if not values:
+        return ""
+    low, high = format(min(values), form), format(max(values), form)
+    return low if low == high else f"{low} to {high}"
+
+
+def tally(verdicts: Counter[str]) -> str:
+    return ", ".join(f"{verdict}: {count}" for verdict, count in sorted(verdicts.items()))
+
+
+def returned(rows: Sequence[Row]) -> str:
+    return f"{sum(row['recovery'] is not None for row in rows)} of {len(rows)}" if rows else ""
 
 
 def floors(results: Results) -> str:
