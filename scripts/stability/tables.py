@@ -37,10 +37,11 @@ def state(results: Results) -> str:
     versions = sorted({", ".join(f"{k} {v}" for k, v in row["versions"].items()) for row in rows})
     seconds = sum(row["seconds"] for row in rows)
     missing = "" if len(rows) == results.planned else f"**Not complete: {len(rows)} of {results.planned} runs.** "
+    twins = [row for row in results.rows if row["fault"] == "none"]
     return (
-        f"{missing}{len(rows)} runs, {seconds / 3600:.1f} hours of training added up; the loss of {failed} became no number. "
-        f"Spikes without a fault: {sum(row['spikes'] for row in results.rows if row['fault'] == 'none')} in "
-        f"{sum(row['fault'] == 'none' for row in results.rows)} runs. {'; '.join(versions)}."
+        f"{missing}{len(rows)} runs, {seconds / 3600:.1f} hours of training added up; "
+        f"the loss of {failed} became no number. Spikes without a fault: {sum(row['spikes'] for row in twins)} in "
+        f"{len(twins)} runs. {'; '.join(versions)}."
     )
 
 
