@@ -12,7 +12,7 @@ from launch.compare import RECOVERED, running_mean
 SPIKE_SIGMAS = 7.0
 SPIKE_WINDOW = 100
 """Spike score: share of the steps whose loss lies at least this many standard deviations off the mean of the steps before
-it. OLMo 2 (arXiv 2501.00656) and the AdaGC paper take the last 1000 steps; the runs here have 240 and 500."""
+it, as OLMo and the AdaGC paper have it, with k = 7 or 10 and the last 1000 steps; the runs here have 300 and 500."""
 
 _T_975 = (
     12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110,

@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
+from filelock import FileLock  # torch requires it
 
 Row = dict[str, Any]
 
