@@ -30,12 +30,12 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("tomllib")
 
 from launch.clipping import ClipConfig
-from launch.metrics import read_run
+from launch.metrics import Run, read_run
 from scripts.stability import measures, runner
 from scripts.stability.grid import DEFAULT, NONE, QUICK, Family, Grid, arguments, select
 from scripts.stability.report import marked, paste
 from scripts.stability.results import BASELINE, FLOOR, Results, Setting
-from scripts.stability.row import BIN
+from scripts.stability.row import BIN, Recorded, make_row
 from scripts.stability.runner import parse, remaining, run_family
 from scripts.stability.store import Rows
 from scripts.stability.tables import tables
@@ -95,12 +95,31 @@ def test_spike_score_by_hand() -> None:
     assert measures.spikes([*flat, 8.9], 100) == 0
     assert measures.spikes([*flat, 9.0], 100) == 1
     assert measures.spikes([*flat, -5.0], 100) == 1
-    assert measures.spikes([*flat, math.nan], 100) == 1
+    assert measures.spikes([*flat, math.nan, math.inf, 2.0], 100) == 2
+    assert measures.spikes([math.nan] * 101 + [2.0], 100) == 1
     # The first one has widened its successor's window: standard deviation 1.21, so 7 of them are 8.5, and it is 6.9 off.
     assert measures.spikes([*flat, 9.0, 9.0], 100) == 1
     assert measures.spikes([100.0, *flat[:50]], 100) == 0  # too short for a mean
     assert measures.spike_score([*flat, 9.0, 2.0], 100) == 0.5
     assert measures.binned([1.0, 3.0, 5.0], 2) == [2.0, 5.0]
+
+
+def test_a_run_whose_loss_becomes_no_number_has_a_row(grid: Grid) -> None:
+    spec = grid.spec("small", "stdlib", "adamw-999", "plain", "global", "batch", 0)
+    common = {"clipped_fraction": 0.5, "mean_scale": 0.5, "fault": False}
+
+    def run_of(first: int, loss: float) -> Run:
+        steps = [{"step": step, "loss": loss, **common} for step in range(first, spec.steps + 1)]
+        header = {"policy": {}, "parameters": 1, "data": {"digest": ""}, "versions": {}}
+        return Run(header, steps, [], [{"step": spec.steps, "loss": loss}], {"seconds": 1.0, "error": None})
+
+    row = make_row(spec, run_of(spec.fault_step, math.nan), run_of(1, 2.0), Recorded(excess=True))
+    assert (row["diverged"], row["branched"], row["recovery"]) == (True, True, None)
+    assert row["excursion"] == math.inf
+    assert row["spikes"] == spec.steps - spec.fault_step + 1
+    assert row["clipped"] == 0.5
+    with pytest.raises(ValueError, match="the log has 181 of 500 steps"):
+        make_row(spec, run_of(spec.fault_step, 2.0), None, Recorded())
 
 
 # ---- the grid --------------------------------------------------------------------------------------------------------

@@ -64,13 +64,14 @@ def steps_to_recover(excess: Sequence[float]) -> int | None:
 
 
 def spikes(loss: Sequence[float], window: int = SPIKE_WINDOW, sigmas: float = SPIKE_SIGMAS) -> int:
-    """Number of spikes; the first `window` steps have no mean yet and do not count."""
+    """Number of spikes; the first `window` steps have no mean yet and do not count. NaN and infinity are spikes."""
     count = 0
     for i in range(window, len(loss)):
-        before = loss[i - window : i]
-        # Not <: a loss that is no number any more is off, too.
-        off = abs(loss[i] - statistics.fmean(before))
-        count += not off < sigmas * max(statistics.pstdev(before), 1e-12)
+        before = [value for value in loss[i - window : i] if math.isfinite(value)]
+        if not math.isfinite(loss[i]):
+            count += 1
+        elif before:
+            count += abs(loss[i] - statistics.fmean(before)) >= sigmas * max(statistics.pstdev(before), 1e-12)
     return count
 
 
