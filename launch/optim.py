@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-LR = {"adamw": 3e-3, "lion": 5e-4, "muon": 3e-3}
+LR = {"adamw": 3e-3, "lion": 1e-3, "muon": 3e-2}
 """Peak learning rates, found for the default model; docs/stability.md has the sweep."""
 BETAS = {"adamw": (0.9, 0.999), "lion": (0.9, 0.99), "muon": (0.9, 0.999)}
 
@@ -30,7 +30,7 @@ class OptimConfig:
     accumulate: int = 1
     """Micro-batches that a rank's share of the batch is taken in (gradient accumulation; the pipeline's under pp)."""
     lr: float | None = None
-    """Peak learning rate. Default: 3e-3 for adamw and muon, 5e-4 for lion."""
+    """Peak learning rate. Default: 3e-3 for adamw, 1e-3 for lion, 3e-2 for muon."""
     lr_warmup_steps: int = 50
     """Steps of linear warm-up."""
     schedule: Literal["cosine", "constant"] = "cosine"
