@@ -354,10 +354,11 @@ def test_a_quick_study_from_the_command_line(tmp_path: Path) -> None:
     assert all(row["validation"] < 5.6 for row in rows.values())
     drawn = {path.name for path in out.glob("*.png")}
     assert drawn == {f"study-{name}.png" for name in FIGURES}
+    assert {row["ranks"] for row in rows.values()} == {1, 2}
     page = (out / "stability.md").read_text()
     assert "18k parameters" in page
     before = (out / "rows.jsonl").read_bytes()
-    assert "58 runs are done, 0 are to do" in study("run", "--quick", "--out", str(out))
+    assert "60 runs are done, 0 are to do" in study("run", "--quick", "--out", str(out))
     assert (out / "rows.jsonl").read_bytes() == before
     name = "small/stdlib/adamw-999/plain/adagc-min/grad/0"
     again = study("row", name, "--grid", str(QUICK), "--rows", str(out / "rows.jsonl"))

@@ -90,6 +90,7 @@ def _run_all(grid: Grid, families: Sequence[Family], rows: Rows, work: Path, wor
                 bar.update(min(remaining(family, done.keys()), bar.total - bar.n))
         except KeyboardInterrupt:
             executor.shutdown(wait=False, cancel_futures=True)
+            tqdm.write("stopped: finished runs have their rows, and the same command goes on from there")
             raise
     return failed
 
