@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import sysconfig
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -18,8 +19,26 @@ class DataConfig:
     """Where the text comes from."""
 
     data: Path | None = None
-    """A text file, or a folder (all its files but hidden ones). Default: this interpreter's own top-level
-    standard-library *.py."""
+    """A text file, or a folder (all its files but hidden ones). Default: the corpus."""
+    corpus: Literal["stdlib", "torch-headers"] = "stdlib"
+    """stdlib: this interpreter's own top-level standard-library *.py. torch-headers: the C++ headers that torch is
+    installed with, of c10 and torch/csrc (most of the others are generated, and all alike)."""
+
+    def paths(self) -> tuple[Path, list[Path]]:
+        """The folder that names are relative to, and the files in order."""
+        if self.data is not None:
+            if not self.data.exists():
+                raise FileNotFoundError(f"--data: {self.data} does not exist")
+            if self.data.is_file():
+                return self.data.parent, [self.data]
+            root, found = self.data, list(self.data.rglob("*"))
+        elif self.corpus == "stdlib":
+            root = Path(sysconfig.get_paths()["stdlib"])
+            found = list(root.glob("*.py"))
+        else:
+            root = Path(torch.__file__).parent / "include"
+            found = [path for part in ("c10", "torch/csrc") for path in (root / part).rglob("*.h")]
+        return root, sorted(path for path in found if path.is_file() and not hidden(path.relative_to(root)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,17 +67,10 @@ class Corpus:
 
 def load_corpus(cfg: DataConfig, seq_len: int) -> Corpus:
     """Read, split by file and digest the text. Every rank reads it; the caller compares the digests."""
-    root = Path(sysconfig.get_paths()["stdlib"]) if cfg.data is None else cfg.data
-    if not root.exists():
-        raise FileNotFoundError(f"--data: {root} does not exist")
-    if root.is_file():
-        paths = [root]
-    else:
-        found = root.glob("*.py") if cfg.data is None else root.rglob("*")
-        paths = sorted(path for path in found if path.is_file() and not hidden(path.relative_to(root)))
+    root, paths = cfg.paths()
     digest, sides = hashlib.sha256(), (bytearray(), bytearray())
     for path in paths:
-        name, text = path.name if root.is_file() else path.relative_to(root).as_posix(), path.read_bytes()
+        name, text = path.relative_to(root).as_posix(), path.read_bytes()
         digest.update(f"{name}\0{len(text)}\0".encode() + text)
         # By hash, not by position or at random: a file added later moves no other file to the other side.
         held_out = int(hashlib.sha256(name.encode()).hexdigest(), 16) % VALIDATION_SHARE == 0
@@ -68,7 +80,9 @@ def load_corpus(cfg: DataConfig, seq_len: int) -> Corpus:
         cut = len(text) - len(text) // VALIDATION_SHARE
         sides = (bytearray(text[:cut]), bytearray(text[cut:]))
     if min(map(len, sides)) <= seq_len:
-        raise ValueError(f"--data: {root} holds {sum(map(len, sides))} bytes, too few for sequences of {seq_len}")
+        raise ValueError(
+            f"--data: {cfg.data or root} holds {sum(map(len, sides))} bytes, too few for sequences of {seq_len}"
+        )
     train, validation = (torch.frombuffer(side, dtype=torch.uint8) for side in sides)
     return Corpus(train, validation, len(paths), digest.hexdigest()[:16])
 

@@ -37,6 +37,11 @@ class FaultConfig:
         if self.fault == "grad" and self.fault_tensor not in names:
             raise ValueError(f"--fault-tensor: no tensor {self.fault_tensor!r}; the model has {', '.join(names)}")
 
+    def check_start(self, first: int) -> None:
+        """Raise if the fault belongs to steps before `first`, the first one that this run takes itself."""
+        if self.fault != "none" and self.fault_step < first:
+            raise ValueError(f"--fault-step {self.fault_step} is over: the snapshot goes on at step {first}")
+
     def active(self, kind: str, step: int) -> bool:
         return self.fault == kind and self.fault_step <= step < self.fault_step + self.fault_steps
 

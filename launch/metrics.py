@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -36,7 +37,7 @@ class LogConfig:
     plot: bool = True
     """Draw plot.png at the end."""
     progress: bool = True
-    """Show a progress bar, on a terminal."""
+    """Print validation losses and, on a terminal, show a progress bar."""
 
     def __post_init__(self) -> None:
         if self.log_every < 1 or self.tensors_every < 0:
@@ -88,10 +89,12 @@ class RunLog:
         lr: float,
         fault: bool,
         grad_norm: Tensor | float | None = None,
+        state: Callable[[], dict[str, Any]] | None = None,
     ) -> None:
         """Remember one step's numbers. Reads nothing back from the device.
 
-        `report`: None where dist_clip did not clip; `grad_norm` is then what is known of the norm.
+        `report`: None where dist_clip did not clip; `grad_norm` is then what is known of the norm. `state`: gives the
+        clipper's state dict, asked for on the steps whose tensors are recorded.
         """
         nothing = torch.full((), math.nan, device=self.device)
         if report is None:
@@ -103,9 +106,11 @@ class RunLog:
                 torch.zeros_like(nothing),
                 torch.ones_like(nothing),
                 torch.zeros_like(nothing),
+                nothing,
             ]
         else:
-            tensors = report.tensor_norms.count_nonzero()
+            has_grad = report.tensor_norms != 0
+            tensors = has_grad.sum()
             clipping = [
                 nothing if report.global_norm is None else report.global_norm,
                 nothing if report.clipped_global_norm is None else report.clipped_global_norm,
@@ -113,12 +118,13 @@ class RunLog:
                 tensors,
                 report.min_scale,
                 report.nonfinite,
+                torch.where(has_grad, report.scales, 0.0).sum(),
             ]
         numbers = [nothing if loss is None else loss, *clipping, torch.full_like(nothing, loss is not None)]
         vector = torch.stack([number.to(self.device, torch.float32) for number in numbers])
         self._pending.append(({"kind": "step", "step": step, "lr": lr, "fault": fault}, vector))
         if report is not None and self.cfg.tensors_every and step % self.cfg.tensors_every == 0:
-            self._tensors(step, report)
+            self._tensors(step, report, {} if state is None else state())
         if len(self._pending) == self.cfg.log_every:
             self.flush()
 
@@ -127,7 +133,8 @@ class RunLog:
         self.flush()
         if self.main:
             self._write({"kind": "validation", "step": step, "loss": loss.item()})
-            tqdm.write(f"step {step}: validation loss {loss.item():.4f}")
+            if self.cfg.progress:
+                tqdm.write(f"step {step}: validation loss {loss.item():.4f}")
             if self._board is not None:
                 self._board.add_scalar("loss/validation", loss.item(), step)
 
@@ -142,7 +149,7 @@ class RunLog:
         if not self.main:
             return
         for record, row in zip(records, torch.stack(ranks, dim=1).double().cpu(), strict=True):
-            loss, norm, clipped_norm, clipped, tensors, scale, nonfinite, has_loss = row.unbind(1)
+            loss, norm, clipped_norm, clipped, tensors, scale, nonfinite, scales, has_loss = row.unbind(1)
             record |= {
                 "loss": loss[has_loss > 0].mean().item(),
                 # The same number on all ranks, or on none where the rule has no need of it.
@@ -150,6 +157,7 @@ class RunLog:
                 "grad_norm_clipped": _number(clipped_norm[0]),
                 "clipped_fraction": (clipped.sum() / tensors.sum().clamp(min=1)).item(),
                 "smallest_scale": scale.amin().item(),
+                "mean_scale": _number(scales.sum() / tensors.sum().clamp(min=1)),
                 "nonfinite": bool(nonfinite.any()),
             }
             self._write(record)
@@ -160,28 +168,39 @@ class RunLog:
         self._bar.update(len(records))
         self._bar.set_postfix(loss=f"{record['loss']:.3f}", clipped=f"{record['clipped_fraction']:.2f}")
 
-    def _tensors(self, step: int, report: ClipReport) -> None:
-        """Each tensor's norm and scale. Ranks of other pipeline stages have other tensors."""
-        values = zip(report.tensor_norms.tolist(), report.scales.tolist(), strict=True)
+    def _tensors(self, step: int, report: ClipReport, state: dict[str, Any]) -> None:
+        """Each tensor's norm and scale, and what the rule remembers of it. Ranks of other stages have other tensors."""
+        remembered = {
+            # What only a warm-up records is a list, and left out.
+            name: {slot: value.item() for slot, value in entry.items() if isinstance(value, Tensor)}
+            for name, entry in state.get("tensors", {}).items()
+        }
+        values = zip(
+            report.tensor_norms.tolist(),
+            report.scales.tolist(),
+            (remembered.get(name, {}) for name in report.names),
+            strict=True,
+        )
         mine = dict(zip(report.names, values, strict=True))
-        ranks: list[dict[str, tuple[float, float]]] = [{} for _ in range(dist.get_world_size())]
+        ranks: list[dict[str, tuple[float, float, dict[str, float]]]] = [{} for _ in range(dist.get_world_size())]
         dist.all_gather_object(ranks, mine)
         if not self.main:
             return
-        merged: dict[str, tuple[float, float]] = {}
+        merged: dict[str, tuple[float, float, dict[str, float]]] = {}
         for rank, theirs in enumerate(ranks):
-            for name, pair in theirs.items():
+            for name, record in theirs.items():
                 # AdaGC-Shard measures each rank's piece as a tensor of its own: then ranks disagree, rightly.
-                merged[name if merged.get(name, pair) == pair else f"{name}@rank{rank}"] = pair
-        norms = {name: norm for name, (norm, _) in merged.items()}
-        scales = {name: scale for name, (_, scale) in merged.items()}
-        self._write({"kind": "tensors", "step": step, "norms": norms, "scales": scales})
+                merged[name if merged.get(name, record) == record else f"{name}@rank{rank}"] = record
+        norms = {name: norm for name, (norm, _, _) in merged.items()}
+        scales = {name: scale for name, (_, scale, _) in merged.items()}
+        states = {name: kept for name, (_, _, kept) in merged.items() if kept}
+        self._write({"kind": "tensors", "step": step, "norms": norms, "scales": scales, "state": states})
         if self._board is not None:
             for name, norm in norms.items():
                 self._board.add_scalar(f"norm/{name}", norm, step)
 
     def _write(self, record: dict[str, Any]) -> None:
-        self._file.write(json.dumps(record) + "\n")
+        self._file.write(json.dumps(record, default=str) + "\n")  # str: paths
         self._file.flush()
 
     def __enter__(self) -> RunLog:

@@ -23,6 +23,9 @@ class ModelConfig:
     """Attention heads; must divide dim, with an even head size."""
     seq_len: int = 128
     """Bytes in a training sequence."""
+    zero_init: bool = False
+    """Start the projections into the residual stream (wo, down) at zero: at first all other blocks' weights have no
+    gradient."""
 
     def __post_init__(self) -> None:
         for name in ("dim", "layers", "heads", "seq_len"):
@@ -115,7 +118,7 @@ def build_model(cfg: ModelConfig, seed: int) -> GPT:
             continue
         std = 0.02
         if name.endswith(("wo.weight", "down.weight")):  # GPT-2: keeps the residual stream's variance as layers add up
-            std /= (2 * cfg.layers) ** 0.5
+            std = 0.0 if cfg.zero_init else std / (2 * cfg.layers) ** 0.5
         nn.init.normal_(param, std=std, generator=generator)
     return model
 

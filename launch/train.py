@@ -2,21 +2,20 @@
 
     torchrun --nproc-per-node 2 -m launch.train --parallel fsdp --clip adagc --gamma-init median
 
-Each neighbouring module owns one thing (model, data, parallel, clipping, faults, metrics); this one tells the story.
+Each neighbouring module owns one thing (model, data, parallel, optim, clipping, faults, snapshot, metrics); this one
+tells the story.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-import math
 import platform
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import tyro
-from torch import Tensor, nn
+from torch import Tensor
 
 import dist_clip
 from launch.clipping import ClipConfig, build_clipper
@@ -24,42 +23,9 @@ from launch.data import Corpus, DataConfig, load_corpus
 from launch.faults import FaultConfig, add_garbage, corrupt_batch
 from launch.metrics import LogConfig, RunLog, global_mean
 from launch.model import ModelConfig, build_model
+from launch.optim import OptimConfig, build_optimizer, build_schedule
 from launch.parallel import Device, Layout, ParallelConfig, parallelize, process_group
-
-
-@dataclasses.dataclass(frozen=True)
-class OptimConfig:
-    """AdamW and its schedule."""
-
-    steps: int = 300
-    """Optimizer steps."""
-    batch_size: int = 8
-    """Sequences in an optimizer step, all ranks and micro-batches together."""
-    accumulate: int = 1
-    """Micro-batches that a rank's share of the batch is taken in (gradient accumulation; the pipeline's under pp)."""
-    lr: float = 3e-3
-    """Peak learning rate."""
-    lr_warmup_steps: int = 50
-    """Steps of linear warm-up."""
-    schedule: Literal["cosine", "constant"] = "cosine"
-    """After the warm-up."""
-    min_lr: float = 0.1
-    """cosine: where the learning rate ends, as a share of its peak."""
-    betas: tuple[float, float] = (0.9, 0.999)
-    """AdamW's betas."""
-    weight_decay: float = 0.1
-    """On matrices; layer norms have none."""
-    bf16: bool = False
-    """Forward pass under bf16 autocast; parameters and gradients stay fp32."""
-    validate_every: int = 0
-    """Steps between validations; 0 for one at the end."""
-    validation_batches: int = 16
-    """Batches of a validation."""
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "accumulate", "validation_batches"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+from launch.snapshot import SnapshotConfig, Training
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +38,7 @@ class Config:
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
     clip: ClipConfig = dataclasses.field(default_factory=ClipConfig)
     fault: FaultConfig = dataclasses.field(default_factory=FaultConfig)
+    snapshot: SnapshotConfig = dataclasses.field(default_factory=SnapshotConfig)
     log: LogConfig = dataclasses.field(default_factory=LogConfig)
     device: Device = "auto"
     """cpu with gloo, or cuda with nccl; auto: cuda where there is a GPU for each rank."""
@@ -79,9 +46,13 @@ class Config:
     """Of the initial weights, the batches and the faults; none of them depends on the layout."""
 
 
-def train(cfg: Config, device: torch.device) -> None:
-    """One run. Needs a process group; every rank calls it alike."""
-    corpus = load_corpus(cfg.data, cfg.model.seq_len)
+def train(cfg: Config, device: torch.device, corpus: Corpus | None = None) -> None:
+    """One run. Needs a process group; every rank calls it alike.
+
+    `corpus`: what `cfg.data` says, if the caller has read it already.
+    """
+    cfg.snapshot.check(cfg.parallel.parallel, cfg.optim.steps)
+    corpus = load_corpus(cfg.data, cfg.model.seq_len) if corpus is None else corpus
     check_same_data(corpus)
 
     model = build_model(cfg.model, cfg.seed)
@@ -97,11 +68,17 @@ def train(cfg: Config, device: torch.device) -> None:
         bf16=cfg.optim.bf16,
     )
     optimizer = build_optimizer(layout.module, cfg.optim)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, functools.partial(lr_share, cfg.optim))
+    schedule = build_schedule(optimizer, cfg.optim)
     clipper = build_clipper(layout, cfg.clip)
+    training = Training(layout, optimizer, schedule, clipper)
+    done = 0
+    if cfg.snapshot.from_snapshot is not None:
+        done = training.load(cfg.snapshot.from_snapshot, identity(cfg, corpus))
+        cfg.fault.check_start(done + 1)
 
-    with RunLog(cfg.log, cfg.optim.steps, device, describe(cfg, corpus, device, size, len(names))) as log:
-        for step in range(1, cfg.optim.steps + 1):
+    header = describe(cfg, corpus, device, size, len(names))
+    with RunLog(cfg.log, cfg.optim.steps - done, device, header) as log:
+        for step in range(done + 1, cfg.optim.steps + 1):
             inputs, targets = corpus.batch(step, cfg.optim.batch_size, cfg.model.seq_len, cfg.seed)
             if cfg.fault.active("batch", step):
                 inputs, targets = corrupt_batch(inputs, step, cfg.seed)
@@ -117,29 +94,13 @@ def train(cfg: Config, device: torch.device) -> None:
                 optimizer.step()
             optimizer.zero_grad()
 
-            log.step(step, loss, report, optimizer.param_groups[0]["lr"], cfg.fault.active(cfg.fault.fault, step))
+            lr, fault = optimizer.param_groups[0]["lr"], cfg.fault.active(cfg.fault.fault, step)
+            log.step(step, loss, report, lr, fault, state=clipper.state_dict)
             schedule.step()
+            if step == cfg.snapshot.save_at:
+                training.save(cfg.snapshot.save_to, step, identity(cfg, corpus))
             if step == cfg.optim.steps or (cfg.optim.validate_every and step % cfg.optim.validate_every == 0):
                 log.validation(step, validate(layout, corpus, cfg))
-
-
-def build_optimizer(module: nn.Module, cfg: OptimConfig) -> torch.optim.AdamW:
-    params = list(module.parameters())
-    groups = [
-        {"params": [param for param in params if param.ndim >= 2], "weight_decay": cfg.weight_decay},
-        {"params": [param for param in params if param.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=cfg.lr, betas=cfg.betas)
-
-
-def lr_share(cfg: OptimConfig, done: int) -> float:
-    """Learning rate of the step after `done` steps, as a share of its peak."""
-    if done < cfg.lr_warmup_steps:
-        return (done + 1) / cfg.lr_warmup_steps
-    if cfg.schedule == "constant":
-        return 1.0
-    progress = (done - cfg.lr_warmup_steps) / max(1, cfg.steps - cfg.lr_warmup_steps)
-    return cfg.min_lr + (1 - cfg.min_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
 def validate(layout: Layout, corpus: Corpus, cfg: Config) -> Tensor:
@@ -161,10 +122,16 @@ def check_same_data(corpus: Corpus) -> None:
             raise ValueError(f"rank {rank} reads other data (digest {digest}) than rank 0 ({digests[0]}); pass --data")
 
 
+def identity(cfg: Config, corpus: Corpus) -> dict[str, str]:
+    """What runs that branch off one snapshot have in common."""
+    parts = {name: str(getattr(cfg, name)) for name in ("model", "optim", "clip", "seed")}
+    return {**parts, "data": corpus.digest, "ranks": str(dist.get_world_size())}
+
+
 def describe(cfg: Config, corpus: Corpus, device: torch.device, parameters: int, tensors: int) -> dict[str, Any]:
     """What somebody needs to know to repeat the run."""
     config = dataclasses.asdict(cfg)
-    config["data"]["data"], config["log"]["out"] = str(cfg.data.data or "standard library"), str(cfg.log.out)
+    config["optim"] |= {"lr": cfg.optim.peak_lr, "betas": cfg.optim.used_betas}
     return {
         "config": config,
         "policy": cfg.clip.policy().config(),

@@ -1,0 +1,118 @@
+"""Questions to the rows: the values of a cell by seed, differences and ratios paired over seeds."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+
+from scripts.stability.grid import NONE, Grid
+from scripts.stability.measures import Interval, paired
+from scripts.stability.store import Row
+
+BASELINE = "global"
+FLOOR = "global-floor"
+"""GlobalGC with a max_norm that differs by a thousandth: another run of the same rule, as far as anybody could tell."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """All but the rule, the fault and the seed."""
+
+    size: str
+    corpus: str
+    optimizer: str
+    condition: str
+
+    def title(self, grid: Grid) -> str:
+        parts = [grid.title("size", self.size) + " parameters", grid.title("optimizer", self.optimizer)]
+        if self.corpus != next(iter(grid.raw["corpus"])):
+            parts.append(grid.title("corpus", self.corpus))
+        if self.condition != next(iter(grid.raw["condition"])):
+            parts.append(grid.title("condition", self.condition))
+        return ", ".join(parts)
+
+
+class Results:
+    """The rows of the grid's cells, in the grid's order. `tuning` has those of the blocks that tune."""
+
+    def __init__(self, grid: Grid, rows: dict[str, Row]) -> None:
+        self.grid = grid
+        tuning = {block["name"] for block in grid.raw["block"] if block.get("tuning")}
+        self.rows: list[Row] = []
+        self.tuning: list[Row] = []
+        for family in grid.families():
+            found = [rows[spec.id] for spec in family.specs if spec.id in rows]
+            (self.tuning if family.block in tuning else self.rows).extend(found)
+        # A twin is in the families of two blocks where the later one adds branches.
+        self.rows = list({row["id"]: row for row in self.rows}.values())
+        self.planned = len({spec.id for family in grid.families() for spec in family.specs})
+
+    @property
+    def settings(self) -> list[Setting]:
+        """In the order of the axes in the grid's file."""
+        found = {Setting(row["size"], row["corpus"], row["optimizer"], row["condition"]) for row in self.rows}
+
+        def place(setting: Setting) -> tuple[int, ...]:
+            values = dataclasses.asdict(setting)
+            order = ("corpus", "condition", "size", "optimizer")
+            return tuple(list(self.grid.raw[axis]).index(values[axis]) for axis in order)
+
+        return sorted(found, key=place)
+
+    def of(self, setting: Setting, policy: str, fault: str = NONE) -> list[Row]:
+        wanted = {**dataclasses.asdict(setting), "policy": policy, "fault": fault}
+        return [row for row in self.rows if all(row[axis] == value for axis, value in wanted.items())]
+
+    def policies(self, setting: Setting) -> list[str]:
+        """In the grid file's order."""
+        return [policy for policy in self.grid.raw["policy"] if self.of(setting, policy)]
+
+    def faults(self) -> Iterator[str]:
+        return (fault for fault in self.grid.raw["fault"] if fault != NONE)
+
+    def price(self, setting: Setting, policy: str) -> Interval | None:
+        """Validation loss without a fault, less GlobalGC's, paired over seeds. None where a run of either diverged."""
+        ours, theirs = self.validation(setting, policy), self.validation(setting, BASELINE)
+        return None if any(math.isnan(v) for v in [*ours.values(), *theirs.values()]) else paired(ours, theirs)
+
+    def validation(self, setting: Setting, policy: str) -> dict[int, float]:
+        return {row["seed"]: number(row["validation"]) for row in self.of(setting, policy)}
+
+    def floor(self, setting: Setting) -> float | None:
+        """The largest difference that is within the noise: the upper end of what GlobalGC differs from itself by.
+
+        Measured at this size with this optimizer; where the grid has no such runs, at this size with any, the widest.
+        """
+        measured = {s: self.price(s, FLOOR) for s in self.settings if s.size == setting.size}
+        widths = {s: abs(p.mean) + p.half for s, p in measured.items() if p is not None and p.half is not None}
+        return widths.get(setting, max(widths.values(), default=None))
+
+    def verdict(self, setting: Setting, policy: str) -> str:
+        """Without a fault, against GlobalGC."""
+        price, floor = self.price(setting, policy), self.floor(setting)
+        if price is None:
+            return "diverged" if self.of(setting, policy) else ""
+        if floor is None or price.half is None:
+            return "one seed"
+        if price.mean - price.half > floor:
+            return "worse"
+        if price.mean + price.half < -floor:
+            return "better"
+        return "within the noise" if price.mean <= floor else "perhaps worse"
+
+    def excursions(self, setting: Setting, policy: str, fault: str) -> dict[int, float]:
+        """Largest excess over the own twin by seed; infinite where the run diverged."""
+        rows = self.of(setting, policy, fault)
+        return {row["seed"]: math.inf if row["excursion"] is None else row["excursion"] for row in rows}
+
+    def excursion_ratio(self, setting: Setting, policy: str, fault: str) -> float | None:
+        """Mean excursion over GlobalGC's, on the seeds that both have."""
+        ours, theirs = (self.excursions(setting, p, fault) for p in (policy, BASELINE))
+        seeds = ours.keys() & theirs.keys()
+        below = sum(theirs[seed] for seed in seeds)
+        return sum(ours[seed] for seed in seeds) / below if below else None
+
+
+def number(value: float | None) -> float:
+    return math.nan if value is None else value

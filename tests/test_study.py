@@ -1,0 +1,460 @@
+"""scripts/study.py: measures against series made by hand, the grid, resuming after a kill, rows that can be made again,
+and a page that says what its rows say.
+
+No tolerance where two runs are the same run: a branch off a snapshot, a run resumed after a kill and a row's own command
+give the same bits, for one thread makes all sums in one order.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import multiprocessing
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import typing
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("tyro")
+pytest.importorskip("tqdm")
+pytest.importorskip("matplotlib")
+pytest.importorskip("tomllib")
+
+from launch.clipping import ClipConfig
+from launch.metrics import Run, read_run
+from scripts.stability import measures, runner
+from scripts.stability.grid import DEFAULT, NONE, QUICK, Family, Grid, arguments, select
+from scripts.stability.report import marked, paste
+from scripts.stability.results import BASELINE, FLOOR, Results, Setting
+from scripts.stability.row import BIN, Recorded, make_row
+from scripts.stability.runner import parse, remaining, run_family
+from scripts.stability.store import Rows
+from scripts.stability.tables import tables
+
+ROOT = Path(__file__).parents[1]
+ROWS = ROOT / "docs/data/study/rows.jsonl"
+PAGE = ROOT / "docs/stability.md"
+IMAGES = ROOT / "docs/images"
+FIGURES = ("excursions-batch", "excursions-grad", "price", "course", "clipping", "tracking")
+
+
+def elsewhere(function: Any, *args: Any) -> Any:
+    """Call it in a process of its own: runs join a process group there."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, context, initializer=runner.quiet_worker) as executor:
+        return executor.submit(function, *args).result(timeout=300)
+
+
+# ---- measures --------------------------------------------------------------------------------------------------------
+
+
+def test_t_quantiles_leave_two_and_a_half_percent_above() -> None:
+    for df, quantile in enumerate(measures._T_975, start=1):
+        scale = math.gamma((df + 1) / 2) / (math.sqrt(df * math.pi) * math.gamma(df / 2))
+        steps = 2000
+        # Simpson's rule from 0 to the quantile.
+        values = [scale * (1 + (quantile * i / steps) ** 2 / df) ** (-(df + 1) / 2) for i in range(steps + 1)]
+        area = (values[0] + values[-1] + 4 * sum(values[1:-1:2]) + 2 * sum(values[2:-1:2])) * quantile / steps / 3
+        assert area == pytest.approx(0.475, abs=4e-5), df  # quantiles have 3 decimals
+
+
+def test_intervals_by_hand() -> None:
+    # Mean 2, standard deviation 1, standard error 1/sqrt(3), t of 2 degrees of freedom 4.303.
+    got = measures.interval([1.0, 2.0, 3.0])
+    assert got == (pytest.approx(2.0), pytest.approx(4.303 / math.sqrt(3)), 3)
+    assert not got.excludes_zero
+    assert measures.interval([4.0]) == (4.0, None, 1)
+    # Over the seeds that both have: differences 1 and 2.
+    assert measures.paired({0: 2.0, 1: 4.0, 2: 9.0}, {0: 1.0, 1: 2.0}) == measures.interval([1.0, 2.0])
+    assert measures.paired({0: 1.0}, {1: 1.0}) is None
+
+
+def test_excursion_and_recovery_by_hand() -> None:
+    assert measures.excursion([0.1, 0.7, -0.2]) == 0.7
+    assert measures.excursion([-0.1, -0.2]) == 0.0
+    assert measures.excursion([0.1, math.nan]) == math.inf
+    # Running means of 5 (fewer at the start): 1, .5, .33, .25, .2, then 0 once the 1 is out of the window.
+    assert measures.steps_to_recover([1.0] + [0.0] * 9) == 5
+    assert measures.steps_to_recover([0.04] * 10) == 0
+    assert measures.steps_to_recover([0.0] * 9 + [1.0]) is None
+    assert measures.steps_to_recover([1.0, math.nan, *[0.0] * 9]) == 6
+    assert measures.steps_to_recover([math.nan] * 4) is None
+
+
+def test_spike_score_by_hand() -> None:
+    flat = [1.0, 3.0] * 50  # mean 2, standard deviation 1
+    assert measures.spikes([*flat, 8.9], 100) == 0
+    assert measures.spikes([*flat, 9.0], 100) == 1
+    assert measures.spikes([*flat, -5.0], 100) == 1
+    assert measures.spikes([*flat, math.nan, math.inf, 2.0], 100) == 2
+    assert measures.spikes([math.nan] * 101 + [2.0], 100) == 1
+    # The first one has widened its successor's window: standard deviation 1.21, so 7 of them are 8.5, and it is 6.9 off.
+    assert measures.spikes([*flat, 9.0, 9.0], 100) == 1
+    assert measures.spikes([100.0, *flat[:50]], 100) == 0  # too short for a mean
+    assert measures.spike_score([*flat, 9.0, 2.0], 100) == 0.5
+    assert measures.binned([1.0, 3.0, 5.0], 2) == [2.0, 5.0]
+
+
+def test_a_run_whose_loss_becomes_no_number_has_a_row(grid: Grid) -> None:
+    spec = grid.spec("small", "stdlib", "adamw-999", "plain", "global", "batch", 0)
+    common = {"clipped_fraction": 0.5, "mean_scale": 0.5, "fault": False}
+
+    def run_of(first: int, loss: float) -> Run:
+        steps = [{"step": step, "loss": loss, **common} for step in range(first, spec.steps + 1)]
+        header = {"policy": {}, "parameters": 1, "data": {"digest": ""}, "versions": {}}
+        return Run(header, steps, [], [{"step": spec.steps, "loss": loss}], {"seconds": 1.0, "error": None})
+
+    row = make_row(spec, run_of(spec.fault_step, math.nan), run_of(1, 2.0), Recorded(excess=True))
+    assert (row["diverged"], row["branched"], row["recovery"]) == (True, True, None)
+    assert row["excursion"] == math.inf
+    assert row["spikes"] == spec.steps - spec.fault_step + 1
+    assert row["clipped"] == 0.5
+    with pytest.raises(ValueError, match="the log has 181 of 500 steps"):
+        make_row(spec, run_of(spec.fault_step, 2.0), None, Recorded())
+
+
+# ---- the grid --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def grid() -> Grid:
+    return Grid.load(DEFAULT)
+
+
+def test_no_run_is_there_twice_and_every_branch_has_its_twin(grid: Grid) -> None:
+    seen: set[str] = set()
+    for family in grid.families():
+        new = [spec.id for spec in (*family.branches, *([family.twin] if family.twin.id not in seen else []))]
+        assert not seen & {spec.id for spec in family.branches}
+        seen.update(new)
+        for spec in family.branches:
+            assert spec.twin == family.twin.id
+            assert spec.fault != NONE
+            # The same options but for those of the fault.
+            mine, twins = (set(" ".join(other.options).split(" --")) for other in (spec, family.twin))
+            assert all(option.startswith("fault") for option in mine ^ twins)
+    assert len(seen) > 500
+
+
+def test_the_grid_has_what_the_page_needs(grid: Grid) -> None:
+    specs = [spec for family in grid.families() for spec in family.specs]
+
+    def seeds(**wanted: str) -> int:
+        plain = {"corpus": "stdlib", "condition": "plain", **wanted}
+        found = [s for s in specs if all(getattr(s, axis) == value for axis, value in plain.items())]
+        return len({spec.seed for spec in found if spec.seed < 100})
+
+    for fault in (NONE, "batch", "grad"):
+        for policy in ("global", "logclip", "adagc-min", "adagc-median", "zclip"):
+            for optimizer in ("adamw-999", "adamw-95"):
+                for size in ("small", "large"):
+                    assert seeds(size=size, optimizer=optimizer, policy=policy, fault=fault) == 5
+            for optimizer in ("lion", "muon"):
+                assert seeds(size="small", optimizer=optimizer, policy=policy, fault=fault) >= 2
+    assert seeds(size="small", optimizer="adamw-999", policy="adagc-shard", fault="batch") >= 2
+    tuning = {block["name"]: block["seeds"] for block in grid.raw["block"] if block.get("tuning")}
+    others = {seed for block in grid.raw["block"] if not block.get("tuning") for seed in block["seeds"]}
+    assert not others & {seed for seeds in tuning.values() for seed in seeds}
+
+
+def test_faults_begin_after_all_warm_ups_and_leave_time_to_recover(grid: Grid) -> None:
+    for family in grid.families():
+        for spec in family.specs:
+            assert spec.fault_step >= 200
+            assert spec.steps - spec.fault_step >= 100
+
+
+def test_blocks_and_overrides(grid: Grid) -> None:
+    def lr(*place: str) -> float | None:
+        return parse(grid.spec(*place, NONE, 0).options).optim.lr
+
+    assert lr("small", "stdlib", "adamw-999", "plain", "global") == 3e-3
+    assert lr("large", "stdlib", "adamw-999", "plain", "global") == 1e-3
+    assert lr("large", "stdlib", "adamw-999", "high-lr", "global") == 3e-2  # the condition has the last word
+    assert list(arguments({"lr": 0.1, "zero-init": True, "plot": False, "betas": [0.9, 0.95]})) == [
+        "--lr", "0.1", "--zero-init", "--no-plot", "--betas", "0.9", "0.95",
+    ]  # fmt: skip
+    chosen = select(grid.families(), ("zclip",), ())
+    assert {family.twin.policy for family in chosen} == {"zclip"}
+    with pytest.raises(KeyError, match="no run 'x'"):
+        grid.find("x")
+
+
+def test_what_branches_costs_its_share(grid: Grid) -> None:
+    family = next(family for family in grid.families() if family.branches)
+    twin, branch = family.twin, family.branches[0]
+    assert branch.cost == pytest.approx(twin.cost * (twin.steps - twin.fault_step + 1) / twin.steps)
+    every = {spec.id for spec in family.specs}
+    assert remaining(family, every) == 0
+    # Without its snapshot, which went with the folder, the twin has to be run again for a branch.
+    assert remaining(family, every - {branch.id}) == pytest.approx(twin.cost + branch.cost)
+
+
+def offered() -> set[str]:
+    """The rules that launch/train.py knows."""
+    return set(typing.get_args(typing.get_type_hints(ClipConfig)["clip"]))
+
+
+def test_options_that_launch_train_does_not_take_are_named_before_anything_runs() -> None:
+    grid = Grid.load(QUICK)
+    runner.check(list(grid.families()))
+    grid.raw["policy"]["zclip"]["options"]["clip"] = "nothing"
+    with pytest.raises(ValueError, match=r"launch.train does not take .*--clip nothing"):
+        runner.check(list(grid.families()))
+
+
+# ---- rows on disk ----------------------------------------------------------------------------------------------------
+
+
+def test_a_torn_last_line_is_left_out_and_replaced(tmp_path: Path) -> None:
+    rows = Rows(tmp_path / "rows.jsonl")
+    assert rows.read() == {}
+    assert rows.append({"id": "a", "x": math.nan, "y": [math.inf, 1.0]})
+    assert not rows.append({"id": "a", "x": 2.0})  # the first one stays
+    with rows.path.open("ab") as file:
+        file.write(b'{"id":"b","x":')  # killed here
+    assert rows.read() == {"a": {"id": "a", "x": None, "y": [None, 1.0]}}
+    assert rows.append({"id": "b", "x": 3.0})
+    assert rows.read().keys() == {"a", "b"}
+    assert [json.loads(line)["id"] for line in rows.path.read_text().splitlines()] == ["a", "b"]
+    rows.path.write_bytes(b'{"id":\n{"id":"b"}\n')  # torn in the middle: no accident of this program
+    with pytest.raises(ValueError, match="line 1 is not JSON"):
+        rows.read()
+
+
+def append_many(path: Path, writer: int) -> None:
+    for number in range(10):
+        Rows(path).append({"id": f"{writer}:{number}", "padding": "x" * 5000})
+
+
+def test_two_writers_do_not_write_over_each_other(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as executor:
+        list(executor.map(append_many, [path] * 2, range(2)))
+    assert Rows(path).read().keys() == {f"{writer}:{number}" for writer in range(2) for number in range(10)}
+
+
+# ---- runs ------------------------------------------------------------------------------------------------------------
+
+
+def quick_family(policy: str = "adagc-median") -> Family:
+    return next(f for f in Grid.load(QUICK).families() if f.branches and f.twin.policy == policy)
+
+
+def run_and_die(path: Path, work: Path, at: int) -> None:
+    """Run a family; be killed in the middle of its run number `at`."""
+    real, count = runner.train, 0
+
+    def train(cfg: Any, *args: Any) -> None:
+        nonlocal count
+        count += 1
+        if count == at:
+            corrupt = cfg.fault.fault == "batch"
+            assert corrupt
+            import launch.train
+
+            def killed(*_: Any) -> None:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+            launch.train.corrupt_batch = killed  # type: ignore[assignment]
+        real(cfg, *args)
+
+    runner.train = train
+    run_family(quick_family(), {}, path, work)
+
+
+def run_and_count(path: Path, work: Path) -> tuple[int, int]:
+    """Rows made, and runs that took."""
+    real, count = runner.train, 0
+
+    def train(*args: Any) -> None:
+        nonlocal count
+        count += 1
+        real(*args)
+
+    runner.train = train
+    return run_family(quick_family(), {}, path, work), count
+
+
+def comparable(rows: dict[str, Any]) -> dict[str, Any]:
+    return {key: {name: value for name, value in row.items() if name != "seconds"} for key, row in rows.items()}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Rows of a family that nothing happened to."""
+    folder = tmp_path_factory.mktemp("whole")
+    assert elsewhere(run_and_count, folder / "rows.jsonl", folder / "work") == (3, 3)
+    assert not list((folder / "work").glob("*+*"))  # logs and snapshots are gone
+    return Rows(folder / "rows.jsonl").read()
+
+
+def test_a_kill_in_the_middle_of_a_run_loses_no_finished_one(whole: dict[str, Any], tmp_path: Path) -> None:
+    path, work = tmp_path / "rows.jsonl", tmp_path / "work"
+    with pytest.raises(BrokenProcessPool):
+        elsewhere(run_and_die, path, work, 2)
+    first = path.read_bytes()
+    assert [row["fault"] for row in Rows(path).read().values()] == [NONE]
+    # The twin is not run again: its log and its snapshot are still there.
+    assert elsewhere(run_and_count, path, work) == (2, 2)
+    assert path.read_bytes().startswith(first)
+    assert comparable(Rows(path).read()) == comparable(whole)
+    assert elsewhere(run_and_count, path, work) == (0, 0)
+
+
+def test_a_lost_snapshot_is_made_again(whole: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    twin = next(row for row in whole.values() if row["fault"] == NONE)
+    Rows(path).append(twin)
+    assert elsewhere(run_and_count, path, tmp_path / "work") == (2, 3)
+    assert comparable(Rows(path).read()) == comparable(whole)
+
+
+@pytest.mark.parametrize("fault", [NONE, "batch", "grad"])
+def test_a_rows_command_gives_its_numbers(fault: str, whole: dict[str, Any], tmp_path: Path) -> None:
+    row = next(row for row in whole.values() if row["fault"] == fault)
+    assert row["branched"] == (fault != NONE)
+    threads, python, *rest = shlex.split(row["command"])
+    assert (threads, python, rest[:2]) == ("OMP_NUM_THREADS=1", "python", ["-m", "launch.train"])
+    command = [sys.executable, *rest, "--out", str(tmp_path), "--no-plot", "--no-tensorboard"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    got = read_run(tmp_path)
+    assert got.validation[-1]["loss"] == row["validation"]
+    means = [sum(got.series("loss")[i : i + BIN]) / BIN for i in range(0, len(got.steps), BIN)]
+    assert row["series"]["loss"] == pytest.approx(means, abs=6e-4)  # rounded to 3 digits
+    assert got.header["data"]["digest"] == row["data"]
+
+
+@pytest.mark.slow
+def test_a_quick_study_from_the_command_line(tmp_path: Path) -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MPLCONFIGDIR": str(tmp_path / "mpl")}
+
+    def study(*options: str) -> str:
+        command = [sys.executable, "-m", "scripts.study", *options]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout
+
+    out = tmp_path / "quick"
+    study("run", "--quick", "--out", str(out))
+    rows = Rows(out / "rows.jsonl").read()
+    grid = Grid.load(QUICK)
+    assert list(rows.keys() ^ {spec.id for family in grid.families() for spec in family.specs}) == []
+    assert all(row["validation"] < 5.6 for row in rows.values())
+    drawn = {path.name for path in out.glob("*.png")}
+    assert drawn == {f"study-{name}.png" for name in FIGURES}
+    assert {row["ranks"] for row in rows.values()} == {1, 2}
+    page = (out / "stability.md").read_text()
+    assert "18k parameters" in page
+    before = (out / "rows.jsonl").read_bytes()
+    assert "60 runs are done, 0 are to do" in study("run", "--quick", "--out", str(out))
+    assert (out / "rows.jsonl").read_bytes() == before
+    name = "small/stdlib/adamw-999/plain/adagc-min/grad/0"
+    again = study("row", name, "--grid", str(QUICK), "--rows", str(out / "rows.jsonl"))
+    assert ": the same" in again
+    assert rows[name]["command"] in again
+
+
+# ---- results and the page --------------------------------------------------------------------------------------------
+
+QUICK_SETTING = Setting("small", "stdlib", "adamw-999", "plain")
+
+
+def made_up(policy: str, seed: int, fault: str = NONE, **values: Any) -> dict[str, Any]:
+    row = {"size": "small", "corpus": "stdlib", "optimizer": "adamw-999", "condition": "plain"}
+    row |= {"policy": policy, "fault": fault, "seed": seed}  # type: ignore[dict-item]
+    name = "/".join(str(value) for value in row.values())
+    common = {"validation": 2.0, "diverged": False, "spikes": 0, "spike_score": 0.0, "clipped": 0.5, "scale": 0.5}
+    more = {"seconds": 1.0, "versions": {}, "series": {}, "recovery": 3, "recovery_of": 31, "validation_over_twin": 0.0}
+    return {**row, "id": name, **common, **more, **values}
+
+
+def results_of(*rows: dict[str, Any]) -> Results:
+    return Results(Grid.load(QUICK), {row["id"]: row for row in rows})
+
+
+def test_prices_floors_and_verdicts_by_hand() -> None:
+    got = results_of(
+        *(made_up(BASELINE, seed, validation=2.0 + seed) for seed in (0, 1)),
+        *(made_up(FLOOR, seed, validation=2.0 + seed + 0.001 * (1 + seed)) for seed in (0, 1)),
+        *(made_up("adagc-min", seed, validation=2.1 + seed) for seed in (0, 1)),
+        *(made_up("adagc-median", seed, validation=2.005 + seed) for seed in (0, 1)),
+        *(made_up("zclip", seed, validation=None, diverged=True) for seed in (0, 1)),
+    )
+    # Differences .001 and .002: mean .0015, standard error .0005, times 12.706.
+    assert got.floor(QUICK_SETTING) == pytest.approx(0.0015 + 12.706 * 0.0005)
+    assert got.price(QUICK_SETTING, "adagc-min") == (pytest.approx(0.1), pytest.approx(0.0, abs=1e-9), 2)
+    verdicts = {policy: got.verdict(QUICK_SETTING, policy) for policy in got.policies(QUICK_SETTING)}
+    assert verdicts["adagc-min"] == "worse"
+    assert verdicts["adagc-median"] == "within the noise"
+    assert verdicts["zclip"] == "diverged"
+    assert "2 of 2 diverged" in tables(got)["cells"]
+
+
+def test_excursions_are_compared_on_common_seeds() -> None:
+    got = results_of(
+        *(made_up(policy, seed) for policy in (BASELINE, "zclip") for seed in (0, 1)),
+        *(made_up(BASELINE, seed, "batch", excursion=2.0 + seed) for seed in (0, 1)),
+        made_up("zclip", 1, "batch", excursion=0.6, recovery=None),
+        made_up("zclip", 0, "grad", excursion=None, diverged=True, validation_over_twin=None),
+    )
+    assert got.excursion_ratio(QUICK_SETTING, "zclip", "batch") == pytest.approx(0.2)
+    assert got.excursion_ratio(QUICK_SETTING, "zclip", "grad") is None
+    line = next(line for line in tables(got)["summary"].splitlines() if line.startswith("| ZClip |"))
+    assert "| 0.20 | 0 of 1 |" in line
+    text = tables(got)["cells"]
+    assert "0.60 / 0.60 | not in 31" in text
+    assert "inf / inf" in text
+    assert "2.50 / 3.00 | 3 |" in text
+
+
+def test_pasting_needs_its_markers(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("a\n<!-- generated by scripts/study.py: cells -->\nold\n<!-- end -->\nb\n")
+    paste({"cells": r"new \1"}, page)
+    assert page.read_text() == "a\n<!-- generated by scripts/study.py: cells -->\nnew \\1\n<!-- end -->\nb\n"
+    with pytest.raises(ValueError, match="one section between"):
+        paste({"state": ""}, page)
+
+
+def test_the_page_says_what_the_rows_say(grid: Grid) -> None:
+    text = PAGE.read_text(encoding="utf-8")
+    for name, section in tables(Results(grid, Rows(ROWS).read())).items():
+        found = marked(name).search(text)
+        assert found is not None, name
+        assert found[2] == section, f"{name}: run `python -m scripts.study report`"
+
+
+def test_the_pages_figures_are_there() -> None:
+    for name in re.findall(r"\]\(images/([^)]+)\)", PAGE.read_text(encoding="utf-8")):
+        assert (IMAGES / name).read_bytes().startswith(b"\x89PNG"), name
+
+
+def test_committed_rows_are_small_and_of_this_grid(grid: Grid) -> None:
+    commands = {spec.id: spec.command for family in grid.families() for spec in family.specs}
+    rows = Rows(ROWS).read()
+    assert ROWS.stat().st_size < 3e6
+    assert {name: row["command"] for name, row in rows.items()} == {name: commands[name] for name in rows}
+
+
+def test_every_command_of_the_grid_is_understood(grid: Grid) -> None:
+    families = list(grid.families())
+    unknown = {
+        policy
+        for policy, entry in grid.raw["policy"].items()
+        if entry["options"]["clip"] not in offered()
+    }  # fmt: skip
+    runner.check([family for family in families if family.twin.policy not in unknown])
+    if unknown:
+        pytest.skip(f"launch.train does not offer the rules of {', '.join(sorted(unknown))}")
