@@ -18,6 +18,7 @@ from scripts.benchmark.local import (
     adagc,
     clipper,
     gpt2_shapes,
+    logclip,
     package_zclip,
     zclip_of,
 )
@@ -27,6 +28,7 @@ POLICIES: dict[str, Callable[[], Any]] = {
     "GlobalNorm": lambda: dist_clip.GlobalNorm(NO_LIMIT),
     "ZClip": lambda: zclip_of(NO_LIMIT),
     "AdaGC": adagc,
+    "LogClip": logclip,
     'AdaGC scope="global"': lambda: adagc("global"),
 }
 

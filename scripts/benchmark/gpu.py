@@ -27,7 +27,7 @@ from torch import Tensor, nn
 import dist_clip
 from dist_clip.kernels import multi_tensor
 from launch.model import VOCAB_SIZE, ModelConfig, build_model, next_byte_loss
-from scripts.benchmark.local import NO_LIMIT, Shapes, gpt2_shapes
+from scripts.benchmark.local import NO_LIMIT, Shapes, adagc, gpt2_shapes, logclip
 from scripts.benchmark.official import OfficialSchedule, Piece
 from scripts.benchmark.timing import Section
 
@@ -166,10 +166,6 @@ def clipper(gradients: Gradients, policy: dist_clip.Policy, kernels: str) -> dis
     return made
 
 
-def adagc() -> dist_clip.AdaGC:
-    return dist_clip.AdaGC(warmup_steps=2, max_norm=NO_LIMIT)
-
-
 def compare(title: str, shapes: Shapes, dtype: torch.dtype, rounds: int) -> Section:
     gradients = Gradients(shapes, dtype)
     params = gradients.params
@@ -196,6 +192,8 @@ def compare(title: str, shapes: Shapes, dtype: torch.dtype, rounds: int) -> Sect
         for share, doubled in (("0 %", 0), ("5 %", some), ("100 %", every)):
             run = clipper(gradients, adagc(), kernels).clip_
             calls[f"AdaGC, {share} clipped{by}"] = call(run, doubled, graph=kernels == "triton")
+            if kernels == "triton":
+                calls[f"LogClip, {share} clipped{by}"] = call(clipper(gradients, logclip(), kernels).clip_, doubled)
     calls["dist_clip.clip_grad_norm_"] = call(lambda: dist_clip.clip_grad_norm_(params, NO_LIMIT))
     calls[READ] = call(gradients.flat.sum)
     calls[READ_WRITE] = call(lambda: gradients.flat.mul_(1.0))
@@ -260,6 +258,7 @@ def step(quick: bool) -> Section:
         "GlobalNorm": dist_clip.GradClipper(model, dist_clip.GlobalNorm()).clip_,
         "ZClip": dist_clip.GradClipper(model, dist_clip.ZClip(warmup_steps=1)).clip_,
         "AdaGC": dist_clip.GradClipper(model, dist_clip.AdaGC(warmup_steps=1)).clip_,
+        "LogClip": dist_clip.GradClipper(model, dist_clip.LogClip(warmup_steps=1)).clip_,
     }
     text = torch.randint(VOCAB_SIZE, (rows_of_text, cfg.seq_len + 1), device="cuda")
     marks: dict[str, list[list[torch.cuda.Event]]] = {name: [] for name in candidates}

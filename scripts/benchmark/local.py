@@ -51,9 +51,7 @@ class Gradients:
             torch._foreach_mul_([grads[i * len(grads) // doubled] for i in range(doubled)], 2.0)
 
 
-def clipper(
-    gradients: Gradients, policy: dist_clip.AdaGC | dist_clip.ZClip | dist_clip.GlobalNorm
-) -> dist_clip.GradClipper:
+def clipper(gradients: Gradients, policy: dist_clip.Policy) -> dist_clip.GradClipper:
     """A clipper past its policy's warm-up, on which nothing was clipped."""
     made = dist_clip.GradClipper(gradients.named, policy)
     gradients.restore()
@@ -64,6 +62,10 @@ def clipper(
 
 def adagc(scope: str = "tensor") -> dist_clip.AdaGC:
     return dist_clip.AdaGC(warmup_steps=2, max_norm=NO_LIMIT, scope=scope)  # type: ignore[arg-type]
+
+
+def logclip() -> dist_clip.LogClip:
+    return dist_clip.LogClip(ratio=1.04, warmup_steps=2, max_norm=NO_LIMIT)
 
 
 def zclip_of(max_norm: float) -> dist_clip.ZClip:
@@ -107,6 +109,9 @@ def compare(title: str, about: str, shapes: Shapes, repeats: int) -> Section:
         "AdaGC, 0 % clipped": nothing(clipper(gradients, adagc()).clip_),
         "AdaGC, 5 % clipped": doubled(clipper(gradients, adagc()).clip_, some),
         "AdaGC, 100 % clipped": doubled(clipper(gradients, adagc()).clip_, every),
+        "LogClip, 0 % clipped": nothing(clipper(gradients, logclip()).clip_),
+        "LogClip, 5 % clipped": doubled(clipper(gradients, logclip()).clip_, some),
+        "LogClip, 100 % clipped": doubled(clipper(gradients, logclip()).clip_, every),
         'AdaGC scope="global", 0 % clipped': nothing(clipper(gradients, adagc("global")).clip_),
         'AdaGC scope="global", 100 % clipped': doubled(clipper(gradients, adagc("global")).clip_, every),
         "dist_clip.clip_grad_norm_": nothing(lambda: dist_clip.clip_grad_norm_(params, NO_LIMIT)),

@@ -112,7 +112,7 @@ def plot(results: dict[str, Any], folder: Path) -> list[Path]:
 
 
 def _ours(name: str) -> bool:
-    return name.startswith(("GlobalNorm", "ZClip", "AdaGC", "dist_clip"))
+    return name.startswith(("GlobalNorm", "ZClip", "AdaGC", "LogClip", "dist_clip"))
 
 
 def _save(figure: Any, path: Path) -> Path:

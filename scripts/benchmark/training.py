@@ -27,6 +27,7 @@ def end_to_end(quick: bool) -> Section:
         "GlobalNorm": dist_clip.GradClipper(model, dist_clip.GlobalNorm()).clip_,
         "ZClip": dist_clip.GradClipper(model, dist_clip.ZClip(warmup_steps=1)).clip_,
         "AdaGC": dist_clip.GradClipper(model, dist_clip.AdaGC(warmup_steps=1)).clip_,
+        "LogClip": dist_clip.GradClipper(model, dist_clip.LogClip(warmup_steps=1)).clip_,
     }
     generator = torch.Generator().manual_seed(0)
     seconds: dict[str, dict[str, list[float]]] = {name: {phase: [] for phase in PHASES} for name in candidates}

@@ -43,6 +43,7 @@ POLICIES = {
         lambda: dist_clip.AdaGC(warmup_steps=WARMUP, gamma_init="median"),
         lambda: reference.AdaGC(warmup_steps=WARMUP, gamma_init="median"),
     ),
+    "logclip": (lambda: dist_clip.LogClip(warmup_steps=WARMUP), lambda: reference.LogClip(warmup_steps=WARMUP)),
     "zclip": (lambda: dist_clip.ZClip(warmup_steps=WARMUP), lambda: reference.ZClip(warmup_steps=WARMUP)),
 }
 
