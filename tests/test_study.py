@@ -108,16 +108,25 @@ def test_a_run_whose_loss_becomes_no_number_has_a_row(grid: Grid) -> None:
     spec = grid.spec("small", "stdlib", "adamw-999", "plain", "global", "batch", 0)
     common = {"clipped_fraction": 0.5, "mean_scale": 0.5, "fault": False}
 
-    def run_of(first: int, loss: float) -> Run:
-        steps = [{"step": step, "loss": loss, **common} for step in range(first, spec.steps + 1)]
+    def run_of(first: int, loss: float, fault: range = range(0)) -> Run:
+        steps = [
+            {"step": step, "loss": loss, **common, "fault": step in fault} for step in range(first, spec.steps + 1)
+        ]
         header = {"policy": {}, "parameters": 1, "data": {"digest": ""}, "versions": {}}
         return Run(header, steps, [], [{"step": spec.steps, "loss": loss}], {"seconds": 1.0, "error": None})
 
-    row = make_row(spec, run_of(spec.fault_step, math.nan), run_of(1, 2.0), Recorded(excess=True))
+    faulty = range(spec.fault_step, spec.fault_step + 12)
+    row = make_row(spec, run_of(spec.fault_step, math.nan, faulty), run_of(1, 2.0), Recorded(excess=True))
     assert (row["diverged"], row["branched"], row["recovery"]) == (True, True, None)
     assert row["excursion"] == math.inf
     assert row["spikes"] == spec.steps - spec.fault_step + 1
     assert row["clipped"] == 0.5
+    # Corrupted batches are not compared with the twin's.
+    assert (row["compared_from"], row["recovery_of"]) == (12, 181 - 12)
+    broken = run_of(spec.fault_step, 2.0, faulty)
+    for record in broken.steps[:12]:
+        record["loss"] = 9.0
+    assert make_row(spec, broken, run_of(1, 2.0), Recorded())["excursion"] == 0.0
     with pytest.raises(ValueError, match="the log has 181 of 500 steps"):
         make_row(spec, run_of(spec.fault_step, 2.0), None, Recorded())
 

@@ -150,8 +150,9 @@ def courses(results: Results) -> Any:
             for row in rows:
                 if is_of(row, setting) and row["fault"] == fault:
                     values = [math.nan if value is None else value for value in row["series"]["excess"]]
-                    axes.plot(values, color=colour(results, row["policy"]), linewidth=1.2,
-                              label=results.grid.title("policy", row["policy"]))  # fmt: skip
+                    steps = range(row["compared_from"], row["compared_from"] + len(values))
+                    label = results.grid.title("policy", row["policy"])
+                    axes.plot(steps, values, color=colour(results, row["policy"]), linewidth=1.2, label=label)
             axes.axvspan(0, results.grid.raw["fault"][fault]["options"]["fault-steps"], color="0.92", zorder=0)
             axes.axhline(0, color="0.6", linewidth=0.8, zorder=0)
             axes.set_yscale("symlog", linthresh=0.1)

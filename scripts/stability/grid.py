@@ -49,6 +49,10 @@ class Spec:
         return dataclasses.replace(self, fault=NONE).id
 
     @property
+    def corrupts_batches(self) -> bool:
+        return self.options[self.options.index("--fault") + 1] == "batch"
+
+    @property
     def command(self) -> str:
         launcher = "python" if self.ranks == 1 else f"torchrun --standalone --nproc-per-node {self.ranks}"
         return " ".join(["OMP_NUM_THREADS=1", launcher, "-m", "launch.train", *self.options])

@@ -48,12 +48,12 @@ def paired(values: dict[int, float], others: dict[int, float]) -> Interval | Non
 
 
 def excursion(excess: Sequence[float]) -> float:
-    """Largest excess over the twin's loss from the fault on; infinite where the loss is no number any more."""
+    """Largest excess over the twin's loss on the same batch; infinite where the loss is no number any more."""
     return math.inf if any(math.isnan(value) for value in excess) else max(0.0, *excess)
 
 
 def steps_to_recover(excess: Sequence[float]) -> int | None:
-    """Steps from the fault's first one until the excess stays small; None where it does not within the run.
+    """Steps until the excess stays small, from the first one of `excess`; None where it does not within the run.
 
     Small: a running mean of 5 steps below 0.05 nats, as in launch/compare.py.
     """

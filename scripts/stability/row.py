@@ -23,7 +23,7 @@ class Recorded:
     """Which series a row gets beyond the binned ones."""
 
     excess: bool = False
-    """Each step's loss over the twin's, from the fault on."""
+    """The loss over the twin's, at each step from the fault on that has the twin's batch."""
     tensors: tuple[str, ...] = ()
     """Tensors whose norm, scale and remembered state are kept."""
 
@@ -75,11 +75,16 @@ def make_row(spec: Spec, run: Run, twin: Run | None, recorded: Recorded) -> Row:
         },
     }
     if twin is not None:
-        excess = [a - b for a, b in zip(loss, twin.series("loss"), strict=True)][spec.fault_step - 1 :]
+        # On a corrupted batch the loss says what the batch is, not what has become of the model.
+        first = spec.fault_step
+        if spec.corrupts_batches:
+            first = max(record["step"] for record in records if record["fault"]) + 1
+        excess = [a - b for a, b in zip(loss, twin.series("loss"), strict=True)][first - 1 :]
         row |= {
             "excursion": measures.excursion(excess),
             "recovery": measures.steps_to_recover(excess),
             "recovery_of": len(excess),
+            "compared_from": first - spec.fault_step,
             "validation_over_twin": validation - twin.validation[-1]["loss"],
         }
         if recorded.excess:
