@@ -31,11 +31,11 @@ class Row:
     rule: str
     fault: bool
     over_baseline: float
-    """Largest excess of the training loss over the fault-free GlobalGC run's, same batch, from the fault on."""
+    """Largest excess of the training loss over the fault-free GlobalGC run's, same batch, from `comparable_from` on."""
     over_twin: float | None
     """The same over the run's own fault-free twin."""
     recovery: str
-    """Steps from the fault's first one until the loss stays close to the twin's."""
+    """Steps from there until the loss stays close to the twin's."""
     clipped: float
     """Mean share of tensors clipped, from the end of the clipping rules' warm-ups to the fault."""
     validation: float
@@ -121,18 +121,24 @@ def fault_steps(runs: dict[str, Run]) -> tuple[int, int]:
     return spans.pop()
 
 
+def comparable_from(runs: dict[str, Run]) -> int:
+    """First step whose loss tells what the fault has done: on a corrupted batch it tells what the batch is."""
+    start, end = fault_steps(runs)
+    fault = next(run for run in runs.values() if has_fault(run)).header["config"]["fault"]["fault"]
+    return end + 1 if fault == "batch" else start
+
+
 def recovery(run: Run, twin: Run, start: int) -> str:
-    above = [step for step, value in enumerate(running_mean(excess(run, twin)), start=1) if not value <= RECOVERED]
-    above = [step for step in above if step >= start]
+    smooth = running_mean(excess(run, twin)[start - 1 :])
+    above = [number for number, value in enumerate(smooth, start=1) if not value <= RECOVERED]
     if not above:
         return "0"
-    if above[-1] == len(run.steps):
-        return f"not in {len(run.steps) - start + 1}"
-    return str(above[-1] + 1 - start)
+    return f"not in {len(smooth)}" if above[-1] == len(smooth) else str(above[-1])
 
 
 def tabulate(runs: dict[str, Run]) -> list[Row]:
     start, _ = fault_steps(runs)
+    first = comparable_from(runs)
     baseline = baseline_of(runs)
     warm = max(run.header["policy"].get("warmup_steps", 0) for run in runs.values())
     rows = []
@@ -144,9 +150,9 @@ def tabulate(runs: dict[str, Run]) -> list[Row]:
                 name=name,
                 rule=rule_of(run),
                 fault=has_fault(run),
-                over_baseline=max(excess(run, baseline)[start - 1 :]),
-                over_twin=max(excess(run, twin)[start - 1 :]) if has_fault(run) else None,
-                recovery=recovery(run, twin, start) if has_fault(run) else "",
+                over_baseline=max(excess(run, baseline)[first - 1 :]),
+                over_twin=max(excess(run, twin)[first - 1 :]) if has_fault(run) else None,
+                recovery=recovery(run, twin, first) if has_fault(run) else "",
                 clipped=sum(clipped) / len(clipped),
                 validation=run.validation[-1]["loss"],
             )
@@ -189,7 +195,7 @@ def render(rows: list[Row], runs: dict[str, Run]) -> str:
     text += [
         f"Fault, chosen for this demonstration: {what}, steps {start} to {end} of {len(next(iter(runs.values())).steps)}.",
         "Loss excursion: largest excess of the training loss (nats per byte) over GlobalGC's without the fault, on the same",
-        "batch, from the fault on; over own twin: over the same rule's run without the fault.",
+        f"batch, from step {comparable_from(runs)} on; over own twin: over the same rule's run without the fault.",
         f"Recovered: the excess over the own twin, a mean of {SMOOTH} steps, stays below {RECOVERED}; 0: never above it.",
         "Clipped: mean share of tensors clipped between the rules' warm-up and the fault. A rule that clips nearly every",
         "tensor on every step also moves less, fault or no fault.",
