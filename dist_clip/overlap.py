@@ -237,13 +237,14 @@ class Overlap:
         for launched in self._launched:
             out, _ = launched.reduction.finish(out)
         out, arrived = last.finish(out)
-        self._found = torch.stack([flag, *(values[:1] for _, values in arrived)]).amax(0)
+        pairs = [(group, *torch.split(values, [1, len(values) - 1])) for group, values in arrived]
+        self._found = torch.stack([flag, *(found for _, found, _ in pairs)]).amax(0)
         self._heard_by = self._group
         self._launched, self._event = [], None
         self._streams.clear()
         if self._inside:
             self._await()
-        return out, [(group, values[1:]) for group, values in arrived]
+        return out, [(group, values) for group, _, values in pairs]
 
     @property
     def flag(self) -> Tensor:

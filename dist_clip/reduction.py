@@ -175,8 +175,8 @@ class Underway:
                 gathered = stage.collective_for(self._p) == "all_gather"
                 values = _add_up(buffer, stage.group.size(), self._p) if gathered else buffer
                 if self._riders is not None:
-                    arrived.append((stage.group, values[len(stage.indices) :]))
-                    values = values[: len(stage.indices)]
+                    values, theirs = torch.split(values, [len(stage.indices), len(self._riders)])
+                    arrived.append((stage.group, theirs))
                 out = stage.put(out, values)
         return out, arrived
 
