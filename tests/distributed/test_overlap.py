@@ -242,11 +242,11 @@ def test_frozen_and_unfrozen() -> None:
         assert counts == [[2, 1]] * 4
 
 
-def accumulated(around: str, sync: bool) -> dict[str, Any]:
+def accumulated(around: str, sync: bool, exclude: tuple[str, ...] = ()) -> dict[str, Any]:
     """Two backwards a step, with and without overlap."""
     out: dict[str, Any] = {}
     for overlap in (0, 2):
-        setup, clipper = small(overlap)
+        setup, clipper = small(overlap, exclude=exclude)
         norms, counts = [], []
         for step in range(1, 5):
             for _, param in setup.named:
@@ -269,9 +269,11 @@ def accumulated(around: str, sync: bool) -> dict[str, Any]:
     return out
 
 
+@pytest.mark.parametrize("exclude", [(), ("*.down.bias",)], ids=["all", "without biases"])
 @pytest.mark.parametrize("sync", [True, False], ids=["reduced each time", "reduced once"])
-def test_accumulation(sync: bool) -> None:
-    for rank in pool(2).run(accumulated, "last", sync):
+def test_accumulation(sync: bool, exclude: tuple[str, ...]) -> None:
+    """FSDP2 adds to the gradients of a group one by one, and each shows as a write to all: also that to an excluded one."""
+    for rank in pool(2).run(accumulated, "last", sync, exclude):
         assert "error" not in rank, rank["error"]
         assert rank["counts"] == [[2]] * 4
         for ours, plain in zip(rank[2], rank[0], strict=True):
@@ -360,6 +362,35 @@ def test_a_schedule_that_scales_gradients_is_an_error() -> None:
     """torch's schedules divide the gradients by the number of microbatches when backward is over, unless told not to."""
     for rank in pool(4).run(changed, "pp-fsdp", ""):
         assert "scale_grads=False" in rank["errors"][0]
+
+
+def step_given_up() -> list[str | None]:
+    """A backward whose gradients are thrown away without a clip, once; on rank 1 it fails half-way."""
+    setup, clipper = small()
+    errors: list[str | None] = []
+    for step in range(1, 7):
+        for _, param in setup.named:
+            param.grad = None
+        with contextlib.suppress(KeyError), clipper.last_backward():
+            setup.backward(step)
+            if step == 3 and dist.get_rank() == 1:
+                raise KeyError
+        if step == 3:
+            continue
+        try:
+            clipper.clip_()
+            errors.append(None)
+        except dist_clip.EarlyGradientError as error:
+            errors.append(str(error))
+    return errors
+
+
+def test_a_step_that_is_not_clipped() -> None:
+    """The next one is an error, for its norms would be the other's; then all is well."""
+    first, second = pool(2).run(step_given_up)
+    assert first == second
+    assert [error is None for error in first] == [True, True, False, True, True]
+    assert "call clip_() before the next one" in str(first[2])
 
 
 # ---------------------------------------------------------------- hooks, refusals
