@@ -3,7 +3,7 @@
 from typing import Any
 
 from dist_clip.clipper import GradClipper
-from dist_clip.errors import DesyncError, LayoutError, NonFiniteGradError
+from dist_clip.errors import DesyncError, EarlyGradientError, LayoutError, NonFiniteGradError
 from dist_clip.functional import clip_grad_norm_
 from dist_clip.policies import AdaGC, GlobalNorm, LogClip, Policy, ZClip
 from dist_clip.report import ClipReport
@@ -24,6 +24,7 @@ __all__ = [
     "AdaGC",
     "ClipReport",
     "DesyncError",
+    "EarlyGradientError",
     "GlobalNorm",
     "GradClipper",
     "LayoutError",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
@@ -23,6 +24,7 @@ from dist_clip.freshness import ClippedGradients
 from dist_clip.groups import distributed
 from dist_clip.kernels import Kernels, Preference
 from dist_clip.layout import Layout
+from dist_clip.overlap import Overlap
 from dist_clip.policies.base import Policy, global_clip_scale, is_finite, is_nonfinite
 from dist_clip.readers import PartialReducer
 from dist_clip.reduction import PendingSum, PipelineReducer, ReductionPlan
@@ -61,6 +63,8 @@ class GradClipper:
             parallelism that comes too late, so clip by hand there.
         detect_desync: look, at each step that reduces anything, whether all ranks have clipped equally often and share
             one state. It rides along with the packed vector and is no collective more; see `check_in_sync`.
+        overlap: with FSDP2: how many groups of tensors, as large as what remains, may be measured and reduced while backward
+            runs, inside of `last_backward`. Makes a process group of its own; construction is collective over all ranks.
 
     Raises:
         LayoutError: no parameters, all frozen, duplicate names, complex or sparse gradients, a wrong process group,
@@ -84,6 +88,7 @@ class GradClipper:
         kernels: str | Kernels | Preference | None = None,
         scaler: GradScaler | None = None,
         detect_desync: bool = False,
+        overlap: int = 0,
     ) -> None:
         self.policy = policy
         self.nonfinite: NonFinite = nonfinite
@@ -103,6 +108,7 @@ class GradClipper:
             kernels,
             scaler,
             detect_desync,
+            overlap,
         )
         # The state is updated in place, which autograd's inference mode would forbid ever after.
         with torch.inference_mode(False), torch.no_grad():
@@ -122,16 +128,8 @@ class GradClipper:
 
         world = dist.get_world_size(made.process_group) if dist.is_available() and dist.is_initialized() else 1
         stages = 1 if made.pp_group is None else made.pp_group.size()
-        whole = made.layout.stage_group
-        if whole is None and world > 1 and made.pp_group is None:
-            whole = made.process_group or dist.group.WORLD
-        self._plan = ReductionPlan(
-            made.layout,
-            process_group=whole,
-            copies_among=world // stages,
-            shared=made.elsewhere,
-            meet=made.detect_desync,
-        )
+        self._overlap = Overlap(made) if made.overlap and world > 1 else None
+        self._plan: ReductionPlan | Overlap = self._overlap or _plan(made, world, stages)
         self._clipped = ClippedGradients()
         self._detector = DesyncDetector(self._standing, made.device) if made.detect_desync else None
         check_cover(made.layout, self._plan, made.process_group)
@@ -176,6 +174,8 @@ class GradClipper:
         overflow = None if self.scaler is None else found_inf(self.scaler, self.device)
         if self._detector is not None:
             self._detector.raise_if_found()
+        if self._overlap is not None:
+            self._overlap.raise_if_found()
         self._partial.reduce_(self.layout.tensors)
         shards = [tensor.read() for tensor in self.layout]
         num_grads = sum(shard is not None for shard in shards)
@@ -186,6 +186,8 @@ class GradClipper:
             self._pending = None
         measured = self._measure(shards)
         totals, flag, skip = self._totals(measured, overflow)
+        if self._overlap is not None:
+            self._overlap.judge()
         if self.scaler is not None:
             tell(self.scaler, skip)
         if self.nonfinite == "raise":
@@ -217,9 +219,23 @@ class GradClipper:
         )
         return self.last_report
 
+    def last_backward(self) -> contextlib.AbstractContextManager[None]:
+        """``with clipper.last_backward(): loss.backward()``, around the last backward of a step: with ``overlap``, norms of
+        the tensors that FSDP2 has done with are measured and reduced while it runs. Otherwise it does nothing.
+
+        Gradients must not be changed between it and `clip_`. It may be left out, on any step and on any rank. Under pipeline
+        parallelism it goes around ``schedule.step()``.
+
+        Raises:
+            EarlyGradientError: not here, but from `clip_`: a gradient is not the one that was measured. On the CPU before
+                anything is clipped; elsewhere at the call after, so that the host need not wait.
+        """
+        return contextlib.nullcontext() if self._overlap is None else self._overlap.backward()
+
     def _measure(self, shards: Sequence[Tensor | None]) -> Measured:
         """Norms of the shards and, if anything this step needs them, of the whole tensors."""
-        local = self.kernels.power_sums(shards, 2.0, self.device)
+        overlap = self._overlap
+        local = overlap.measure(shards) if overlap else self.kernels.power_sums(shards, 2.0, self.device)
         if self._reduces():
             sums = local
             if self.nonfinite == "zero" and self._any_shard_scope:
@@ -238,26 +254,33 @@ class GradClipper:
 
     def _reduce(self, sums: Tensor) -> Tensor:
         """The shards' squared norms added over the norm groups; what tells whether ranks are in step goes with them."""
-        if self._detector is None or not self._plan.stages:
-            return self._plan.reduce(sums)
-        # Scope "shard" is left out: there each rank remembers something else.
-        common = [value for d in self._domains if d.policy.rule_scope != "shard" for value in d.state.values()]
-        riders = self._detector.riders(self._calls, self._clipped.all_clipped(self.layout), [self._t, *common])
+        riders = None
+        if self._detector is not None and self._plan.stages:
+            # Scope "shard" is left out: there each rank remembers something else.
+            common = [value for d in self._domains if d.policy.rule_scope != "shard" for value in d.state.values()]
+            riders = self._detector.riders(self._calls, self._clipped.all_clipped(self.layout), [self._t, *common])
         added, arrived = self._plan.reduce_with(sums, riders)
-        self._detector.judge(riders, arrived)
+        if self._detector is not None and riders is not None:
+            self._detector.judge(riders, arrived)
         return added
 
     def _sum_over_stages(self, sums: Tensor) -> Tensor:
         if self._pipeline is None:
             return sums
-        if self._detector is None:
+        if self._detector is None and self._overlap is None:
             return self._pipeline.sum(sums)
-        riders = self._detector.riders(
-            self._calls, self._clipped.all_clipped(self.layout)
-        )  # stages have states of their own
-        added = self._pipeline.sum(torch.cat([sums, riders]))
-        self._detector.judge(riders, [(self.pp_group, added[len(sums) :])])
-        return added[: len(sums)]
+        riders = flag = sums.new_empty(0)
+        if self._detector is not None:  # stages have states of their own
+            riders = self._detector.riders(self._calls, self._clipped.all_clipped(self.layout))
+        if self._overlap is not None:
+            flag = self._overlap.flag
+        added = self._pipeline.sum(torch.cat([sums, riders, flag]))
+        added, their_riders, their_flag = torch.split(added, [len(sums), len(riders), len(flag)])
+        if self._overlap is not None:
+            self._overlap.hear(their_flag)
+        if self._detector is not None:
+            self._detector.judge(riders, [(self.pp_group, their_riders)])
+        return added
 
     def _standing(self) -> Standing:
         again = self._clipped.all_clipped(self.layout)
@@ -285,6 +308,7 @@ class GradClipper:
         """Whether this step needs norms of whole tensors. Known to the host, the same on every rank."""
         return (
             not self._plan.stages
+            or self._overlap is not None
             or self.may_skip
             or self.log_global_norm
             or any(d.policy.rule_scope == "tensor" or self._needs_total(d) for d in self._domains)
@@ -486,7 +510,7 @@ class GradClipper:
         return self._domains
 
     @property
-    def reduction_plan(self) -> ReductionPlan:
+    def reduction_plan(self) -> ReductionPlan | Overlap:
         return self._plan
 
     @property
@@ -511,6 +535,19 @@ class GradClipper:
     def counts(self, index: int) -> bool:
         """Whether this stage's copy of tensor `index` counts in the global norm."""
         return self._made.counted[index]
+
+
+def _plan(made: Construction, world: int, stages: int) -> ReductionPlan:
+    whole = made.layout.stage_group
+    if whole is None and world > 1 and made.pp_group is None:
+        whole = made.process_group or dist.group.WORLD
+    return ReductionPlan(
+        made.layout,
+        process_group=whole,
+        copies_among=world // stages,
+        shared=made.elsewhere,
+        meet=made.detect_desync,
+    )
 
 
 def _together(pairs: Sequence[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor | None]:

@@ -17,11 +17,11 @@ from torch.amp import GradScaler
 from dist_clip.agreement import Announcement, agree, told
 from dist_clip.domains import checked_rules
 from dist_clip.errors import LayoutError
-from dist_clip.groups import checked_group, device_of, stage_of
+from dist_clip.groups import checked_group, device_of, distributed, stage_of
 from dist_clip.kernels import TORCH, Kernels, choose
 from dist_clip.layout import Layout, LayoutReader
 from dist_clip.policies.base import Policy
-from dist_clip.readers import build_layout, named_parameters
+from dist_clip.readers import build_layout, modules_of, named_parameters, reduced_together
 from dist_clip.scaling import checked_scaler
 
 
@@ -40,6 +40,7 @@ class Arguments:
     kernels: Any
     scaler: Any
     detect_desync: Any
+    overlap: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +59,8 @@ class Construction:
         kernels: what measures and scales.
         scaler: the GradScaler, if there is one that scales.
         detect_desync: whether to look for ranks that are out of step.
+        overlap: how many buckets may be reduced in backward.
+        reduced_together: where that is not 0, FSDP2's parameter groups.
     """
 
     layout: Layout
@@ -72,6 +75,8 @@ class Construction:
     kernels: Kernels
     scaler: GradScaler | None
     detect_desync: bool
+    overlap: int
+    reduced_together: tuple[tuple[Tensor, ...], ...]
 
     def check_not_stale(self) -> None:
         """Raise if the module's parameters are no longer those of the construction: they would not be clipped."""
@@ -108,6 +113,8 @@ def construct(target: Any, arguments: Arguments) -> Construction:
         kernels=draft.kernels,
         scaler=draft.scaler,
         detect_desync=arguments.detect_desync,
+        overlap=arguments.overlap,
+        reduced_together=draft.reduced_together,
     )
 
 
@@ -126,6 +133,7 @@ class _Draft:
         self.known: frozenset[int] = frozenset()
         self.kernels: Kernels = TORCH
         self.scaler: GradScaler | None = None
+        self.reduced_together: tuple[tuple[Tensor, ...], ...] = ()
 
     def announce(self) -> Announcement:
         """Do all that this rank can do alone; a failure becomes part of what it tells the others, so that all raise."""
@@ -147,24 +155,43 @@ class _Draft:
         self.layout = layout
         self.device = layout.device or device_of(self.pp_group)
         self.kernels = choose(arguments.kernels, self.device)
+        tensors = layout.describe()
+        if _checked_overlap(arguments, self.rules, self.process_group):
+            self.reduced_together = self._fsdp2_groups(layout)
+            group_of = {id(param): g for g, group in enumerate(self.reduced_together) for param in group}
+            tensors = [f"{t.describe()}, FSDP2 group {group_of.get(id(t.param))}" for t in layout]
         patterns = frozenset(self.exclude) | {pattern for pattern, _ in self.rules[:-1]}
         matched = excluded | {p for p in patterns for name in layout.names if fnmatch.fnmatchcase(name, p)}
         policies = ", ".join(f"{pattern!r}: {rule!r}" for pattern, rule in self.rules)
         return Announcement(
             error=None,
             stage=stage_of(self.pp_group),
-            tensors=tuple(layout.describe()),
+            tensors=tuple(tensors),
             config=(
                 f"{policies}; nonfinite={arguments.nonfinite!r}, log_global_norm={arguments.log_global_norm}, "
                 f"skip_above={arguments.skip_above}, pp_group={'given' if self.pp_group is not None else None}, "
                 f"kernels={self.kernels.name}, detect_desync={arguments.detect_desync}, "
-                f"scaler={'given' if self.scaler is not None else None}"
+                f"overlap={arguments.overlap}, scaler={'given' if self.scaler is not None else None}"
             ),
             patterns=patterns,
             matched=frozenset(matched),
             names=layout.names,
             shapes=tuple(t.shape for t in layout),
         )
+
+    def _fsdp2_groups(self, layout: Layout) -> tuple[tuple[Tensor, ...], ...]:
+        if self.modules is None:
+            raise ValueError(
+                "overlap= needs to know the model's FSDP2 groups: pass the module to GradClipper, not parameters, an "
+                "optimizer or Megatron's"
+            )
+        groups = reduced_together(modules_of(self.modules))
+        if distributed() and len(layout) and not groups:
+            raise ValueError(
+                "overlap= needs FSDP2 (fully_shard), which tells when a gradient is final; this model has no such module. "
+                "Under DDP nothing is reduced; with FSDP1 and tensor parallelism alone leave overlap= out"
+            )
+        return groups
 
     def _read(self) -> tuple[Layout, set[str]]:
         """The layout of the target, and the exclude patterns that matched."""
@@ -186,6 +213,32 @@ class _Draft:
             self.modules = target
         self.known = frozenset(id(param) for _, param in named_parameters(target))
         return layout, excluded
+
+
+def _checked_overlap(arguments: Arguments, rules: list[tuple[str, Policy]], process_group: Any) -> int:
+    """``overlap``, where it can be."""
+    overlap = arguments.overlap
+    if isinstance(overlap, bool) or not isinstance(overlap, int):
+        raise TypeError(f"overlap must be an int, got {overlap!r}")
+    if overlap < 0:
+        raise ValueError(f"overlap must be at least 0, got {overlap!r}")
+    if not overlap:
+        return 0
+    if arguments.scaler is not None:
+        raise ValueError(
+            "overlap= measures gradients in backward, before a GradScaler can unscale them: pass one of the two"
+        )
+    shard_scope = [pattern for pattern, policy in rules if policy.rule_scope == "shard"]
+    if shard_scope:
+        raise ValueError(
+            f'overlap= has nothing to do for scope "shard" (rule {shard_scope[0]!r}), which reduces nothing'
+        )
+    if process_group is not None and process_group.size() < dist.get_world_size():
+        raise ValueError(
+            f"overlap= makes process groups, for which all {dist.get_world_size()} ranks are needed, and process_group= has "
+            f"{process_group.size()}: leave overlap= out"
+        )
+    return overlap
 
 
 def _check_reporting(arguments: Arguments) -> None:

@@ -12,6 +12,7 @@ from dist_clip.errors import LayoutError
 from dist_clip.faults import any_rank
 from dist_clip.groups import distributed
 from dist_clip.layout import Layout
+from dist_clip.overlap import Overlap
 from dist_clip.reduction import ReductionPlan
 
 
@@ -22,7 +23,7 @@ class _Miscount:
     expected: int
 
 
-def check_cover(layout: Layout, plan: ReductionPlan, process_group: Any) -> None:
+def check_cover(layout: Layout, plan: ReductionPlan | Overlap, process_group: Any) -> None:
     """Reduce the shards' numbers of elements as if they were squared norms: each tensor must come out whole.
 
     Whatever would make a norm silently wrong (a shard missed or counted twice, the wrong process group) shows here as a

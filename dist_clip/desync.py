@@ -62,7 +62,7 @@ class DesyncDetector:
         self._standing = standing
         self._device = device
         self._weights: dict[int, Tensor] = {}
-        self._verdicts: list[_Verdict] = []
+        self._verdicts: list[Verdict] = []
 
     def riders(self, calls: int, again: bool, states: Iterable[Tensor] = ()) -> Tensor:
         """float64 [6]: calls, `again` and a fingerprint of `states`, then their squares."""
@@ -76,7 +76,7 @@ class DesyncDetector:
             DesyncError: on the CPU; elsewhere `raise_if_found` does so later.
         """
         for group, sums in arrived:
-            self._verdicts.append(_Verdict(group, (sums != sent * group.size()).any()))
+            self._verdicts.append(Verdict(group, (sums != sent * group.size()).any()))
         if self._device.type == "cpu":
             self.raise_if_found()
 
@@ -113,8 +113,8 @@ class DesyncDetector:
 _BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
 
 
-class _Verdict:
-    """Whether a group is out of step: a flag on its way to the host."""
+class Verdict:
+    """A flag over a group, on its way to the host: to be read a step later, so that the host need not wait."""
 
     def __init__(self, group: Any, flag: Tensor) -> None:
         self.group = group

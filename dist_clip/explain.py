@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from dist_clip.layout import LogicalTensor, group_label
+from dist_clip.overlap import Overlap
 
 if TYPE_CHECKING:
     from dist_clip.clipper import GradClipper
@@ -44,6 +45,11 @@ def explain_table(clipper: GradClipper) -> str:
         )
     if not plan.stages:
         lines.append("no collective for tensor norms: every tensor is whole on this rank")
+    if isinstance(plan, Overlap):
+        lines.append(
+            f"the first {len(plan.early)} of these are launched in backward, inside of last_backward(), as soon as their "
+            "gradients are there; the others in clip_()"
+        )
     lines.append(f"kernels: {clipper.kernels.name} ({clipper.kernels.why})")
     if clipper.pp_group is not None:
         lines.append(

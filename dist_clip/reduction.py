@@ -137,24 +137,48 @@ class ReductionPlan:
         self, sums: Tensor, riders: Tensor | None, p: float = 2.0
     ) -> tuple[Tensor, list[tuple[Any, Tensor]]]:
         """As `reduce`; `riders`, float64 [k], travel at the end of every packed vector. Returns their sums by group, too."""
-        out = sums.clone()
-        arrived: list[tuple[Any, Tensor]] = []
-        levels = self.stages[-1].level + 1 if self.stages else 0
-        for level in range(levels):
-            running = [_launch(stage, out, p, riders) for stage in self.stages if stage.level == level]
-            for stage, buffer, work in running:
-                work.wait()
-                values = buffer if stage.collective_for(p) == "all_reduce" else _add_up(buffer, stage.group.size(), p)
-                if riders is not None:
-                    arrived.append((stage.group, values[len(stage.indices) :]))
-                    values = values[: len(stage.indices)]
-                out = stage.put(out, values)
-        return out, arrived
+        return self.start(sums, riders, p).finish(sums.clone() if self.stages else sums)
+
+    def start(self, sums: Tensor, riders: Tensor | None = None, p: float = 2.0) -> Underway:
+        """Launch the first collectives, those that wait for no others; `Underway.finish` does the rest."""
+        return Underway(self.stages, sums, riders, p)
 
     def describe(self, index: int) -> str:
         """How tensor `index` is reduced, for people."""
         steps = [f"{s.collective} {group_label(s.group)}" for s in self.stages if index in s.indices]
         return " -> ".join(steps) or "none"
+
+
+class Underway:
+    """A reduction whose first collectives have been launched.
+
+    Attributes:
+        buffers: what they write to.
+    """
+
+    def __init__(self, stages: Sequence[Stage], sums: Tensor, riders: Tensor | None, p: float) -> None:
+        self._stages, self._riders, self._p = stages, riders, p
+        self._first = self._launch(0, sums)
+        self.buffers = [buffer for _, buffer, _ in self._first]
+
+    def _launch(self, level: int, sums: Tensor) -> list[tuple[Stage, Tensor, Any]]:
+        return [_launch(stage, sums, self._p, self._riders) for stage in self._stages if stage.level == level]
+
+    def finish(self, out: Tensor) -> tuple[Tensor, list[tuple[Any, Tensor]]]:
+        """`out`, float64 [n], with the tensors' sums in place of the shards' (it may be written to); the riders' sums by
+        group."""
+        arrived: list[tuple[Any, Tensor]] = []
+        levels = self._stages[-1].level + 1 if self._stages else 0
+        for level in range(levels):
+            for stage, buffer, work in self._first if level == 0 else self._launch(level, out):
+                work.wait()
+                gathered = stage.collective_for(self._p) == "all_gather"
+                values = _add_up(buffer, stage.group.size(), self._p) if gathered else buffer
+                if self._riders is not None:
+                    values, theirs = torch.split(values, [len(stage.indices), len(self._riders)])
+                    arrived.append((stage.group, theirs))
+                out = stage.put(out, values)
+        return out, arrived
 
 
 class _Chain:

@@ -407,7 +407,7 @@ def pipeline(
     inner: Callable[[Net, DeviceMesh], None] | None = None,
     inner_size: int = 1,
     inner_is_data: bool = True,
-    schedule: type = Schedule1F1B,
+    schedule: Callable[..., Any] = Schedule1F1B,
 ) -> Setup:
     """Stages over "pp"; within a stage an inner mesh of `inner_size` ranks that `inner` parallelizes over."""
     world = dist.get_world_size()
@@ -567,6 +567,27 @@ LAYOUTS: dict[str, Layout] = {
 
 LAYOUTS["pp-tp-fsdp"] = Layout(pp_tp_fsdp, Config(blocks=4, width=6, hidden=10, vocab=7), worlds=())  # eight, as well
 LAYOUTS["hsdp-tp"] = Layout(hsdp_tp, Config(width=6, hidden=10, vocab=7), worlds=())  # eight ranks: tested apart
+
+# A schedule that leaves the gradients as backward makes them, sums over microbatches: tested apart, in test_overlap.py.
+_SUMMED_1F1B = functools.partial(Schedule1F1B, scale_grads=False)
+_SUMMED_INTERLEAVED = functools.partial(ScheduleInterleaved1F1B, scale_grads=False)
+LAYOUTS |= {
+    "pp-fsdp-summed": Layout(
+        functools.partial(pipeline, inner=shard_blocks, inner_size=2, schedule=_SUMMED_1F1B),
+        Config(blocks=4, odd=True),
+        (),
+    ),
+    "pp-tied-fsdp-summed": Layout(
+        functools.partial(pipeline, inner=shard_blocks, inner_size=2, schedule=_SUMMED_1F1B),
+        Config(blocks=4, tied=True),
+        (),
+    ),
+    "pp-chunks-fsdp-summed": Layout(
+        functools.partial(pipeline, chunks=2, inner=shard_blocks, inner_size=2, schedule=_SUMMED_INTERLEAVED),
+        DEEP,
+        (),
+    ),
+}
 
 # fp16 needs a GradScaler: tested apart, in test_mixed_precision.py.
 LAYOUTS["fsdp-fp16"] = Layout(

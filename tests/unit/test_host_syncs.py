@@ -377,6 +377,71 @@ def sharded_steps(layout: str, policy: str, nonfinite: Any) -> None:
             )
 
 
+class FakeStream:
+    """A stream of a device that is not there: what it waits for, in order."""
+
+    def __init__(self) -> None:
+        self.waited: list[Any] = []
+
+    def wait_stream(self, stream: FakeStream) -> None:
+        self.waited.append(stream)
+
+    wait_event = wait_stream
+
+    def record_event(self) -> tuple[str, FakeStream]:
+        return ("event", self)
+
+
+@pytest.mark.parametrize("layout", ["fsdp", "hsdp", "tp-fsdp", "ep", "pp-fsdp"])
+@pytest.mark.usefixtures("ranks")
+def test_overlap_has_no_host_sync_and_waits_for_streams(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two groups of FSDP2, the second reduced on a stream of its own; the clip runs on a third."""
+    specs, pp_group = sharded_specs(layout)
+    main, side = FakeStream(), FakeStream()
+    stream = [main]
+    recorded: list[tuple[Tensor, FakeStream]] = []
+    flags: list[Tensor] = []
+
+    class Flag:
+        def __init__(self, group: Any, flag: Tensor) -> None:
+            flags.append(flag)
+
+        def read(self) -> bool:
+            return False
+
+    monkeypatch.setattr("dist_clip.overlap.Overlap._stream", lambda self: stream[0])
+    monkeypatch.setattr("dist_clip.overlap.Verdict", Flag)
+    monkeypatch.setattr(Tensor, "record_stream", lambda tensor, on: recorded.append((tensor, on)))
+    with fake_cuda(strict=False):
+        params = {name: tensor.requires_grad_() for name, tensor in make_sharded(specs).items()}
+        groups = tuple((param,) for param in params.values())
+        monkeypatch.setattr("dist_clip.construction._Draft._fsdp2_groups", lambda self, layout: groups)
+        clipper = dist_clip.GradClipper(
+            list(params.items()), dist_clip.AdaGC(warmup_steps=WARMUP), pp_group=pp_group, overlap=1
+        )
+        (early,) = clipper.reduction_plan.early
+        (awaited,) = early.awaited
+        for step in range(WARMUP + 3):
+            for other in (main, side):
+                other.waited.clear()
+            recorded.clear()
+            with Copies() if step > 0 else torch.no_grad():
+                with clipper.last_backward():
+                    set_sharded_grads(layout, specs, params)
+                    stream[0] = side
+                    for hook in awaited._post_accumulate_grad_hooks.values():
+                        hook(awaited)
+                    stream[0] = main
+                assert len(clipper._overlap._launched) == 1
+                clipper.clip_()
+            assert main.waited == [("event", side)], "the clip waits for what was launched elsewhere"
+            assert [on for _, on in recorded] == [main, main], (
+                "the sums and the collective's buffer outlive their stream's use"
+            )
+        assert len(flags) == WARMUP + 3
+        assert all(flag.device.type == "cuda" and flag.dim() == 0 for flag in flags)
+
+
 @pytest.mark.parametrize("norm_type", [2.0, float("inf")])
 @pytest.mark.parametrize("layout", ["fsdp", "hsdp", "tp", "tp-fsdp", "ep", "pp", "pp-fsdp"])
 @pytest.mark.usefixtures("ranks")

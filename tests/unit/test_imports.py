@@ -17,7 +17,7 @@ LAYERS = [
     {"groups"},
     {"readers", "kernels", "policies"},
     {"agreement", "desync", "faults", "freshness", "domains", "reduction", "report"},
-    {"construction", "cover", "state", "explain", "attachment"},
+    {"construction", "cover", "overlap", "state", "explain", "attachment"},
     {"clipper", "functional"},
     {"__init__", "frameworks", "megatron"},
 ]

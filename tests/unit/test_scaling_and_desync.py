@@ -113,7 +113,7 @@ def test_desync_numbers_have_no_host_sync(monkeypatch: pytest.MonkeyPatch) -> No
     from dist_clip import desync
 
     flags = []
-    monkeypatch.setattr(desync, "_Verdict", lambda group, flag: flags.append(flag))
+    monkeypatch.setattr(desync, "Verdict", lambda group, flag: flags.append(flag))
     with fake_cuda(strict=False):
         watcher = detector("cuda")
         states = [torch.zeros((), dtype=torch.int64, device="cuda"), torch.empty(5, device="cuda")]
