@@ -17,7 +17,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from dist_clip.errors import NonFiniteGradError
 from dist_clip.groups import checked_group, device_of, group_alive
-from dist_clip.kernels import TORCH
+from dist_clip.kernels import Kernels, choose
 from dist_clip.layout import Layout
 from dist_clip.readers import PartialReducer, layout_of_parameters
 from dist_clip.reduction import PipelineReducer, ReductionPlan
@@ -72,11 +72,11 @@ def clip_grad_norm_(
     unique = {id(param): (f"parameters[{i}]", param) for i, param in reversed(list(enumerate(params)))}
     layout = layout_of_parameters(list(reversed(unique.values())))
     stages = 1 if pp_group is None else pp_group.size()
-    plan, partial = _prepare(layout, stages)
-    partial.reduce_(layout.tensors)
-    shards = [tensor.read() for tensor in layout]
     device = layout.device or device_of(pp_group)
-    sums = plan.reduce(TORCH.power_sums(shards, p, device, foreach), p)
+    prepared = _prepare(layout, stages, device)
+    prepared.partial.reduce_(layout.tensors)
+    shards = [tensor.read() for tensor in layout]
+    sums = prepared.plan.reduce(prepared.kernels.power_sums(shards, p, device, foreach), p)
     total = sums.amax() if math.isinf(p) and len(layout) else sums.sum()
     if stages > 1:
         total = PipelineReducer(pp_group).sum(total.view(1), p).squeeze(0)
@@ -88,7 +88,7 @@ def clip_grad_norm_(
             "error_if_nonfinite=False to scale them by it anyway"
         )
     scale = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
-    TORCH.scale_(shards, scale.expand(len(shards)), uniform=True, foreach=foreach)
+    prepared.kernels.scale_(shards, scale.expand(len(shards)), uniform=True, foreach=foreach)
     dtypes = {shard.dtype for shard in shards if shard is not None}
     return norm if dtypes == {torch.float64} else norm.float()
 
@@ -105,6 +105,7 @@ class _Prepared:
     described: tuple[str, ...]
     plan: ReductionPlan
     partial: PartialReducer
+    kernels: Kernels
 
     def fits(self, layout: Layout, stages: int) -> bool:
         return (
@@ -116,20 +117,25 @@ class _Prepared:
         )
 
 
-def _prepare(layout: Layout, stages: int) -> tuple[ReductionPlan, PartialReducer]:
-    """The plan, made at the first call for a list of parameters: it sends positions to the device, and which gradients
-    are Partial is learned with an exchange on the host."""
+def _prepare(layout: Layout, stages: int, device: torch.device) -> _Prepared:
+    """What is found out at the first call for a list of parameters: the plan sends positions to the device, which gradients
+    are Partial is learned with an exchange on the host, and kernels are tried before they are used."""
     first = layout.tensors[0].param if len(layout) else None
     found: _Prepared | None = _prepared.get(first) if first is not None else None  # type: ignore[no-untyped-call]
     if found is not None and found.fits(layout, stages):
-        return found.plan, found.partial
+        return found
     world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-    plan = ReductionPlan(layout, copies_among=world // stages)
-    partial = PartialReducer(layout.tensors)
+    made = _Prepared(
+        params=tuple(weakref.ref(tensor.param) for tensor in layout if tensor.param is not None),
+        stages=stages,
+        described=tuple(t.placement for t in layout),
+        plan=ReductionPlan(layout, copies_among=world // stages),
+        partial=PartialReducer(layout.tensors),
+        kernels=choose(None, device),
+    )
     if first is not None:
-        refs = tuple(weakref.ref(tensor.param) for tensor in layout if tensor.param is not None)
-        _prepared[first] = _Prepared(refs, stages, tuple(t.placement for t in layout), plan, partial)
-    return plan, partial
+        _prepared[first] = made
+    return made
 
 
 def _checked(max_norm: object, norm_type: object) -> tuple[float, float]:

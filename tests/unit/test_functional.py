@@ -10,6 +10,7 @@ import gc
 import inspect
 import math
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,6 +18,8 @@ import torch
 from torch import Tensor, nn
 
 import dist_clip
+from dist_clip import functional
+from dist_clip.kernels import TORCH, Kernels
 
 SHAPES = [(17, 5), (3,), (), (2, 3, 4), (1,)]
 NORM_TYPES = [1.0, 2.0, 3.0, math.inf]
@@ -300,3 +303,30 @@ def test_another_list_that_starts_with_the_same_parameter() -> None:
     assert dist_clip.clip_grad_norm_([a, b], 1e9).item() == pytest.approx(2.0)
     assert dist_clip.clip_grad_norm_([a, b, c], 1e9).item() == pytest.approx(math.sqrt(6))
     assert dist_clip.clip_grad_norm_([a, c], 1e9).item() == pytest.approx(2.0)
+
+
+def test_kernels_are_chosen_once_for_a_list_of_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As for GradClipper: by the environment, or the device; trying them costs too much for every call."""
+    calls: list[str] = []
+
+    def choose(wanted: object, device: torch.device) -> Kernels:
+        calls.append(f"choose {wanted} {device}")
+        spied = {name: getattr(TORCH, name) for name in ("power_sums", "scale_", "zero_where_")}
+        return Kernels("spy", "a test", **{name: spy(name, run) for name, run in spied.items()})
+
+    def spy(name: str, run: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            calls.append(name)
+            return run(*args, **kwargs)
+
+        return call
+
+    monkeypatch.setattr(functional, "choose", choose)
+    params = [nn.Parameter(torch.zeros(3)) for _ in range(2)]
+    for _ in range(2):
+        for param in params:
+            param.grad = torch.ones(3)
+        norm = dist_clip.clip_grad_norm_(params, 1.0)
+        assert norm.item() == pytest.approx(6**0.5)
+        assert params[0].grad.tolist() == pytest.approx([6**-0.5] * 3)
+    assert calls == ["choose None cpu", *["power_sums", "scale_"] * 2]

@@ -578,6 +578,24 @@ def test_chosen_on_a_gpu() -> None:
 
 @gpu
 @needs_cuda
+@pytest.mark.parametrize("norm_type", [2.0, 1.0, math.inf])
+def test_clip_grad_norm_on_a_gpu(norm_type: float) -> None:
+    """Its kernels are chosen as a clipper's are; bf16, which torch's kernels take one by one."""
+    grads = [torch.randn(n, device="cuda").to(torch.bfloat16) for n in (5, 20_000, 70_001)]
+    params = [nn.Parameter(torch.zeros_like(grad)) for grad in grads]
+    for _ in range(2):
+        for param, grad in zip(params, grads, strict=True):
+            param.grad = grad.clone()
+        norm = dist_clip.clip_grad_norm_(params, 0.5, norm_type)
+        expected = torch.cat([grad.double() for grad in grads]).norm(norm_type)
+        assert norm.item() == pytest.approx(expected.item(), rel=1e-6)
+        scale = (0.5 / (expected + 1e-6)).float()
+        for param, grad in zip(params, grads, strict=True):
+            torch.testing.assert_close(param.grad, (grad.float() * scale).bfloat16(), rtol=2**-7, atol=0.0)
+
+
+@gpu
+@needs_cuda
 def test_large_on_a_gpu() -> None:
     """More elements than an int32 counts, beside small ones."""
     tensor = torch.full((2**31 + 70_001,), 0.7, dtype=torch.bfloat16, device="cuda")
