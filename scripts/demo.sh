@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Watch AdaGC at work: a small GPT trained with GlobalGC and with AdaGC, each with and without the same injected fault.
+# Watch clipping at work: a small GPT trained with GlobalGC, with LogClip and with the paper's AdaGC, each with and without
+# the same injected fault.
 # Does its own set-up on a fresh machine. The table and the plot are made from the runs' logs (runs/demo).
 #   SEED=1 OUT=runs/demo-1 scripts/demo.sh      another seed
 #   scripts/demo.sh --fault batch --fault-steps 12      another fault (any option of launch/train.py)
@@ -23,8 +24,8 @@ train() { # name, then options
 
 train global --clip global
 train global-fault --clip global "${fault[@]}"
-train adagc-median --clip adagc --gamma-init median
-train adagc-median-fault --clip adagc --gamma-init median "${fault[@]}"
+train logclip --clip logclip
+train logclip-fault --clip logclip "${fault[@]}"
 train adagc-min --clip adagc --gamma-init min
 train adagc-min-fault --clip adagc --gamma-init min "${fault[@]}"
 
