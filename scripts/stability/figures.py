@@ -51,7 +51,8 @@ def colour(results: Results, policy: str) -> Any:
 def excursions(results: Results, fault: str) -> Any:
     """How far a fault throws the loss: a panel a setting, a dot a seed."""
     settings = [s for s in results.settings if results.of(s, BASELINE, fault)]
-    names = [p for p in results.grid.raw["policy"] if any(results.of(s, p, fault) for s in settings)]
+    shown = [policy for policy in results.grid.raw["policy"] if policy not in HIDDEN]
+    names = [policy for policy in shown if any(results.of(setting, policy, fault) for setting in settings)]
     if not settings:
         return None
     figure, panels = wrapped(results, settings, names)
