@@ -168,6 +168,7 @@ class GradClipper:
             RuntimeError: with ``scaler``: the gradients are not unscaled yet.
             DesyncError: with ``detect_desync``: ranks are out of step. On the CPU before anything is clipped; elsewhere at
                 the call after, so that the host need not wait.
+            EarlyGradientError: with ``overlap``: see `last_backward`.
             NonFiniteGradError: with ``nonfinite="raise"``.
             LayoutError: parameters were replaced since the construction.
         """

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -128,12 +129,21 @@ def comparable_from(runs: dict[str, Run]) -> int:
     return end + 1 if fault == "batch" else start
 
 
-def recovery(run: Run, twin: Run, start: int) -> str:
-    smooth = running_mean(excess(run, twin)[start - 1 :])
-    above = [number for number, value in enumerate(smooth, start=1) if not value <= RECOVERED]
+def steps_to_recover(values: Sequence[float]) -> int | None:
+    """Steps until an excess stays small, from the first one of `values`; None where it does not.
+
+    Small: its running mean is below `RECOVERED`.
+    """
+    above = [i for i, value in enumerate(running_mean(list(values)), start=1) if not value <= RECOVERED]
     if not above:
-        return "0"
-    return f"not in {len(smooth)}" if above[-1] == len(smooth) else str(above[-1])
+        return 0
+    return None if above[-1] == len(values) else above[-1]
+
+
+def recovery(run: Run, twin: Run, start: int) -> str:
+    values = excess(run, twin)[start - 1 :]
+    steps = steps_to_recover(values)
+    return f"not in {len(values)}" if steps is None else str(steps)
 
 
 def tabulate(runs: dict[str, Run]) -> list[Row]:

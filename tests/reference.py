@@ -67,6 +67,17 @@ class GlobalGC:
         return {}
 
 
+class OnceToN:
+    """Before a rule: applies it once, to N."""
+
+    def scales(self, norms: Norms) -> Scales:
+        scale = super().scales({"N": total_norm(norms)})["N"]
+        return dict.fromkeys(norms, scale)
+
+    def memory(self, name: Hashable) -> dict[str, float]:
+        return super().memory("N")
+
+
 GAMMA_INITS = {"min": min, "median": statistics.median, "mean": statistics.fmean, "last": lambda seen: seen[-1]}
 
 
@@ -126,15 +137,8 @@ class AdaGC:
         return {"gamma": self.gamma.get(name, 0.0)}
 
 
-class AdaGCGlobal(AdaGC):
+class AdaGCGlobal(OnceToN, AdaGC):
     """AdaGC-Global: the rule applied once, to N."""
-
-    def scales(self, norms: Norms) -> Scales:
-        scale = super().scales({"N": total_norm(norms)})["N"]
-        return dict.fromkeys(norms, scale)
-
-    def memory(self, name: Hashable) -> dict[str, float]:
-        return super().memory("N")
 
 
 class LogClip:
@@ -223,15 +227,8 @@ class LogClip:
         return {slot: values.get(name, 0) for slot, values in kept.items()}
 
 
-class LogClipGlobal(LogClip):
+class LogClipGlobal(OnceToN, LogClip):
     """LogClip applied once, to N."""
-
-    def scales(self, norms: Norms) -> Scales:
-        scale = super().scales({"N": total_norm(norms)})["N"]
-        return dict.fromkeys(norms, scale)
-
-    def memory(self, name: Hashable) -> dict[str, float]:
-        return super().memory("N")
 
 
 class ZClip:

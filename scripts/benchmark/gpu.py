@@ -22,16 +22,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import zclip
-from torch import Tensor, nn
+from torch import nn
 
 import dist_clip
 from dist_clip.kernels import multi_tensor
 from launch.model import VOCAB_SIZE, ModelConfig, build_model, next_byte_loss
-from scripts.benchmark.local import NO_LIMIT, Shapes, adagc, gpt2_shapes, logclip
+from scripts.benchmark.local import NO_LIMIT, TORCH, Gradients, Shapes, adagc, clipper, gpt2_shapes, logclip
 from scripts.benchmark.official import OfficialSchedule, Piece
 from scripts.benchmark.timing import Section
+from scripts.benchmark.training import clips, share_table
 
-TORCH = "torch clip_grad_norm_, foreach"
 READ = "read the same bytes once"
 READ_WRITE = "read and write them once"
 BUSY_CYCLES = 60_000_000
@@ -64,27 +64,6 @@ class Call:
     prepare: Callable[[], Any]
     waits: bool = False
     graph: Callable[[], Any] | None = None
-
-
-class Gradients:
-    """Parameters with gradients on the GPU, and the originals to put back."""
-
-    def __init__(self, shapes: Shapes, dtype: torch.dtype) -> None:
-        generator = torch.Generator("cuda").manual_seed(0)
-        self.originals = [
-            torch.randn(shape, generator=generator, device="cuda").mul_(1e-3).to(dtype) for shape in shapes
-        ]
-        self.params = [nn.Parameter(torch.zeros((), device="cuda", dtype=dtype).expand(shape)) for shape in shapes]
-        for param, original in zip(self.params, self.originals, strict=True):
-            param.grad = original.clone()
-        self.flat = torch.randn(sum(o.numel() for o in self.originals), device="cuda").to(dtype)
-        self.named = [(f"p{i}", param) for i, param in enumerate(self.params)]
-
-    def restore(self, doubled: int = 0) -> None:
-        grads: list[Tensor] = [param.grad for param in self.params]  # type: ignore[misc]
-        torch._foreach_copy_(grads, self.originals)
-        if doubled:
-            torch._foreach_mul_([grads[i * len(grads) // doubled] for i in range(doubled)], 2.0)
 
 
 def timed(calls: Mapping[str, Call], rounds: int) -> dict[str, dict[str, float | None]]:
@@ -157,17 +136,8 @@ def kernels_here() -> list[str]:
     return found
 
 
-def clipper(gradients: Gradients, policy: dist_clip.Policy, kernels: str) -> dist_clip.GradClipper:
-    """A clipper past its policy's warm-up, on which nothing was clipped."""
-    made = dist_clip.GradClipper(gradients.named, policy, kernels=kernels)
-    gradients.restore()
-    for _ in range(4):
-        made.clip_()
-    return made
-
-
 def compare(title: str, shapes: Shapes, dtype: torch.dtype, rounds: int) -> Section:
-    gradients = Gradients(shapes, dtype)
+    gradients = Gradients(shapes, "cuda", dtype)
     params = gradients.params
     some, every = max(1, round(0.05 * len(shapes))), len(shapes)
 
@@ -255,10 +225,7 @@ def step(quick: bool) -> Section:
     candidates: dict[str, Callable[[], Any]] = {
         "no clipping": lambda: None,
         TORCH: lambda: torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, foreach=True),
-        "GlobalNorm": dist_clip.GradClipper(model, dist_clip.GlobalNorm()).clip_,
-        "ZClip": dist_clip.GradClipper(model, dist_clip.ZClip(warmup_steps=1)).clip_,
-        "AdaGC": dist_clip.GradClipper(model, dist_clip.AdaGC(warmup_steps=1)).clip_,
-        "LogClip": dist_clip.GradClipper(model, dist_clip.LogClip(warmup_steps=1)).clip_,
+        **clips(model),
     }
     text = torch.randint(VOCAB_SIZE, (rows_of_text, cfg.seq_len + 1), device="cuda")
     marks: dict[str, list[list[torch.cuda.Event]]] = {name: [] for name in candidates}
@@ -277,33 +244,16 @@ def step(quick: bool) -> Section:
             optimizer.zero_grad()
             marks[name].append(events)
     torch.cuda.synchronize()
-    rows = []
-    for name, steps in marks.items():
-        phases = [statistics.median(e[i].elapsed_time(e[i + 1]) for e in steps[2:]) for i in range(3)]
-        rows.append(
-            {
-                "name": name,
-                "forward_backward_ms": phases[0],
-                "clip_ms": phases[1],
-                "optimizer_ms": phases[2],
-                "clip_percent": 100 * phases[1] / sum(phases),
-            }
-        )
+    milliseconds = {
+        name: [statistics.median(e[i].elapsed_time(e[i + 1]) for e in steps[2:]) for i in range(3)]
+        for name, steps in marks.items()
+    }
     size = sum(param.numel() for param in model.parameters())
-    return Section(
-        "Share of a training step",
+    about = (
         f"{size:,} parameters, {rows_of_text} x {cfg.seq_len} random bytes a step, bf16 autocast: forward and backward, "
-        "clip, AdamW (fused); device times, the host ahead of the device.",
-        {
-            "name": "",
-            "forward_backward_ms": "forward and backward, ms",
-            "clip_ms": "clip, ms",
-            "optimizer_ms": "AdamW, ms",
-            "clip_percent": "clip, % of the step",
-        },
-        rows,
-        {"parameters": size, "tensors": len(list(model.parameters())), "rounds": rounds},
+        "clip, AdamW (fused); device times, the host ahead of the device."
     )
+    return share_table(about, milliseconds, model, rounds)
 
 
 def in_a_world_of_one(section: Callable[[bool], Section]) -> Callable[[bool], Section]:

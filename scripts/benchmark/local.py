@@ -30,14 +30,15 @@ def gpt2_shapes(layers: int = 12, dim: int = 768, vocab: int = 50257, context: i
 class Gradients:
     """Parameters with gradients, and the originals to put back. The parameters have no memory of their own."""
 
-    def __init__(self, shapes: Shapes) -> None:
+    def __init__(self, shapes: Shapes, device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
         torch.manual_seed(0)
-        self.flat = torch.randn(sum(math.prod(shape) for shape in shapes)).mul_(1e-3)
+        elements = sum(math.prod(shape) for shape in shapes)
+        self.flat = torch.randn(elements, device=device).mul_(1e-3).to(dtype)
         self.originals = [
             part.view(shape)
             for part, shape in zip(torch.split(self.flat, [math.prod(s) for s in shapes]), shapes, strict=True)
         ]
-        self.params = [nn.Parameter(torch.zeros(1).expand(shape)) for shape in shapes]
+        self.params = [nn.Parameter(self.flat.new_zeros(1).expand(shape)) for shape in shapes]
         for param, original in zip(self.params, self.originals, strict=True):
             param.grad = original.clone()
         self.named = [(f"p{i}", param) for i, param in enumerate(self.params)]
@@ -51,9 +52,9 @@ class Gradients:
             torch._foreach_mul_([grads[i * len(grads) // doubled] for i in range(doubled)], 2.0)
 
 
-def clipper(gradients: Gradients, policy: dist_clip.Policy) -> dist_clip.GradClipper:
+def clipper(gradients: Gradients, policy: dist_clip.Policy, kernels: str | None = None) -> dist_clip.GradClipper:
     """A clipper past its policy's warm-up, on which nothing was clipped."""
-    made = dist_clip.GradClipper(gradients.named, policy)
+    made = dist_clip.GradClipper(gradients.named, policy, kernels=kernels)
     gradients.restore()
     for _ in range(3):
         made.clip_()

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 
 import dist_clip
 from launch.model import VOCAB_SIZE, ModelConfig, build_model, next_byte_loss
@@ -22,12 +23,9 @@ def end_to_end(quick: bool) -> Section:
     rounds = 3 if quick else 11
     model = build_model(cfg, seed=0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, foreach=True)
-    candidates: dict[str, Callable[[], Any]] = {
+    candidates = {
         "torch clip_grad_norm_": lambda: torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, foreach=True),
-        "GlobalNorm": dist_clip.GradClipper(model, dist_clip.GlobalNorm()).clip_,
-        "ZClip": dist_clip.GradClipper(model, dist_clip.ZClip(warmup_steps=1)).clip_,
-        "AdaGC": dist_clip.GradClipper(model, dist_clip.AdaGC(warmup_steps=1)).clip_,
-        "LogClip": dist_clip.GradClipper(model, dist_clip.LogClip(warmup_steps=1)).clip_,
+        **clips(model),
     }
     generator = torch.Generator().manual_seed(0)
     seconds: dict[str, dict[str, list[float]]] = {name: {phase: [] for phase in PHASES} for name in candidates}
@@ -45,16 +43,38 @@ def end_to_end(quick: bool) -> Section:
             if turn > 0:
                 for phase, start, end in zip(PHASES, marks, marks[1:], strict=False):
                     seconds[name][phase].append(end - start)
-    rows = []
-    for name, phases in seconds.items():
-        ms = {phase: 1e3 * statistics.median(values) for phase, values in phases.items()}
-        row = {"name": name, **{f"{phase}_ms": value for phase, value in ms.items()}}
-        rows.append({**row, "clip_percent": 100 * ms["clip"] / sum(ms.values())})
+    milliseconds = {
+        name: [1e3 * statistics.median(phases[phase]) for phase in PHASES] for name, phases in seconds.items()
+    }
     size = sum(param.numel() for param in model.parameters())
+    about = (
+        f"One process, {size:,} parameters, 8 x {cfg.seq_len} random bytes a step: forward and backward, clip, "
+        "AdamW (foreach)."
+    )
+    return share_table(about, milliseconds, model, rounds)
+
+
+def clips(model: nn.Module) -> dict[str, Callable[[], Any]]:
+    """A clip by each policy, past its warm-up from the second step on."""
+    policies = {
+        "GlobalNorm": dist_clip.GlobalNorm(),
+        "ZClip": dist_clip.ZClip(warmup_steps=1),
+        "AdaGC": dist_clip.AdaGC(warmup_steps=1),
+        "LogClip": dist_clip.LogClip(warmup_steps=1),
+    }
+    return {name: dist_clip.GradClipper(model, policy).clip_ for name, policy in policies.items()}
+
+
+def share_table(about: str, milliseconds: dict[str, list[float]], model: nn.Module, rounds: int) -> Section:
+    """The table, from what each of `PHASES` takes with each candidate."""
+    rows = []
+    for name, phases in milliseconds.items():
+        row = {"name": name, **{f"{phase}_ms": ms for phase, ms in zip(PHASES, phases, strict=True)}}
+        rows.append({**row, "clip_percent": 100 * phases[PHASES.index("clip")] / sum(phases)})
+    params = list(model.parameters())
     return Section(
         "Share of a training step",
-        f"One process, {size:,} parameters, 8 x {cfg.seq_len} random bytes a step: forward and backward, clip, "
-        "AdamW (foreach).",
+        about,
         {
             "name": "",
             "forward_backward_ms": "forward and backward, ms",
@@ -63,5 +83,5 @@ def end_to_end(quick: bool) -> Section:
             "clip_percent": "clip, % of the step",
         },
         rows,
-        {"parameters": size, "tensors": len(list(model.parameters())), "rounds": rounds},
+        {"parameters": sum(param.numel() for param in params), "tensors": len(params), "rounds": rounds},
     )

@@ -1,4 +1,7 @@
-"""What is measured of a run, and of a set of runs: excursion, recovery, spike score, paired differences."""
+"""What is measured of a run, and of a set of runs: excursion, spike score, paired differences.
+
+Recovery is launch.compare's `steps_to_recover`.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,6 @@ import math
 import statistics
 from collections.abc import Sequence
 from typing import NamedTuple
-
-from launch.compare import RECOVERED, running_mean
 
 SPIKE_SIGMAS = 7.0
 SPIKE_WINDOW = 100
@@ -50,17 +51,6 @@ def paired(values: dict[int, float], others: dict[int, float]) -> Interval | Non
 def excursion(excess: Sequence[float]) -> float:
     """Largest excess over the twin's loss on the same batch; infinite where the loss is no number any more."""
     return math.inf if any(math.isnan(value) for value in excess) else max(0.0, *excess)
-
-
-def steps_to_recover(excess: Sequence[float]) -> int | None:
-    """Steps until the excess stays small, from the first one of `excess`; None where it does not within the run.
-
-    Small: a running mean of 5 steps below 0.05 nats, as in launch/compare.py.
-    """
-    above = [i for i, value in enumerate(running_mean(list(excess)), start=1) if not value <= RECOVERED]
-    if not above:
-        return 0
-    return None if above[-1] == len(excess) else above[-1]
 
 
 def spikes(loss: Sequence[float], window: int = SPIKE_WINDOW, sigmas: float = SPIKE_SIGMAS) -> int:

@@ -7,6 +7,7 @@ import math
 import statistics
 from typing import Any
 
+from launch.compare import steps_to_recover
 from launch.metrics import Run
 from scripts.stability import measures
 from scripts.stability.grid import AXES, NONE, Spec
@@ -82,7 +83,7 @@ def make_row(spec: Spec, run: Run, twin: Run | None, recorded: Recorded) -> Row:
         excess = [a - b for a, b in zip(loss, twin.series("loss"), strict=True)][first - 1 :]
         row |= {
             "excursion": measures.excursion(excess),
-            "recovery": measures.steps_to_recover(excess),
+            "recovery": steps_to_recover(excess),
             "recovery_of": len(excess),
             "compared_from": first - spec.fault_step,
             "validation_over_twin": validation - twin.validation[-1]["loss"],
