@@ -26,6 +26,9 @@ class FaultConfig:
     """grad: the tensor's name."""
     fault_scale: float = 1e4
     """grad: standard deviation of the garbage, one fixed normal pattern for the whole fault."""
+    fault_answer: Literal["none", "zero", "skip"] = "none"
+    """A control: what somebody who knew of the fault would do at its steps. zero: the clipped gradients become zero, the
+    most that any clipping can do. skip: the optimizer does not step."""
 
     def __post_init__(self) -> None:
         if self.fault_step < 1 or self.fault_steps < 1:
@@ -43,7 +46,13 @@ class FaultConfig:
             raise ValueError(f"--fault-step {self.fault_step} is over: the snapshot goes on at step {first}")
 
     def active(self, kind: str, step: int) -> bool:
-        return self.fault == kind and self.fault_step <= step < self.fault_step + self.fault_steps
+        return self.fault == kind and self.at(step)
+
+    def answered(self, answer: str, step: int) -> bool:
+        return self.fault_answer == answer and self.at(step)
+
+    def at(self, step: int) -> bool:
+        return self.fault != "none" and self.fault_step <= step < self.fault_step + self.fault_steps
 
 
 def corrupt_batch(inputs: Tensor, step: int, seed: int) -> tuple[Tensor, Tensor]:

@@ -89,12 +89,15 @@ def train(cfg: Config, device: torch.device, corpus: Corpus | None = None) -> No
 
             # After the whole batch's gradient is there (accumulated and reduced), before the optimizer looks at it.
             report = clipper.clip_()
+            if cfg.fault.answered("zero", step):
+                optimizer.zero_grad(set_to_none=False)
             # "skip" asks the host to look at a flag, which waits for the device; the other choices do not.
-            if cfg.clip.nonfinite != "skip" or not report.nonfinite:
+            skipped = cfg.fault.answered("skip", step) or (cfg.clip.nonfinite == "skip" and report.nonfinite)
+            if not skipped:
                 optimizer.step()
             optimizer.zero_grad()
 
-            lr, fault = optimizer.param_groups[0]["lr"], cfg.fault.active(cfg.fault.fault, step)
+            lr, fault = optimizer.param_groups[0]["lr"], cfg.fault.at(step)
             log.step(step, loss, report, lr, fault, state=clipper.state_dict)
             schedule.step()
             if step == cfg.snapshot.save_at:

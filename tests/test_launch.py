@@ -115,6 +115,28 @@ def test_the_fault_of_the_parity_runs_shows(single: Run) -> None:
     assert [record["fault"] for record in single.steps] == [False] * 5 + [True] * 2 + [False]
 
 
+def test_an_answered_fault_leaves_no_trace(tmp_path: Path) -> None:
+    """The two controls: GlobalGC remembers nothing, so what the fault was cannot show in any later step."""
+
+    def losses(name: str, **fault: Any) -> list[float]:
+        kind = FaultConfig(fault_step=3, fault_steps=2, **fault)
+        got = run(1, config(tmp_path / name, fault=kind, clip=ClipConfig(clip="global")))
+        assert [record["fault"] for record in got.steps] == [kind.fault != "none" and i in (2, 3) for i in range(STEPS)]
+        return [*got.series("loss"), got.validation[-1]["loss"]]
+
+    clean = losses("clean")
+    ends = {}
+    for answer in ("zero", "skip"):
+        assert losses(f"clean-{answer}", fault_answer=answer) == clean  # there is no fault to answer
+        garbage = losses(f"grad-{answer}", fault="grad", fault_answer=answer)
+        batch = losses(f"batch-{answer}", fault="batch", fault_answer=answer)
+        assert garbage[:3] == clean[:3]
+        assert garbage[4:] == batch[4:]
+        ends[answer] = garbage[4:]
+    # AdamW goes on along its momentum where the gradient is zero; a skipped step goes nowhere.
+    assert len({*map(tuple, ends.values()), tuple(clean[4:]), tuple(losses("grad", fault="grad")[4:])}) == 4
+
+
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp", "pp"])
 def test_a_corrupted_batch_is_the_same_under_every_layout(parallel: Any, tmp_path: Path) -> None:
     fault = FaultConfig(fault="batch", fault_step=3, fault_steps=2)
