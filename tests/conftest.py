@@ -8,6 +8,11 @@ import pytest
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("dist_clip")
     group.addoption(
+        "--every-policy",
+        action="store_true",
+        help="tests/distributed/test_layouts.py: every policy at 2 and at 4 processes of a layout, instead of half at each",
+    )
+    group.addoption(
         "--property-cases",
         type=int,
         default=500,

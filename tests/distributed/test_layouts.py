@@ -1,8 +1,9 @@
 """Every layout, every policy, at 2 and 4 gloo processes, against the single-process reference.
 
-30 optimizer steps with loss spikes after a warm-up of 5. All policies clip the same gradients; whose clipped gradients
-the optimizer takes, so that the whole path is compared too, goes in turn from layout to layout. What is compared and why
-the tolerances are what they are is said in training.py. AdamW runs are in float32, as users train; SGD runs in float64,
+30 optimizer steps with loss spikes after a warm-up of 5. A layout's policies clip the same gradients (half of them at each
+of its world sizes, all at both with --every-policy); whose clipped gradients the optimizer takes, so that the whole path is
+compared too, goes in turn from layout to layout. What is compared and why the tolerances are what they are is said in
+training.py. AdamW runs are in float32, as users train; SGD runs in float64,
 where the whole path of a single process can be followed to 1e-6, which float32 rounding would hide.
 """
 
@@ -30,9 +31,25 @@ def test_layout_itself(layout: str, world: int) -> None:
 
 
 @pytest.mark.parametrize(("layout", "world"), CASES, ids=IDS)
-def test_adamw(layout: str, world: int) -> None:
-    policies = training.in_turn(training.MAIN_POLICIES, CASES.index((layout, world)))
-    run(layout, world, policies, "adamw", torch.float32)
+def test_adamw(layout: str, world: int, pytestconfig: pytest.Config) -> None:
+    policies = training.MAIN_POLICIES if pytestconfig.getoption("every_policy") else policies_of(layout, world)
+    run(layout, world, training.in_turn(policies, CASES.index((layout, world))), "adamw", torch.float32)
+
+
+def policies_of(layout: str, world: int) -> tuple[str, ...]:
+    """Every policy once for each layout: half of them at each of two world sizes, another half from layout to layout."""
+    worlds = LAYOUTS[layout].worlds
+    if len(worlds) == 1:
+        return training.MAIN_POLICIES
+    turn = list(LAYOUTS).index(layout) + worlds.index(world)
+    return training.MAIN_POLICIES[turn % len(worlds) :: len(worlds)]
+
+
+def test_every_policy_has_its_turn() -> None:
+    for name in {name for name, _ in CASES}:
+        layout = LAYOUTS[name]
+        turns = [policy for world in layout.worlds for policy in policies_of(name, world)]
+        assert sorted(turns) == sorted(training.MAIN_POLICIES), name
 
 
 @pytest.mark.parametrize("layout", sorted({name for name, world in EXACT if world == 4}))
