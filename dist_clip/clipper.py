@@ -25,11 +25,12 @@ from dist_clip.groups import distributed
 from dist_clip.kernels import Kernels, Preference
 from dist_clip.layout import Layout
 from dist_clip.overlap import Overlap
-from dist_clip.policies.base import Policy, global_clip_scale, is_finite, is_nonfinite
+from dist_clip.policies.base import Policy, is_finite, is_nonfinite
 from dist_clip.readers import PartialReducer
-from dist_clip.reduction import PendingSum, PipelineReducer, ReductionPlan
-from dist_clip.report import ClipReport, GlobalNorms
+from dist_clip.reduction import PipelineReducer, ReductionPlan
+from dist_clip.report import ClipReport
 from dist_clip.scaling import found_inf, tell
+from dist_clip.totals import Totals
 
 
 class GradClipper:
@@ -135,11 +136,18 @@ class GradClipper:
         check_cover(made.layout, self._plan, made.process_group)
         self._pipeline = PipelineReducer(made.pp_group) if stages > 1 else None
         self._partial = PartialReducer(made.layout.tensors)
-        self._counts = torch.tensor(made.counted, dtype=torch.bool, device=self.device)
         self._t = torch.zeros((), dtype=torch.int64, device=self.device)
         self._calls = 0
-        self._pending: PendingSum | None = None
         self._domains = make_domains(made.rules, made.layout, self.device)
+        self._totals = Totals(
+            self._domains,
+            torch.tensor(made.counted, dtype=torch.bool, device=self.device),
+            self._plan,
+            self._pipeline,
+            self._sum_over_stages,
+            zero=self.nonfinite == "zero",
+            may_skip=self.may_skip,
+        )
         shard_scope = {i for d in self._domains if d.policy.rule_scope == "shard" for i in d.indices}
         self._any_shard_scope = bool(shard_scope)
         self._shard_scope = torch.tensor(
@@ -182,11 +190,9 @@ class GradClipper:
         num_grads = sum(shard is not None for shard in shards)
         if self._calls == 0 or num_grads == 0:
             self._made.check_not_stale()
-        if self._pending is not None:  # its buffer must outlive it, whether anybody asked for the norm or not
-            self._pending.result()
-            self._pending = None
+        self._totals.finish()
         measured = self._measure(shards)
-        totals, flag, skip = self._totals(measured, overflow)
+        totals, flag, skip = self._find_totals(measured, overflow)
         if self._overlap is not None:
             self._overlap.judge()
         if self.scaler is not None:
@@ -216,7 +222,7 @@ class GradClipper:
             nonfinite=flag,
             skip=skip,
             num_grads=num_grads,
-            _global_norms=self._global_norms(measured, totals, scales, uniform_scales),
+            _global_norms=self._totals.report(measured, totals, scales, uniform_scales, asked=self.log_global_norm),
         )
         return self.last_report
 
@@ -315,13 +321,12 @@ class GradClipper:
             or any(d.policy.rule_scope == "tensor" or self._needs_total(d) for d in self._domains)
         )
 
-    def _totals(self, measured: Measured, overflow: Tensor | None) -> tuple[list[Tensor | None], Tensor, Tensor]:
+    def _find_totals(self, measured: Measured, overflow: Tensor | None) -> tuple[list[Tensor | None], Tensor, Tensor]:
         """Global norm of each domain that needs one, the non-finite flag, and whether the step is to be skipped.
 
         `overflow`: whether a GradScaler will skip the step on this rank.
 
-        Every rank of a stage takes part in every tensor of it, so global norms follow from the reduced tensor norms;
-        only pipeline stages have to ask each other, with one number a domain and one for the flag.
+        Pipeline stages ask each other with one number a domain and one for the flag.
         """
         flag = measured.bad.any()
         needed = [self._needs_total(d) for d in self._domains]
@@ -331,10 +336,7 @@ class GradClipper:
             flag = torch.logical_or(flag, overflow)  # also of gradients that the clipper does not look at
         if not any(needed):
             return [None] * len(needed), flag, torch.zeros_like(flag)
-        assert measured.whole is not None
-        squares = torch.where(self._counts, measured.whole.square(), 0.0)
-        sums = torch.stack([*(squares.index_select(0, d.index).sum() for d in self._domains), flag.double()])
-        sums = self._sum_over_stages(sums)
+        sums = self._sum_over_stages(torch.stack([*self._totals.squares(measured), flag.double()]))
         *squared, flags = sums.unbind()
         totals = [total.sqrt() if need else None for total, need in zip(squared, needed, strict=True)]
         skip = torch.zeros_like(flag)
@@ -364,7 +366,7 @@ class GradClipper:
                 elements = measured.clean.index_select(0, domain.index)
             domain_scales, new_state = domain.policy.step(domain.state, elements, total, t)
             scales.index_copy_(0, domain.index, domain_scales.expand(len(domain.indices)))
-            one = self._has_one_scale(domain, total) and domain_scales.numel() > 0
+            one = self._totals.one_scale(domain, total) and domain_scales.numel() > 0
             uniform.append(domain_scales.unbind()[0] if one else None)
             # What a policy no longer returns (the record of a warm-up that is over) is let go.
             domain.state = {name: value for name, value in domain.state.items() if name in new_state}
@@ -376,82 +378,11 @@ class GradClipper:
         torch._foreach_copy_(olds, news)
         if self.nonfinite == "zero":
             scales = torch.where(measured.bad, 0.0, scales)
-        scales, uniform = self._clip_result(measured, totals, scales, uniform)
+        scales, uniform = self._totals.clip_result(measured, totals, scales, uniform)
         if ok is not None:
             scales = torch.where(ok, scales, 1.0)
             uniform = [None if scale is None else torch.where(ok, scale, 1.0) for scale in uniform]
         return scales, uniform
-
-    def _has_one_scale(self, domain: Domain, total: Tensor | None) -> bool:
-        """Whether all tensors of the domain get the same scale this step, on every rank. Known to the host."""
-        return domain.policy.rule_scope == "global" or (total is not None and not self.may_skip)
-
-    def _clip_result(
-        self, measured: Measured, totals: list[Tensor | None], scales: Tensor, uniform: list[Tensor | None]
-    ) -> tuple[Tensor, list[Tensor | None]]:
-        """Clip globally what the rules have scaled, in the domains whose policy asks for it: both kinds of scales again."""
-        thresholds = {k: d.policy.post_max_norm for k, d in enumerate(self._domains)}
-        squares: dict[int, Tensor] = {}
-        ask = []
-        for k, (domain, total, scale) in enumerate(zip(self._domains, totals, uniform, strict=True)):
-            if thresholds[k] is None:
-                continue
-            if not self._has_one_scale(domain, total):
-                ask.append(k)
-            elif total is not None and scale is not None:  # None: a stage without a tensor
-                squares[k] = (total * scale).square()
-        if ask:
-            sharded = any(self._domains[k].policy.rule_scope == "shard" for k in ask)
-            after = self._clipped_squares(measured, scales, sharded=sharded)
-            sums = torch.stack([after.index_select(0, self._domains[k].index).sum() for k in ask])
-            squares |= zip(ask, self._sum_over_stages(sums).unbind(), strict=True)
-        for k, square in squares.items():
-            threshold, index, scale = thresholds[k], self._domains[k].index, uniform[k]
-            assert threshold is not None
-            factor = global_clip_scale(threshold, square.sqrt())
-            scales = scales.index_copy(0, index, scales.index_select(0, index) * factor)
-            uniform[k] = None if scale is None else scale * factor
-        return scales, uniform
-
-    def _clipped_squares(self, measured: Measured, scales: Tensor, *, sharded: bool) -> Tensor:
-        """The tensors' squared norms after scaling, float64 [n], 0 for those that another stage counts.
-
-        `sharded`: shards of one tensor have scales of their own, so that it takes one more reduction.
-        """
-        if sharded and self._plan.stages:
-            local = torch.where(measured.bad, 0.0, measured.local) if self.nonfinite == "zero" else measured.local
-            squares = self._plan.reduce(local * scales.square())
-        else:
-            assert measured.whole is not None
-            squares = (measured.whole * scales).square()
-        return torch.where(self._counts, squares, 0.0)
-
-    def _global_norms(
-        self, measured: Measured, totals: list[Tensor | None], scales: Tensor, uniform: list[Tensor | None]
-    ) -> GlobalNorms:
-        """Global norm before and after clipping, where known without a collective of their own or asked for."""
-        sharded_scales = self._any_shard_scope and bool(self._plan.stages)
-        if not self.log_global_norm and (self._pipeline is not None or sharded_scales):
-            # Other ranks' scales are not known here, but where a domain has one scale it is the same everywhere.
-            pairs = [(total, scale) for total, scale in zip(totals, uniform, strict=True) if total is not None]
-            if len(pairs) < len(totals):
-                return GlobalNorms(lambda: (None, None), known=False)
-            return GlobalNorms(lambda: _together(pairs))
-        assert measured.whole is not None
-        # A collective, where it takes one, now and not when somebody asks.
-        clipped = self._clipped_squares(measured, scales, sharded=True) if sharded_scales else None
-        whole, counts = measured.whole, self._counts
-
-        def sums() -> Tensor:
-            before = torch.where(counts, whole.square(), 0.0)
-            after = torch.where(counts, (whole * scales).square(), 0.0) if clipped is None else clipped
-            return torch.stack([before.sum(), after.sum()])
-
-        if self._pipeline is None:
-            return GlobalNorms(lambda: _roots(sums()))
-        # The optimizer need not wait for the other stages: whoever reads the norm does.
-        pending = self._pending = self._pipeline.start(sums())
-        return GlobalNorms(lambda: _roots(pending.result()))
 
     # --------------------------------------------------------------------------------- optimizers, state, explanation
 
@@ -549,16 +480,3 @@ def _plan(made: Construction, world: int, stages: int) -> ReductionPlan:
         shared=made.elsewhere,
         meet=made.detect_desync,
     )
-
-
-def _together(pairs: Sequence[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor | None]:
-    """Norm of all domains from each one's norm and scale: before clipping, and after it if all scales are known."""
-    before = torch.stack([total for total, _ in pairs])
-    scales = [scale for _, scale in pairs if scale is not None]
-    after = (before * torch.stack(scales)).square().sum().sqrt().float() if len(scales) == len(pairs) else None
-    return before.square().sum().sqrt().float(), after
-
-
-def _roots(sums: Tensor) -> tuple[Tensor, Tensor]:
-    before, after = sums.sqrt().float().unbind()
-    return before, after

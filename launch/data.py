@@ -24,6 +24,9 @@ class DataConfig:
     """stdlib: this interpreter's own top-level standard-library *.py. torch-headers: the C++ headers that torch is
     installed with, of c10 and torch/csrc (most of the others are generated, and all alike)."""
 
+    other_batch: int = 0
+    """Draw this step's batch anew; 0: none. The same training for all purposes: how much do two such runs differ?"""
+
     def paths(self) -> tuple[Path, list[Path]]:
         """The folder that names are relative to, and the files in order."""
         if self.data is not None:
@@ -51,10 +54,10 @@ class Corpus:
     digest: str
     """SHA-256 over names and contents, the first 16 hex digits."""
 
-    def batch(self, step: int, rows: int, seq_len: int, seed: int) -> tuple[Tensor, Tensor]:
-        """The whole global batch of a step: inputs and next bytes, int64 [rows, seq_len] each."""
+    def batch(self, step: int, rows: int, seq_len: int, seed: int, *, anew: bool = False) -> tuple[Tensor, Tensor]:
+        """The whole global batch of a step: inputs and next bytes, int64 [rows, seq_len] each. `anew`: another one."""
         # Any two seeds (and any two steps) must give unrelated streams: hence one hash of both.
-        mixed = hashlib.sha256(f"{seed}:{step}".encode()).digest()
+        mixed = hashlib.sha256(f"{seed}:{step}{':anew' if anew else ''}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(mixed[:6], "big"))
         starts = torch.randint(len(self.train) - seq_len, (rows,), generator=generator)
         return _windows(self.train, starts, seq_len)

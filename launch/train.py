@@ -79,7 +79,8 @@ def train(cfg: Config, device: torch.device, corpus: Corpus | None = None) -> No
     header = describe(cfg, corpus, device, size, len(names))
     with RunLog(cfg.log, cfg.optim.steps - done, device, header) as log:
         for step in range(done + 1, cfg.optim.steps + 1):
-            inputs, targets = corpus.batch(step, cfg.optim.batch_size, cfg.model.seq_len, cfg.seed)
+            anew = step == cfg.data.other_batch
+            inputs, targets = corpus.batch(step, cfg.optim.batch_size, cfg.model.seq_len, cfg.seed, anew=anew)
             if cfg.fault.active("batch", step):
                 inputs, targets = corrupt_batch(inputs, step, cfg.seed)
 

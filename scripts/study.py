@@ -4,6 +4,7 @@
     python -m scripts.study run                        # all of it; stop it when you like, it goes on where it was
     python -m scripts.study run --quick --out DIR      # a few tiny runs, to see that everything works
     python -m scripts.study row ID                     # run one row again and compare the numbers
+    python -m scripts.study carriers                   # which tensors carry what corrupted batches did
     python -m scripts.study report                     # docs/stability.md and its figures, from the committed rows
 
 docs/stability.md has the question, the set-up and the results.
@@ -22,12 +23,14 @@ from typing import Annotated
 import tyro
 
 from launch.metrics import read_run
+from scripts.stability import carriers
 from scripts.stability.grid import DEFAULT, QUICK, Family, Grid, select
-from scripts.stability.report import report
+from scripts.stability.report import paste, report
 from scripts.stability.runner import remaining, run_all, start
 from scripts.stability.store import Rows
 
 ROWS = Path("docs/data/study/rows.jsonl")
+CARRIERS = Path("docs/data/study/carriers.jsonl")
 PAGE = Path("docs/stability.md")
 IMAGES = Path("docs/images")
 
@@ -132,22 +135,41 @@ class Row:
 
 
 @dataclasses.dataclass(frozen=True)
+class Carriers:
+    """Put parts of faulted models back as their twins have them, and see what is left of the loss's excess."""
+
+    grid: Path = DEFAULT
+    rows: Path = CARRIERS
+    workers: int = 2
+    """Processes, of one thread each."""
+    work: Path = Path("runs/study-carriers")
+    """Folder for logs and snapshots."""
+
+    def __call__(self) -> int:
+        carriers.run(Grid.load(self.grid), Rows(self.rows), self.work, self.workers)
+        return 0
+
+
+@dataclasses.dataclass(frozen=True)
 class Report:
     """Make the page's tables and the figures from the rows."""
 
     grid: Path = DEFAULT
     rows: Path = ROWS
+    carriers: Path = CARRIERS
     page: Path = PAGE
     images: Path = IMAGES
 
     def __call__(self) -> int:
-        report(Grid.load(self.grid), Rows(self.rows).read(), self.page, self.images)
+        grid = Grid.load(self.grid)
+        report(grid, Rows(self.rows).read(), self.page, self.images)
+        paste({"carriers": carriers.carriers_table(grid, list(Rows(self.carriers).read().values()))}, self.page)
         return 0
 
 
 def main() -> None:
     started = time.monotonic()
-    commands = {"plan": Plan, "run": Run, "row": Row, "report": Report}
+    commands = {"plan": Plan, "run": Run, "row": Row, "carriers": Carriers, "report": Report}
     command = tyro.extras.subcommand_cli_from_dict(commands, description=__doc__)  # type: ignore[arg-type]
     code = command()
     print(f"took {time.monotonic() - started:.0f} s")

@@ -7,6 +7,7 @@ give the same bits, for one thread makes all sums in one order.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import multiprocessing
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("tyro")
 pytest.importorskip("tqdm")
@@ -30,10 +32,11 @@ pytest.importorskip("tomllib")
 
 from launch.compare import steps_to_recover
 from launch.metrics import Run, read_run
-from scripts.stability import measures, runner
+from launch.model import ModelConfig, build_model
+from scripts.stability import carriers, measures, runner
 from scripts.stability.grid import DEFAULT, NONE, QUICK, Family, Grid, arguments, select
 from scripts.stability.report import marked, paste
-from scripts.stability.results import BASELINE, FLOOR, Results, Setting
+from scripts.stability.results import BASELINE, FLOORS, Results, Setting
 from scripts.stability.row import BIN, Recorded, make_row
 from scripts.stability.runner import parse, remaining, run_family
 from scripts.stability.store import Rows
@@ -339,6 +342,36 @@ def test_a_rows_command_gives_its_numbers(fault: str, whole: dict[str, Any], tmp
     assert got.header["data"]["digest"] == row["data"]
 
 
+def test_what_is_put_back_is_the_twins(tmp_path: Path) -> None:
+    spec = Grid.load(QUICK).spec("small", "stdlib", "adamw-999", "plain", "global", "batch", 0)
+    row = elsewhere(carriers.measure, Grid.load(QUICK), tmp_path, spec)
+    assert not list(tmp_path.iterdir())
+
+    def loss_just_after(options: tuple[str, ...], out: Path) -> float:
+        """Of the whole run, by the launcher's own validation in the midst of it."""
+        last = spec.fault_step + 12 - 1
+        validated = dataclasses.replace(spec, options=(*options, "--validate-every", str(last)))
+        elsewhere(runner.start, validated, out)
+        first, *_ = read_run(out).validation
+        assert first["step"] == last
+        return first["loss"]
+
+    clean = tuple("none" if option == "batch" else option for option in spec.options)
+    excess = loss_just_after(spec.options, tmp_path / "faulted") - loss_just_after(clean, tmp_path / "clean")
+    assert row["excess"] == pytest.approx(excess, abs=1e-6)
+    assert row["excess"] > 0.003
+    assert row["without"].keys() == carriers.PARTS.keys()
+    assert len({row["excess"], *row["without"].values()}) == 1 + len(carriers.PARTS)
+
+    # All parts are the whole model, but for the embeddings of bytes that the text lacks.
+    faulted, whole = (build_model(ModelConfig(), seed).state_dict() for seed in (0, 1))
+    got = faulted
+    for part in carriers.PARTS:
+        got = carriers.put_back(got, whole, part)
+    whole["embed.weight"][128:] = faulted["embed.weight"][128:]
+    torch.testing.assert_close(got, whole, rtol=0, atol=0)
+
+
 @pytest.mark.slow
 def test_a_quick_study_from_the_command_line(tmp_path: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MPLCONFIGDIR": str(tmp_path / "mpl")}
@@ -390,7 +423,10 @@ def results_of(*rows: dict[str, Any]) -> Results:
 def test_prices_floors_and_verdicts_by_hand() -> None:
     got = results_of(
         *(made_up(BASELINE, seed, validation=2.0 + seed) for seed in (0, 1)),
-        *(made_up(FLOOR, seed, validation=2.0 + seed + 0.001 * (1 + seed)) for seed in (0, 1)),
+        *(made_up(FLOORS[0], seed, validation=2.0 + seed + 0.001 * (1 + seed)) for seed in (0, 1)),
+        *(
+            made_up(FLOORS[1], seed, validation=2.0 + seed + 0.001) for seed in (0, 1)
+        ),  # always .001: the narrower floor
         *(made_up("adagc-min", seed, validation=2.1 + seed) for seed in (0, 1)),
         *(made_up("adagc-median", seed, validation=2.005 + seed) for seed in (0, 1)),
         *(made_up("zclip", seed, validation=None, diverged=True) for seed in (0, 1)),

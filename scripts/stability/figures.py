@@ -13,11 +13,11 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from scripts.stability.results import BASELINE, FLOOR, Results, Setting
+from scripts.stability.results import BASELINE, CONTROLS, FLOORS, Results, Setting
 from scripts.stability.row import BIN
 from scripts.stability.store import Row
 
-HIDDEN = (FLOOR,)
+HIDDEN = FLOORS
 TRACKED = ("level", "gamma", "mean")
 """What rules call the norm that they take for usual."""
 SMALLEST = 1e-3
@@ -85,7 +85,8 @@ def excursions(results: Results, fault: str) -> Any:
 def prices(results: Results) -> Any:
     """What a rule costs where nothing goes wrong: differences from GlobalGC with their intervals over the noise floor."""
     settings = [s for s in results.settings if len(results.policies(s)) > 1 and results.of(s, BASELINE)]
-    names = [p for p in results.grid.raw["policy"] if p != BASELINE and any(results.of(s, p) for s in settings)]
+    dull = (BASELINE, *CONTROLS)
+    names = [p for p in results.grid.raw["policy"] if p not in dull and any(results.of(s, p) for s in settings)]
     if not settings:
         return None
     figure, panels = wrapped(results, settings, names)
@@ -97,7 +98,7 @@ def prices(results: Results) -> Any:
         for y, policy in enumerate(names):
             price = results.price(setting, policy)
             if price is not None:
-                tone = "0.3" if policy == FLOOR else colour(results, policy)
+                tone = "0.3" if policy in FLOORS else colour(results, policy)
                 axes.errorbar(price.mean, y, xerr=price.half or 0, fmt="o", color=tone, markersize=4, capsize=2.5)
             elif results.of(setting, policy):
                 axes.text(0.5, y, "diverged", transform=axes.get_yaxis_transform(), ha="center", va="center")

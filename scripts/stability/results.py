@@ -11,8 +11,10 @@ from scripts.stability.measures import Interval, paired
 from scripts.stability.store import Row
 
 BASELINE = "global"
-FLOOR = "global-floor"
-"""GlobalGC with a max_norm that differs by a thousandth: another run of the same rule, as far as anybody could tell."""
+FLOORS = ("global-floor", "global-other")
+"""GlobalGC again, with a max_norm that differs by a thousandth, or another first batch: the same training to all intents."""
+CONTROLS = ("zeroed", "skipped")
+"""GlobalGC by somebody who knows the fault: without one, GlobalGC to the last bit."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,11 +84,16 @@ class Results:
     def floor(self, setting: Setting) -> float | None:
         """The largest difference that is within the noise: the upper end of what GlobalGC differs from itself by.
 
-        Measured at this size with this optimizer; where the grid has no such runs, at this size with any, the widest.
+        Of the two ways it was measured at this size with this optimizer the wider; where the grid has no such runs, at this
+        size with any, the widest.
         """
-        measured = {s: self.price(s, FLOOR) for s in self.settings if s.size == setting.size}
-        widths = {s: abs(p.mean) + p.half for s, p in measured.items() if p is not None and p.half is not None}
-        return widths.get(setting, max(widths.values(), default=None))
+        measured: dict[Setting, float] = {}
+        for other in self.settings:
+            prices = [self.price(other, floor) for floor in FLOORS] if other.size == setting.size else []
+            widths = [abs(price.mean) + price.half for price in prices if price is not None and price.half is not None]
+            if widths:
+                measured[other] = max(widths)
+        return measured.get(setting, max(measured.values(), default=None))
 
     def verdict(self, setting: Setting, policy: str) -> str:
         """Without a fault, against GlobalGC."""

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from scripts.stability.measures import Interval, interval
-from scripts.stability.results import BASELINE, FLOOR, Results, Setting, number
+from scripts.stability.results import BASELINE, CONTROLS, FLOORS, Results, Setting, number
 from scripts.stability.store import Row
 
 CANDIDATE = "logclip"
@@ -50,13 +50,13 @@ def summary(results: Results) -> str:
     faults = list(results.faults())
     lines = []
     for policy in results.grid.raw["policy"]:
-        settings = [s for s in results.settings if policy != FLOOR and results.of(s, policy)]
+        settings = [s for s in results.settings if policy not in FLOORS and results.of(s, policy)]
         if not settings:
             continue
         verdicts = Counter(v for s in settings if (v := results.verdict(s, policy)) != "one seed")
         prices = [price.mean for s in settings if (price := results.price(s, policy)) is not None]
         line: list[object] = [results.grid.title("policy", policy), len(settings)]
-        line += [""] * 2 if policy == BASELINE else [span(prices, "+.3f"), tally(verdicts)]
+        line += [""] * 2 if policy in (BASELINE, *CONTROLS) else [span(prices, "+.3f"), tally(verdicts)]
         for fault in faults:
             ratios = [r for s in settings if (r := results.excursion_ratio(s, policy, fault)) is not None]
             line += [span(ratios, ".2f"), returned([row for s in settings for row in results.of(s, policy, fault)])]
@@ -86,10 +86,11 @@ def returned(rows: Sequence[Row]) -> str:
 def floors(results: Results) -> str:
     lines = []
     for setting in results.settings:
-        price, width = results.price(setting, FLOOR), results.floor(setting)
-        if price is not None and width is not None:
-            lines.append([setting.title(results.grid), signed(price), price.n, f"{width:.4f}"])
-    return table(["setting", "1.001 less 1.0", "seeds", "noise floor"], lines)
+        prices, width = [results.price(setting, floor) for floor in FLOORS], results.floor(setting)
+        if any(prices) and width is not None:
+            cells = ["" if price is None else f"{signed(price)} ({price.n})" for price in prices]
+            lines.append([setting.title(results.grid), *cells, f"{width:.4f}"])
+    return table(["setting", "1.001 less 1.0 (seeds)", "another first batch (seeds)", "noise floor"], lines)
 
 
 def acceptance(results: Results) -> str:

@@ -17,7 +17,7 @@ LAYERS = [
     {"groups"},
     {"readers", "kernels", "policies"},
     {"agreement", "desync", "faults", "freshness", "domains", "reduction", "report"},
-    {"construction", "cover", "overlap", "state", "explain", "attachment"},
+    {"construction", "cover", "overlap", "state", "explain", "attachment", "totals"},
     {"clipper", "functional"},
     {"__init__", "frameworks", "megatron"},
 ]
