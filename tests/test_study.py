@@ -44,6 +44,7 @@ from scripts.stability.tables import tables
 
 ROOT = Path(__file__).parents[1]
 ROWS = ROOT / "docs/data/study/rows.jsonl"
+CARRIERS = ROOT / "docs/data/study/carriers.jsonl"
 PAGE = ROOT / "docs/stability.md"
 IMAGES = ROOT / "docs/images"
 FIGURES = ("excursions-batch", "excursions-grad", "price", "course", "clipping", "tracking")
@@ -469,7 +470,9 @@ def test_pasting_needs_its_markers(tmp_path: Path) -> None:
 
 def test_the_page_says_what_the_rows_say(grid: Grid) -> None:
     text = PAGE.read_text(encoding="utf-8")
-    for name, section in tables(Results(grid, Rows(ROWS).read())).items():
+    sections = tables(Results(grid, Rows(ROWS).read()))
+    sections["carriers"] = carriers.carriers_table(grid, list(Rows(CARRIERS).read().values()))
+    for name, section in sections.items():
         found = marked(name).search(text)
         assert found is not None, name
         assert found[2] == section, f"{name}: run `python -m scripts.study report`"
