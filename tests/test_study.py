@@ -169,7 +169,7 @@ def test_the_grid_has_what_the_page_needs(grid: Grid) -> None:
         for policy in ("global", "logclip", "adagc-min", "adagc-median", "zclip"):
             for optimizer in ("adamw-999", "adamw-95"):
                 for size in ("small", "large"):
-                    assert seeds(size=size, optimizer=optimizer, policy=policy, fault=fault) == 5
+                    assert seeds(size=size, optimizer=optimizer, policy=policy, fault=fault) >= 5
             for optimizer in ("lion", "muon"):
                 assert seeds(size="small", optimizer=optimizer, policy=policy, fault=fault) >= 2
     assert seeds(size="small", optimizer="adamw-999", policy="adagc-shard", fault="batch") >= 2
