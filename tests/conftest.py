@@ -10,7 +10,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--every-policy",
         action="store_true",
-        help="tests/distributed/test_layouts.py: every policy at 2 and at 4 processes of a layout, instead of half at each",
+        help="every policy at 2 and at 4 processes of a layout and in each of its nonfinite modes, instead of half at each",
     )
     group.addoption(
         "--property-cases",

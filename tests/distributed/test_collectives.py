@@ -11,6 +11,7 @@ Counted with torch's own CommDebugMode; a dispatch mode of ours agrees with it a
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import pytest
@@ -31,12 +32,17 @@ WARMUP = training.WARMUP
 SHARDED = [(name, world) for name, world in CASES if not name.startswith(("ddp", "pp", "dtensor-dp"))]
 
 
-def count_steps(layout: str, policy: str, drop_on_last: bool = False) -> dict[str, Any]:
-    """The collectives of one step within the warm-up and of one after it; the report's global norm with each."""
+def count_steps(layout: str, policies: tuple[str, ...], drop_on_last: bool = False) -> dict[str, Any]:
+    """The collectives of one step within the warm-up and of one after it; the report's global norm with each.
+
+    The policies clip the same gradients, one after the other.
+    """
     setup = training.build(layout, torch.float32)
-    clipper = training.make_clipper(setup, training.POLICIES[policy].ours())
-    out: dict[str, Any] = {"groups": sorted(setup.groups), "logs": [], "counts": [], "global_norms": []}
-    out["pp_ranks"] = tuple(dist.get_process_group_ranks(setup.pp_group)) if setup.pp_group is not None else None
+    clippers = {policy: training.make_clipper(setup, training.POLICIES[policy].ours()) for policy in policies}
+    out: dict[str, Any] = {policy: {"logs": [], "counts": [], "global_norms": []} for policy in policies}
+    pp_ranks = tuple(dist.get_process_group_ranks(setup.pp_group)) if setup.pp_group is not None else None
+    for policy in policies:
+        out[policy] |= {"groups": sorted(setup.groups), "pp_ranks": pp_ranks}
     for step in range(1, WARMUP + 3):
         for module in setup.modules:
             module.zero_grad(set_to_none=True)
@@ -44,14 +50,36 @@ def count_steps(layout: str, policy: str, drop_on_last: bool = False) -> dict[st
         if drop_on_last and dist.get_rank() == dist.get_world_size() - 1:
             for module in setup.modules:
                 module.zero_grad(set_to_none=True)
-        # Entered outside the counted block, CommDebugMode does not see the log's own calls, nor the log its.
-        with CommDebugMode() as comm, CollectiveLog() as log:
-            report = clipper.clip_()
-        if step in (2, WARMUP + 2):
-            out["logs"].append(log.entries)
-            out["counts"].append(comm.get_total_counts())
-            out["global_norms"].append(report.global_norm is not None)
+        restore = training.remember_gradients(setup.modules)
+        for policy, clipper in clippers.items():
+            restore()
+            if step not in (2, WARMUP + 2):
+                clipper.clip_()
+                continue
+            # Entered outside the counted block, CommDebugMode does not see the log's own calls, nor the log its.
+            with CommDebugMode() as comm, CollectiveLog() as log:
+                report = clipper.clip_()
+            out[policy]["logs"].append(log.entries)
+            out[policy]["counts"].append(comm.get_total_counts())
+            out[policy]["global_norms"].append(report.global_norm is not None)
     return out
+
+
+def policies_of(layout: str) -> tuple[str, ...]:
+    """Those that the tests below ask for."""
+    few = ("global_norm", "adagc", "adagc-shard", "zclip")
+    more = ("adagc-global", "logclip", "logclip-post", "logclip-shard", "logclip-shard-post")
+    return (*few, *more) if layout.startswith(("ddp", "pp")) else few
+
+
+@functools.cache
+def counted(layout: str, world: int, drop_on_last: bool = False) -> list[dict[str, Any]]:
+    return pool(world).run(count_steps, layout, policies_of(layout), drop_on_last)
+
+
+def ranks_of(layout: str, world: int, policy: str, drop_on_last: bool = False) -> list[dict[str, Any]]:
+    """One policy's counts, by rank. All policies of a layout are counted in one run, for all tests that ask."""
+    return [rank[policy] for rank in counted(layout, world, drop_on_last)]
 
 
 def check_modes_agree(ranks: list[dict[str, Any]]) -> None:
@@ -86,7 +114,7 @@ def three_collectives() -> dict[str, Any]:
 )
 @pytest.mark.parametrize("world", [2, 4])
 def test_none_under_ddp(world: int, policy: str) -> None:
-    ranks = pool(world).run(count_steps, "ddp", policy)
+    ranks = ranks_of("ddp", world, policy)
     check_modes_agree(ranks)
     for rank in ranks:
         assert rank["logs"] == [[], []], f"warm-up: {tell(rank['logs'][0])}; after: {tell(rank['logs'][1])}"
@@ -96,7 +124,7 @@ def test_none_under_ddp(world: int, policy: str) -> None:
 @pytest.mark.parametrize("policy", ["global_norm", "adagc", "zclip"])
 @pytest.mark.parametrize(("layout", "world"), SHARDED, ids=[f"{name}-{world}" for name, world in SHARDED])
 def test_at_most_one_per_group(layout: str, world: int, policy: str) -> None:
-    ranks = pool(world).run(count_steps, layout, policy)
+    ranks = ranks_of(layout, world, policy)
     check_modes_agree(ranks)
     for rank in ranks:
         limit = len(rank["groups"]) + LAYOUTS[layout].partial
@@ -107,7 +135,7 @@ def test_at_most_one_per_group(layout: str, world: int, policy: str) -> None:
 
 @pytest.mark.parametrize("layout", ["fsdp-uneven", "hsdp", "tp", "tp-fsdp", "ep", "fsdp-mixed-plain", "pp-fsdp"])
 def test_adagc_shard_is_silent_after_warmup(layout: str) -> None:
-    ranks = pool(4).run(count_steps, layout, "adagc-shard")
+    ranks = ranks_of(layout, 4, "adagc-shard")
     check_modes_agree(ranks)
     for rank in ranks:
         warmup, after = rank["logs"]
@@ -118,7 +146,7 @@ def test_adagc_shard_is_silent_after_warmup(layout: str) -> None:
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_dtensor_data_parallelism_only_reduces_the_gradients(world: int) -> None:
-    ranks = pool(world).run(count_steps, "dtensor-dp", "adagc")
+    ranks = ranks_of("dtensor-dp", world, "adagc")
     check_modes_agree(ranks)
     for rank in ranks:
         for log in rank["logs"]:
@@ -130,7 +158,7 @@ PIPELINES = [(name, world) for name, world in CASES if name.startswith("pp")]
 
 @pytest.mark.parametrize(("layout", "world"), PIPELINES, ids=[f"{name}-{world}" for name, world in PIPELINES])
 def test_adagc_leaves_the_other_stages_alone(layout: str, world: int) -> None:
-    ranks = pool(world).run(count_steps, layout, "adagc")
+    ranks = ranks_of(layout, world, "adagc")
     check_modes_agree(ranks)
     for rank in ranks:
         warmup, after = rank["logs"]
@@ -146,8 +174,8 @@ def test_a_global_clip_after_the_rule_asks_once_more(layout: str, world: int) ->
     """One gather over the stages that the rule alone has no need of, and where shards have scales of their own, their norm
     groups again."""
     for policy in ("logclip", "logclip-shard"):
-        without = pool(world).run(count_steps, layout, policy)
-        ranks = pool(world).run(count_steps, layout, f"{policy}-post")
+        without = ranks_of(layout, world, policy)
+        ranks = ranks_of(layout, world, f"{policy}-post")
         check_modes_agree(ranks)
         for rank, plain in zip(ranks, without, strict=True):
             (warmup, after), (plain_warmup, plain_after) = rank["logs"], plain["logs"]
@@ -163,7 +191,7 @@ def test_a_global_clip_after_the_rule_asks_once_more(layout: str, world: int) ->
 @pytest.mark.parametrize("policy", ["global_norm", "zclip", "adagc-global"])
 @pytest.mark.parametrize(("layout", "world"), PIPELINES, ids=[f"{name}-{world}" for name, world in PIPELINES])
 def test_global_policies_cross_the_stages_once(layout: str, world: int, policy: str) -> None:
-    ranks = pool(world).run(count_steps, layout, policy)
+    ranks = ranks_of(layout, world, policy)
     check_modes_agree(ranks)
     for rank in ranks:
         for log in rank["logs"]:
@@ -174,8 +202,8 @@ def test_global_policies_cross_the_stages_once(layout: str, world: int, policy: 
 @pytest.mark.parametrize("policy", ["global_norm", "adagc", "zclip"])
 @pytest.mark.parametrize("layout", ["fsdp", "hsdp", "tp", "tp-fsdp", "ep", "pp", "pp-fsdp"])
 def test_same_sequence_where_one_rank_has_no_gradients(layout: str, policy: str) -> None:
-    with_all = pool(4).run(count_steps, layout, policy)
-    with_hole = pool(4).run(count_steps, layout, policy, drop_on_last=True)
+    with_all = ranks_of(layout, 4, policy)
+    with_hole = ranks_of(layout, 4, policy, drop_on_last=True)
     assert [rank["logs"] for rank in with_hole] == [rank["logs"] for rank in with_all]
 
 
