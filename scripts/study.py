@@ -25,7 +25,7 @@ import tyro
 from launch.metrics import read_run
 from scripts.stability import carriers
 from scripts.stability.grid import DEFAULT, QUICK, Family, Grid, select
-from scripts.stability.report import paste, report
+from scripts.stability.report import report
 from scripts.stability.runner import remaining, run_all, start
 from scripts.stability.store import Rows
 
@@ -101,7 +101,7 @@ class Run(Chosen):
             page = self.out / PAGE.name
             page.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(Path(__file__).parents[1] / PAGE, page)
-            report(grid, rows.read(), page, self.out)
+            report(grid, rows.read(), [], page, self.out)
         for line in failed:
             print("failed:", line, file=sys.stderr)
         return 1 if failed else 0
@@ -161,9 +161,8 @@ class Report:
     images: Path = IMAGES
 
     def __call__(self) -> int:
-        grid = Grid.load(self.grid)
-        report(grid, Rows(self.rows).read(), self.page, self.images)
-        paste({"carriers": carriers.carriers_table(grid, list(Rows(self.carriers).read().values()))}, self.page)
+        made = list(Rows(self.carriers).read().values())
+        report(Grid.load(self.grid), Rows(self.rows).read(), made, self.page, self.images)
         return 0
 
 

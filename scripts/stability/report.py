@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
+from scripts.stability.carriers import carriers_table
 from scripts.stability.figures import draw
 from scripts.stability.grid import Grid
 from scripts.stability.results import Results
@@ -12,9 +14,9 @@ from scripts.stability.store import Row
 from scripts.stability.tables import tables
 
 
-def report(grid: Grid, rows: dict[str, Row], page: Path, images: Path) -> list[Path]:
+def report(grid: Grid, rows: dict[str, Row], carriers: Sequence[Row], page: Path, images: Path) -> list[Path]:
     results = Results(grid, rows)
-    paste(tables(results), page)
+    paste({**tables(results), "carriers": carriers_table(grid, carriers)}, page)
     images.mkdir(parents=True, exist_ok=True)
     drawn = draw(results, images)
     print(f"{page}; {', '.join(path.name for path in drawn)} in {images}")
