@@ -10,7 +10,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--every-policy",
         action="store_true",
-        help="every policy at 2 and at 4 processes of a layout and in each of its nonfinite modes, instead of half at each",
+        help="every policy at 2 and at 4 processes of a layout, in each of its nonfinite modes and in all configurations of "
+        "Megatron that differ in how they reduce; without it about half of these",
     )
     group.addoption(
         "--property-cases",

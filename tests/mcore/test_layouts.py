@@ -39,9 +39,14 @@ CONFIGS: dict[str, tuple[int, Config]] = {
 SOME = ["tp2-sp", "zero", "tp2-sp-zero-tied", "pp2-zero-tied", "tp2-ep2-etp1-zero"]
 
 
-@pytest.mark.parametrize("policy", ["global", "adagc-shard", "adagc-global", "logclip", "zclip"])
+OTHERS = ["global", "adagc-shard", "adagc-global", "logclip", "zclip"]
+
+
+@pytest.mark.parametrize("policy", OTHERS)
 @pytest.mark.parametrize("name", SOME)
-def test_other_policies(name: str, policy: str) -> None:
+def test_other_policies(name: str, policy: str, pytestconfig: pytest.Config) -> None:
+    if (SOME.index(name) + OTHERS.index(policy)) % 5 > 2 and not pytestconfig.getoption("every_policy"):
+        pytest.skip("has its turn in three of the five configurations; in all with --every-policy")
     world, config = CONFIGS[name]
     training.check(config, training.run(config, world, policy), policy)
 
