@@ -147,6 +147,19 @@ def test_a_corrupted_batch_is_the_same_under_every_layout(parallel: Any, tmp_pat
     assert torch.equal(inputs[:, 1:], targets[:, :-1])
 
 
+def test_one_batch_drawn_anew_leaves_the_others(tmp_path: Path) -> None:
+    corpus = load_corpus(DataConfig(), 16)
+    steps = [(corpus.batch(step, 2, 16, 0), corpus.batch(step, 2, 16, 0, anew=True)) for step in (3, 4)]
+    for usual, anew in steps:
+        assert not torch.equal(usual[0], anew[0])
+        assert torch.equal(anew[0][:, 1:], anew[1][:, :-1])
+    clip = ClipConfig(clip="global")
+    usual, other = (run(1, config(tmp_path / str(k), clip=clip, data=DataConfig(other_batch=k))) for k in (0, 3))
+    assert [a == b for a, b in zip(usual.series("loss"), other.series("loss"), strict=True)] == [True] * 2 + [False] * 6
+    # From then on it is the same batches that another model sees.
+    assert other.series("loss")[3:] == pytest.approx(usual.series("loss")[3:], rel=0.05)
+
+
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp", "tp", "pp"])
 def test_accumulation_changes_nothing(parallel: Any, single: Run, tmp_path: Path) -> None:
     got = run(2, config(tmp_path, parallel=ParallelConfig(parallel), fault=GARBAGE, optim={"accumulate": 4}))
