@@ -113,7 +113,7 @@ def acceptance(results: Results) -> str:
                 "" if floor is None else f"{floor:.4f}",
                 results.verdict(setting, CANDIDATE),
                 *("" if ratio is None else f"{ratio:.2f}" for ratio in ratios),
-                "yes" if kept and all(tamed) else "**no**",
+                ("yes" if None not in ratios else "so far as run") if kept and all(tamed) else "**no**",
             ]
         )
     if not lines:
