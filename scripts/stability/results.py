@@ -106,7 +106,9 @@ class Results:
             return "worse"
         if price.mean + price.half < -floor:
             return "better"
-        return "within the noise" if price.mean <= floor else "perhaps worse"
+        if price.mean > floor:
+            return "perhaps worse"
+        return "worse by less than the noise" if price.mean - price.half > 0 else "within the noise"
 
     def excursions(self, setting: Setting, policy: str, fault: str) -> dict[int, float]:
         """Largest excess over the own twin by seed; infinite where the run diverged."""

@@ -13,6 +13,8 @@ from scripts.stability.store import Row
 
 CANDIDATE = "logclip"
 """The rule whose acceptance table there is."""
+LIMIT = "zeroed"
+"""The control that shows what clipping could do at most."""
 SHARE = 0.2
 """Of GlobalGC's excursion that the candidate may have."""
 
@@ -23,6 +25,7 @@ def tables(results: Results) -> dict[str, str]:
         "state": state(results),
         "summary": summary(results),
         "floor": floors(results),
+        "controls": controls(results),
         "acceptance": acceptance(results),
         "cells": "\n\n".join(cell_table(results, setting) for setting in results.settings),
         "tuning": tuning(results),
@@ -93,16 +96,36 @@ def floors(results: Results) -> str:
     return table(["setting", "1.001 less 1.0 (seeds)", "another first batch (seeds)", "noise floor"], lines)
 
 
+def controls(results: Results) -> str:
+    """Mean excursions of the controls beside the rules', where there are any; on the control's seeds."""
+    shown = ("none", BASELINE, CANDIDATE, *CONTROLS)
+    lines = []
+    for fault in results.faults():
+        for setting in results.settings:
+            means = {policy: results.excursions(setting, policy, fault) for policy in shown}
+            seeds = means[LIMIT].keys()
+            if seeds:
+                common = {policy: [values[seed] for seed in values.keys() & seeds] for policy, values in means.items()}
+                cells = [f"{statistics.fmean(values):.2f}" if values else "" for values in common.values()]
+                lines.append([setting.title(results.grid), len(seeds), *cells])
+    titles = [results.grid.raw["policy"].get(policy, {}).get("title", policy) for policy in shown]
+    return table(["setting", "seeds", *titles], lines) if lines else "No rows yet."
+
+
 def acceptance(results: Results) -> str:
     """The candidate against GlobalGC, setting by setting."""
     faults = list(results.faults())
+    limited = [
+        fault for fault in faults if any(row["policy"] == LIMIT and row["fault"] == fault for row in results.rows)
+    ]
     lines = []
     for setting in results.settings:
         price = results.price(setting, CANDIDATE)
         if price is None:
             continue
         ratios = [results.excursion_ratio(setting, CANDIDATE, fault) for fault in faults]
-        kept = results.verdict(setting, CANDIDATE) in ("within the noise", "better")
+        limits = {fault: results.excursion_ratio(setting, LIMIT, fault) for fault in limited}
+        kept = results.verdict(setting, CANDIDATE) in ("within the noise", "worse by less than the noise", "better")
         tamed = [ratio is None or ratio <= SHARE for ratio in ratios]
         floor = results.floor(setting)
         lines.append(
@@ -113,12 +136,14 @@ def acceptance(results: Results) -> str:
                 "" if floor is None else f"{floor:.4f}",
                 results.verdict(setting, CANDIDATE),
                 *("" if ratio is None else f"{ratio:.2f}" for ratio in ratios),
+                *("" if ratio is None else f"{ratio:.2f}" for ratio in limits.values()),
                 ("yes" if None not in ratios else "so far as run") if kept and all(tamed) else "**no**",
             ]
         )
     if not lines:
         return "No rows yet."
     titles = [f"excursion / GlobalGC's: {results.grid.title('fault', fault)}" for fault in faults]
+    titles += [f"the same of gradients zeroed: {results.grid.title('fault', fault).split(',')[0]}" for fault in limited]
     return table(["setting", "seeds", "no fault", "noise floor", "verdict", *titles, "holds"], lines)
 
 
