@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -128,10 +129,12 @@ def wrapped(results: Results, settings: Sequence[Setting], names: Sequence[str])
     for axes in panels[len(settings) :]:
         axes.remove()
     for axes, setting in zip(panels, settings, strict=False):
-        axes.set_title(setting.title(results.grid).replace(", ", "\n", 1), fontsize="small")
+        size, rest = setting.title(results.grid).split(", ", 1)
+        axes.set_title(f"{size}\n{textwrap.fill(rest, 28)}", fontsize="small")
         axes.tick_params(axis="x", labelbottom=True)
+        axes.tick_params(axis="y", labelsize="small")
         plain(axes)
-    panels[0].set_yticks(range(len(names)), [results.grid.title("policy", name) for name in names], fontsize="small")
+    panels[0].set_yticks(range(len(names)), [results.grid.title("policy", name) for name in names])
     panels[0].set_ylim(len(names) - 0.5, -0.5)
     return figure, panels[: len(settings)]
 
