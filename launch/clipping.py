@@ -62,10 +62,16 @@ class ClipConfig:
     """logclip: clip the result globally at this norm; None: do not."""
     nonfinite: Literal["propagate", "zero", "skip", "raise"] = "propagate"
     """What a NaN or Inf in a gradient leads to."""
+    skip_above: float | None = None
+    """Do not step where the global norm is above this; None: always step."""
     log_global_norm: bool = True
     """Reduce the global norm on steps where the rule has no need of it (AdaGC under pp), so that it can be logged."""
     detect_desync: bool = False
     """Stop when ranks have clipped differently often or remember different norms; no collective more."""
+
+    @property
+    def may_skip(self) -> bool:
+        return self.nonfinite == "skip" or self.skip_above is not None
 
     def policy(self) -> dist_clip.Policy:
         warmup: dict[str, Any] = {} if self.clip_warmup_steps is None else {"warmup_steps": self.clip_warmup_steps}
@@ -119,6 +125,7 @@ def build_clipper(layout: Layout, cfg: ClipConfig) -> dist_clip.GradClipper:
         cfg.policy(),
         pp_group=layout.pp_group,
         nonfinite=cfg.nonfinite,
+        skip_above=math.inf if cfg.skip_above is None else cfg.skip_above,
         log_global_norm=cfg.log_global_norm,
         detect_desync=cfg.detect_desync,
     )

@@ -92,9 +92,8 @@ def train(cfg: Config, device: torch.device, corpus: Corpus | None = None) -> No
             report = clipper.clip_()
             if cfg.fault.answered("zero", step):
                 optimizer.zero_grad(set_to_none=False)
-            # "skip" asks the host to look at a flag, which waits for the device; the other choices do not.
-            skipped = cfg.fault.answered("skip", step) or (cfg.clip.nonfinite == "skip" and report.nonfinite)
-            if not skipped:
+            # To skip, the host has to look at a flag, which waits for the device.
+            if not (cfg.fault.answered("skip", step) or (cfg.clip.may_skip and report.skip)):
                 optimizer.step()
             optimizer.zero_grad()
 

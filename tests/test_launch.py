@@ -193,6 +193,17 @@ def test_every_rule_runs_through_the_fault(clip: Any, parallel: Any, tmp_path: P
         assert set(scales) == {name for name, _ in build_model(ModelConfig(), 0).named_parameters()}
 
 
+def test_a_step_above_the_threshold_is_not_taken(tmp_path: Path) -> None:
+    """As the control that knows the fault: its norms are some 1e5, the others' below 100."""
+    clip = ClipConfig(clip="global")
+    control = run(1, config(tmp_path / "control", clip=clip, fault=dataclasses.replace(GARBAGE, fault_answer="skip")))
+    for ranks, layout in ((1, "ddp"), (2, "fsdp"), (2, "pp")):
+        above = dataclasses.replace(clip, skip_above=1e4)
+        got = run(ranks, config(tmp_path / layout, clip=above, fault=GARBAGE, parallel=ParallelConfig(layout)))
+        assert got.series("loss") == pytest.approx(control.series("loss"), abs=1e-4)
+        assert got.validation[-1]["loss"] == pytest.approx(control.validation[-1]["loss"], abs=1e-4)
+
+
 def test_nonfinite_skip_leaves_the_weights_alone(tmp_path: Path) -> None:
     fault = dataclasses.replace(GARBAGE, fault_scale=math.inf)
     clip = ClipConfig(clip="global", nonfinite="skip")

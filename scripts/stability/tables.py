@@ -98,7 +98,7 @@ def floors(results: Results) -> str:
 
 def controls(results: Results) -> str:
     """Mean excursions of the controls beside the rules', where there are any; on the control's seeds."""
-    shown = ("none", BASELINE, CANDIDATE, *CONTROLS)
+    shown = ("none", BASELINE, CANDIDATE, *CONTROLS, "global-skip")
     lines = []
     for fault in results.faults():
         for setting in results.settings:
