@@ -57,7 +57,7 @@ class Totals:
     def squares(self, measured: Measured) -> list[Tensor]:
         """Squared global norm of each domain's tensors on this stage, float64 0-dim."""
         assert measured.whole is not None
-        squares = torch.where(self._counts, measured.whole.square(), 0.0)
+        squares = self._counted(measured.whole.square())
         return [squares.index_select(0, domain.index).sum() for domain in self._domains]
 
     def one_scale(self, domain: Domain, total: Tensor | None) -> bool:
@@ -109,6 +109,9 @@ class Totals:
         else:
             assert measured.whole is not None
             squares = (measured.whole * scales).square()
+        return self._counted(squares)
+
+    def _counted(self, squares: Tensor) -> Tensor:
         return torch.where(self._counts, squares, 0.0)
 
     def report(
@@ -130,11 +133,11 @@ class Totals:
         assert measured.whole is not None
         # A collective, where it takes one, now and not when somebody asks.
         clipped = self._clipped_squares(measured, scales, sharded=True) if self._sharded else None
-        whole, counts = measured.whole, self._counts
+        whole = measured.whole
 
         def sums() -> Tensor:
-            before = torch.where(counts, whole.square(), 0.0)
-            after = torch.where(counts, (whole * scales).square(), 0.0) if clipped is None else clipped
+            before = self._counted(whole.square())
+            after = self._counted((whole * scales).square()) if clipped is None else clipped
             return torch.stack([before.sum(), after.sum()])
 
         if self._pipeline is None:

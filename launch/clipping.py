@@ -69,10 +69,6 @@ class ClipConfig:
     detect_desync: bool = False
     """Stop when ranks have clipped differently often or remember different norms; no collective more."""
 
-    @property
-    def may_skip(self) -> bool:
-        return self.nonfinite == "skip" or self.skip_above is not None
-
     def policy(self) -> dist_clip.Policy:
         warmup: dict[str, Any] = {} if self.clip_warmup_steps is None else {"warmup_steps": self.clip_warmup_steps}
         rule, _, named = self.clip.partition("-")

@@ -93,7 +93,7 @@ def train(cfg: Config, device: torch.device, corpus: Corpus | None = None) -> No
             if cfg.fault.answered("zero", step):
                 optimizer.zero_grad(set_to_none=False)
             # To skip, the host has to look at a flag, which waits for the device.
-            if not (cfg.fault.answered("skip", step) or (cfg.clip.may_skip and report.skip)):
+            if not (cfg.fault.answered("skip", step) or (clipper.may_skip and report.skip)):
                 optimizer.step()
             optimizer.zero_grad()
 

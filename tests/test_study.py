@@ -35,7 +35,7 @@ from launch.metrics import Run, read_run
 from launch.model import ModelConfig, build_model
 from scripts.stability import carriers, measures, runner
 from scripts.stability.grid import DEFAULT, NONE, QUICK, Family, Grid, arguments, select
-from scripts.stability.report import marked, paste
+from scripts.stability.report import marked, paste, sections
 from scripts.stability.results import BASELINE, FLOORS, Results, Setting
 from scripts.stability.row import BIN, Recorded, make_row
 from scripts.stability.runner import parse, remaining, run_family
@@ -480,9 +480,8 @@ def test_pasting_needs_its_markers(tmp_path: Path) -> None:
 
 def test_the_page_says_what_the_rows_say(grid: Grid) -> None:
     text = PAGE.read_text(encoding="utf-8")
-    sections = tables(Results(grid, Rows(ROWS).read()))
-    sections["carriers"] = carriers.carriers_table(grid, list(Rows(CARRIERS).read().values()))
-    for name, section in sections.items():
+    results, carried = Results(grid, Rows(ROWS).read()), list(Rows(CARRIERS).read().values())
+    for name, section in sections(results, carried).items():
         found = marked(name).search(text)
         assert found is not None, name
         assert found[2] == section, f"{name}: run `python -m scripts.study report`"

@@ -17,12 +17,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from launch.data import load_corpus
 from launch.model import build_model, next_byte_loss
 from launch.train import Config
 from scripts.stability.grid import AXES, NONE, Grid, Spec
 from scripts.stability.results import Setting
-from scripts.stability.runner import parse, quiet_worker, start
+from scripts.stability.runner import cached_corpus, parse, quiet_worker, start
 from scripts.stability.store import Row, Rows
 from scripts.stability.tables import table
 
@@ -70,40 +69,31 @@ def measure(grid: Grid, work: Path, spec: Spec) -> Row:
         states.append(torch.load(after, weights_only=True)["model"])
     shutil.rmtree(folder)
     faulted, clean = states
-    excess, kept = loss_of(cfg, faulted), loss_of(cfg, clean)
-    excess -= kept
+    kept = loss_of(cfg, clean)
     return {
         "id": spec.id,
         **{axis: getattr(spec, axis) for axis in AXES},
         "seed": spec.seed,
-        "excess": excess,
+        "excess": loss_of(cfg, faulted) - kept,
         "without": {part: loss_of(cfg, put_back(faulted, clean, part)) - kept for part in PARTS},
     }
 
 
-def foreign_rows(name: str, whole: str) -> slice | None:
-    return slice(FOREIGN, None) if name == whole else None
-
-
-def own_rows(name: str, whole: str) -> slice | None:
-    return slice(None, FOREIGN) if name == whole else None
-
-
-PARTS = {
-    "head, foreign bytes": functools.partial(foreign_rows, whole="head.weight"),
-    "head, the text's bytes": functools.partial(own_rows, whole="head.weight"),
-    "embedding, the text's bytes": functools.partial(own_rows, whole="embed.weight"),
-    "blocks and norms": lambda name: None if name in ("head.weight", "embed.weight") else slice(None),
+PARTS: dict[str, tuple[str | None, slice]] = {
+    "head, foreign bytes": ("head.weight", slice(FOREIGN, None)),
+    "head, the text's bytes": ("head.weight", slice(FOREIGN)),
+    "embedding, the text's bytes": ("embed.weight", slice(FOREIGN)),
+    "blocks and norms": (None, slice(None)),
 }
-"""Part of the model -> which rows of a tensor belong to it."""
+"""Part of the model -> its tensor (None: all that no other part has a share of) and the rows of it."""
 
 
 def put_back(faulted: Mapping[str, Tensor], clean: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:
+    whole, rows = PARTS[part]
+    split = {name for name, _ in PARTS.values()}
     mixed = {name: tensor.clone() for name, tensor in faulted.items()}
-    for name, tensor in mixed.items():
-        rows = PARTS[part](name)
-        if rows is not None:
-            tensor[rows] = clean[name][rows]
+    for name in mixed.keys() - split if whole is None else [whole]:
+        mixed[name][rows] = clean[name][rows]
     return mixed
 
 
@@ -112,7 +102,7 @@ def loss_of(cfg: Config, state: Mapping[str, Tensor]) -> float:
     """Validation loss, nats a byte."""
     model = build_model(cfg.model, cfg.seed)
     model.load_state_dict(dict(state))
-    corpus = load_corpus(cfg.data, cfg.model.seq_len)
+    corpus = cached_corpus(cfg.data, cfg.model.seq_len)
     batches = corpus.validation_batches(cfg.optim.batch_size, cfg.optim.validation_batches, cfg.model.seq_len)
     return statistics.fmean(next_byte_loss(model(inputs), targets).item() for inputs, targets in batches)
 

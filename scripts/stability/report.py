@@ -16,11 +16,16 @@ from scripts.stability.tables import tables
 
 def report(grid: Grid, rows: dict[str, Row], carriers: Sequence[Row], page: Path, images: Path) -> list[Path]:
     results = Results(grid, rows)
-    paste({**tables(results), "carriers": carriers_table(grid, carriers)}, page)
+    paste(sections(results, carriers), page)
     images.mkdir(parents=True, exist_ok=True)
     drawn = draw(results, images)
     print(f"{page}; {', '.join(path.name for path in drawn)} in {images}")
     return drawn
+
+
+def sections(results: Results, carriers: Sequence[Row]) -> dict[str, str]:
+    """All that is generated of the page: name -> text."""
+    return {**tables(results), "carriers": carriers_table(results.grid, carriers)}
 
 
 def paste(sections: dict[str, str], page: Path) -> None:

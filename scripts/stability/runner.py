@@ -119,7 +119,7 @@ def _end_with(parent: int) -> None:
 
 
 @functools.lru_cache(maxsize=4)
-def _corpus(data: DataConfig, seq_len: int) -> Corpus:
+def cached_corpus(data: DataConfig, seq_len: int) -> Corpus:
     return load_corpus(data, seq_len)
 
 
@@ -181,7 +181,7 @@ def start(spec: Spec, out: Path, more: Sequence[str] = ()) -> None:
     options = [*spec.options, "--out", str(out), *QUIET, *more]
     if spec.ranks == 1:
         cfg = parse(options)
-        train(cfg, _device(), _corpus(cfg.data, cfg.model.seq_len))
+        train(cfg, _device(), cached_corpus(cfg.data, cfg.model.seq_len))
         return
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(spec.ranks)]
     command = [*launcher, "-m", "launch.train", *options]

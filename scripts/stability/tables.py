@@ -15,6 +15,9 @@ CANDIDATE = "logclip"
 """The rule whose acceptance table there is."""
 LIMIT = "zeroed"
 """The control that shows what clipping could do at most."""
+UNCLIPPED = "none"
+SKIPPING = "global-skip"
+"""What the controls are shown beside, with the baseline and the candidate."""
 SHARE = 0.2
 """Of GlobalGC's excursion that the candidate may have."""
 
@@ -98,7 +101,7 @@ def floors(results: Results) -> str:
 
 def controls(results: Results) -> str:
     """Mean excursions of the controls beside the rules', where there are any; on the control's seeds."""
-    shown = ("none", BASELINE, CANDIDATE, *CONTROLS, "global-skip")
+    shown = (UNCLIPPED, BASELINE, CANDIDATE, *CONTROLS, SKIPPING)
     lines = []
     for fault in results.faults():
         for setting in results.settings:
@@ -124,7 +127,7 @@ def acceptance(results: Results) -> str:
         if price is None:
             continue
         ratios = [results.excursion_ratio(setting, CANDIDATE, fault) for fault in faults]
-        limits = {fault: results.excursion_ratio(setting, LIMIT, fault) for fault in limited}
+        limits = [results.excursion_ratio(setting, LIMIT, fault) for fault in limited]
         kept = results.verdict(setting, CANDIDATE) in ("within the noise", "worse by less than the noise", "better")
         tamed = [ratio is None or ratio <= SHARE for ratio in ratios]
         floor = results.floor(setting)
@@ -135,8 +138,7 @@ def acceptance(results: Results) -> str:
                 signed(price),
                 "" if floor is None else f"{floor:.4f}",
                 results.verdict(setting, CANDIDATE),
-                *("" if ratio is None else f"{ratio:.2f}" for ratio in ratios),
-                *("" if ratio is None else f"{ratio:.2f}" for ratio in limits.values()),
+                *("" if ratio is None else f"{ratio:.2f}" for ratio in (*ratios, *limits)),
                 ("yes" if None not in ratios else "so far as run") if kept and all(tamed) else "**no**",
             ]
         )
