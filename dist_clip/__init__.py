@@ -2,11 +2,24 @@
 
 from typing import Any
 
+from dist_clip.attachment import Attachment
 from dist_clip.clipper import GradClipper
-from dist_clip.errors import DesyncError, EarlyGradientError, LayoutError, NonFiniteGradError
+from dist_clip.errors import DesyncError, LayoutError, NonFiniteGradError
 from dist_clip.functional import clip_grad_norm_
-from dist_clip.policies import AdaGC, GlobalNorm, LogClip, Policy, ZClip
-from dist_clip.report import ClipReport
+from dist_clip.policies import (
+    AdaGC,
+    GlobalNorm,
+    LogClip,
+    Policy,
+    Scope,
+    State,
+    StepInputs,
+    ZClip,
+    observed,
+    policy,
+    register,
+)
+from dist_clip.step import ClipReport, NonFinite
 
 __version__ = "0.1.0"
 
@@ -22,16 +35,23 @@ def __getattr__(name: str) -> Any:
 
 __all__ = [
     "AdaGC",
+    "Attachment",
     "ClipReport",
     "DesyncError",
-    "EarlyGradientError",
     "GlobalNorm",
     "GradClipper",
     "LayoutError",
     "LogClip",
+    "NonFinite",
     "NonFiniteGradError",
     "Policy",
+    "Scope",
+    "State",
+    "StepInputs",
     "ZClip",
     "__version__",
     "clip_grad_norm_",
+    "observed",
+    "policy",
+    "register",
 ]

@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
+from torch.amp import GradScaler
 from torch.distributed.tensor import DTensor
 
 from dist_clip.errors import LayoutError
-from dist_clip.freshness import ClippedGradients
-from dist_clip.scaling import check_unscaled
-
-if TYPE_CHECKING:
-    from dist_clip.clipper import GradClipper
-    from dist_clip.report import ClipReport
+from dist_clip.layouts import Layout
+from dist_clip.reduction.grad_version import ClippedGradients
+from dist_clip.step import ClipReport
+from dist_clip.step.grad_scaler import check_unscaled
 
 
 class Detachable(Protocol):
     """What ``clipper.attachment`` is: the way to take the clipper off again."""
 
-    def remove(self) -> None: ...
+    @property
+    def attached(self) -> bool:
+        """Whether `remove` has not been called."""
+        ...
+
+    def remove(self) -> None:
+        """Take the clipper off."""
+        ...
 
 
 class Attachment:
@@ -30,9 +37,16 @@ class Attachment:
     a GradScaler may leave one out.
     """
 
-    def __init__(self, clipper: GradClipper, optimizers: tuple[torch.optim.Optimizer, ...]) -> None:
-        if clipper.attachment is not None:
-            raise RuntimeError("this clipper is attached already: gradients would be clipped twice; remove() the first")
+    def __init__(
+        self,
+        optimizers: tuple[torch.optim.Optimizer, ...],
+        *,
+        clip_: Callable[[], ClipReport],
+        layout: Layout,
+        known: frozenset[int],
+        may_skip: bool,
+        scaler: GradScaler | None,
+    ) -> None:
         if not optimizers:
             raise TypeError("attach() needs an optimizer")
         for optimizer in optimizers:
@@ -40,7 +54,8 @@ class Attachment:
                 raise TypeError(f"attach() needs torch optimizers, got {type(optimizer).__name__}: {optimizer!r}")
         if len({id(optimizer) for optimizer in optimizers}) < len(optimizers):
             raise RuntimeError("attach() got the same optimizer twice: gradients would be clipped twice a step")
-        self._clipper = clipper
+        self._clip_, self._layout, self._known = clip_, layout, known
+        self._may_skip, self._scaler = may_skip, scaler
         self._stepped: set[int] = set()
         self._report: ClipReport | None = None
         self._clipped = ClippedGradients()
@@ -49,23 +64,25 @@ class Attachment:
         for optimizer in optimizers:
             self._check_parameters(optimizer)
         self._handles = [optimizer.register_step_pre_hook(self._before_step) for optimizer in optimizers]
-        if clipper.may_skip:
+        if may_skip:
             self._handles += [optimizer.register_step_post_hook(self._after_step) for optimizer in optimizers]
         self._optimizers = optimizers
-        clipper.attachment = self
+
+    @property
+    def attached(self) -> bool:
+        """Whether the hooks are on the optimizers: `remove` has not been called."""
+        return bool(self._handles)
 
     def remove(self) -> None:
         """Detach from the optimizers."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        self._clipper.attachment = None
 
     def _check_parameters(self, optimizer: torch.optim.Optimizer) -> None:
-        known = self._clipper.known_parameters
         for g, group in enumerate(optimizer.param_groups):
             for i, param in enumerate(group["params"]):
-                if id(param) not in known:
+                if id(param) not in self._known:
                     raise LayoutError(
                         f"{type(optimizer).__name__} holds a parameter the clipper does not know (param_groups[{g}], "
                         f"number {i}, shape {list(param.shape)}): it would not be clipped. Construct the clipper from "
@@ -92,27 +109,27 @@ class Attachment:
         # The order of steps is the same on every rank; gradients are a second reason to clip, never one not to: a rank
         # that has none of them goes by the order alone.
         if not self._stepped or id(optimizer) in self._stepped or self._has_new_gradients(optimizer):
-            if self._clipper.scaler is not None:
+            if self._scaler is not None:
                 for other in self._optimizers:
                     if self._has_new_gradients(other):
-                        check_unscaled(self._clipper.scaler, other)
-            self._report = self._clipper.clip_()
+                        check_unscaled(self._scaler, other)
+            self._report = self._clip_()
             self._stepped = set()
-            self._clipped.remember(self._clipper.layout)
+            self._clipped.remember(self._layout)
         self._stepped.add(id(optimizer))
         if len(self._stepped) == len(self._optimizers):
             self._stepped = set()
-        if self._clipper.may_skip:
-            self._let_skip(optimizer)
+        if self._may_skip:
+            self._make_skip(optimizer)
 
     def _has_new_gradients(self, optimizer: torch.optim.Optimizer) -> bool:
         """Whether a gradient of `optimizer` is another one, or has been written to, since the last clip."""
-        covered = {id(tensor.param) for tensor in self._clipper.layout}
+        covered = {id(tensor.param) for tensor in self._layout}
         params = [param for group in optimizer.param_groups for param in group["params"]]
         return any(id(param) in covered and self._clipped.is_new(param) for param in params)
 
-    def _let_skip(self, optimizer: torch.optim.Optimizer) -> None:
-        """See to it that the step changes nothing if the round's clip says so."""
+    def _make_skip(self, optimizer: torch.optim.Optimizer) -> None:
+        """Make the step change nothing if the round's clip says so."""
         assert self._report is not None
         skip = self._report.skip
         if getattr(optimizer, "_step_supports_amp_scaling", False) and not _holds_dtensors(optimizer):

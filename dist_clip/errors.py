@@ -10,8 +10,4 @@ class NonFiniteGradError(RuntimeError):
 
 
 class DesyncError(RuntimeError):
-    """Ranks are out of step: one has clipped more often than others, or remembers something else. See `dist_clip.desync`."""
-
-
-class EarlyGradientError(RuntimeError):
-    """With ``overlap``: a gradient is not the one that was measured during backward. The same on every rank."""
+    """Ranks are out of step: one has clipped more often than others, or remembers something else. See docs/faults.md."""

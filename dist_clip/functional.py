@@ -8,18 +8,17 @@ import numbers
 import warnings
 import weakref
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.weak import WeakIdKeyDictionary
 
 from dist_clip.errors import NonFiniteGradError
-from dist_clip.groups import checked_group, device_of, group_alive
 from dist_clip.kernels import Kernels, choose
-from dist_clip.layout import Layout
-from dist_clip.readers import PartialReducer, layout_of_parameters
+from dist_clip.layouts import Layout, PartialReducer, layout_of_parameters
+from dist_clip.layouts.process_groups import checked_group, device_of, group_alive, group_size
 from dist_clip.reduction import PipelineReducer, ReductionPlan
 
 
@@ -31,7 +30,7 @@ def clip_grad_norm_(
     error_if_nonfinite: bool = False,
     foreach: bool | None = None,
     *,
-    pp_group: Any = None,
+    pp_group: dist.ProcessGroup | DeviceMesh | None = None,
 ) -> Tensor:
     r"""Clip the norm of all gradients together, in place: :func:`torch.nn.utils.clip_grad_norm_` for sharded models.
 
@@ -44,8 +43,8 @@ def clip_grad_norm_(
         norm_type: order of the norm, positive, possibly ``inf``.
         error_if_nonfinite: raise if the total norm is NaN or Inf, before anything is scaled; syncs the host.
         foreach: False takes the tensors one by one, as in torch; the result is the same.
-        pp_group: process group across pipeline stages. Tensors have no names here, so one that two stages hold a copy
-            of counts twice; `GradClipper` counts it once.
+        pp_group: process group, or 1-D device mesh, across pipeline stages. Tensors have no names here, so one that two
+            stages hold a copy of counts twice; `GradClipper` counts it once.
 
     Returns:
         The total norm before clipping, a plain fp32 0-dim tensor (float64 if all gradients are), the same on every rank.
@@ -59,7 +58,7 @@ def clip_grad_norm_(
         raise TypeError(f"error_if_nonfinite must be a bool, got {error_if_nonfinite!r}")
     if foreach is not None and not isinstance(foreach, bool):
         raise TypeError(f"foreach must be True, False or None, got {foreach!r}")
-    pp_group = checked_group(pp_group, "pp_group")
+    stage_group = checked_group(pp_group, "pp_group")
     params = [parameters] if isinstance(parameters, Tensor) else list(parameters)
     if not params:
         what = "empty" if isinstance(parameters, Sequence) else "an empty generator"
@@ -71,15 +70,15 @@ def clip_grad_norm_(
     # A tensor passed twice (tied weights under two names) has one gradient: counted once, scaled once.
     unique = {id(param): (f"parameters[{i}]", param) for i, param in reversed(list(enumerate(params)))}
     layout = layout_of_parameters(list(reversed(unique.values())))
-    stages = 1 if pp_group is None else pp_group.size()
-    device = layout.device or device_of(pp_group)
+    stages = 1 if stage_group is None else stage_group.size()
+    device = layout.device or device_of(stage_group)
     prepared = _prepare(layout, stages, device)
     prepared.partial.reduce_(layout.tensors)
-    shards = [tensor.read() for tensor in layout]
+    shards = [tensor.grad() for tensor in layout]
     sums = prepared.plan.reduce(prepared.kernels.power_sums(shards, p, device, foreach), p)
     total = sums.amax() if math.isinf(p) and len(layout) else sums.sum()
-    if stages > 1:
-        total = PipelineReducer(pp_group).sum(total.view(1), p).squeeze(0)
+    if stage_group is not None and stages > 1:
+        total = PipelineReducer(stage_group).sum(total.view(1), p).squeeze(0)
     norm = total if math.isinf(p) else total.sqrt() if p == 2.0 else total.pow(1.0 / p)
 
     if error_if_nonfinite and not bool(torch.isfinite(norm)):
@@ -113,7 +112,7 @@ class _Prepared:
             and len(self.params) == len(layout)
             and all(ref() is tensor.param for ref, tensor in zip(self.params, layout, strict=True))
             and self.described == tuple(t.placement for t in layout)
-            and all(group_alive(stage.group) for stage in self.plan.stages)
+            and all(group_alive(collective.group) for collective in self.plan.collectives)
         )
 
 
@@ -124,12 +123,11 @@ def _prepare(layout: Layout, stages: int, device: torch.device) -> _Prepared:
     found: _Prepared | None = _prepared.get(first) if first is not None else None  # type: ignore[no-untyped-call]
     if found is not None and found.fits(layout, stages):
         return found
-    world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
     made = _Prepared(
         params=tuple(weakref.ref(tensor.param) for tensor in layout if tensor.param is not None),
         stages=stages,
         described=tuple(t.placement for t in layout),
-        plan=ReductionPlan(layout, copies_among=world // stages),
+        plan=ReductionPlan(layout, copies_among=group_size(None) // stages),
         partial=PartialReducer(layout.tensors),
         kernels=choose(None, device),
     )

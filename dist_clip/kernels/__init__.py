@@ -1,5 +1,5 @@
 """Norms and scales of many tensors at once. `torch_kernels` is the reference every other backend is tested against."""
 
-from dist_clip.kernels.choice import TORCH, Kernels, Preference, choose
+from dist_clip.kernels.choice import TORCH, Kernels, choose
 
-__all__ = ["TORCH", "Kernels", "Preference", "choose"]
+__all__ = ["TORCH", "Kernels", "choose"]

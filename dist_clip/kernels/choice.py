@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dist_clip.kernels import multi_tensor, torch_kernels
+from dist_clip.kernels import torch_kernels
 
 ENVIRONMENT = "DIST_CLIP_KERNELS"
 
@@ -21,7 +21,7 @@ class Kernels:
     """A way to measure and scale lists of tensors.
 
     Attributes:
-        name: "torch", "triton", "apex" or "transformer_engine".
+        name: "torch" or "triton".
         why: how it came to be chosen, for people.
         power_sums, scale_, zero_where_: as in `dist_clip.kernels.torch_kernels`.
     """
@@ -33,23 +33,15 @@ class Kernels:
     zero_where_: Callable[..., None]
 
 
-@dataclasses.dataclass(frozen=True)
-class Preference:
-    """What a framework would rather have, best first, where neither the user nor the environment says."""
-
-    names: tuple[str, ...]
-
-
 TORCH = Kernels("torch", "the default", torch_kernels.power_sums, torch_kernels.scale_, torch_kernels.zero_where_)
-DEFAULT = Preference(("triton", "torch"))
 
 
-def choose(wanted: str | Kernels | Preference | None = None, device: torch.device = _CPU) -> Kernels:
-    """The kernels named `wanted`, else by the environment variable DIST_CLIP_KERNELS, else the first preferred that work.
+def choose(wanted: str | Kernels | None = None, device: torch.device = _CPU) -> Kernels:
+    """Return the kernels named `wanted`, else by the environment variable DIST_CLIP_KERNELS, else Triton's where they work.
 
     Args:
-        wanted: a name, or a preference instead of `DEFAULT`. Kernels are returned as they are.
-        device: where the gradients are. All but torch's are for CUDA devices, and not preferred elsewhere.
+        wanted: a name. Kernels are returned as they are.
+        device: where the gradients are. Triton's are for CUDA devices, and not chosen elsewhere.
 
     Raises:
         TypeError, ValueError: no such kernels.
@@ -57,22 +49,18 @@ def choose(wanted: str | Kernels | Preference | None = None, device: torch.devic
     """
     if isinstance(wanted, Kernels):
         return wanted
-    if wanted is not None and not isinstance(wanted, (str, Preference)):
+    if wanted is not None and not isinstance(wanted, str):
         raise TypeError(f"kernels must be a name, got {wanted!r}")
-    if isinstance(wanted, str):
+    if wanted is not None:
         return _named(wanted, "asked for by the argument", device)
     if os.environ.get(ENVIRONMENT):
         return _named(os.environ[ENVIRONMENT], f"asked for by {ENVIRONMENT}", device)
-    names = [name for name in (wanted or DEFAULT).names if name == "torch" or device.type == "cuda"]
-    if names in ([], ["torch"]):
+    if device.type != "cuda":
         return TORCH
-    passed_over = ""
-    for name in names:
-        try:
-            return _named(name, f"the first installed of {', '.join(names)}{passed_over}", device)
-        except ImportError as error:
-            passed_over += f"; {error}"
-    return dataclasses.replace(TORCH, why=f"none of {', '.join(names)} is installed{passed_over}")
+    try:
+        return _triton("the default on CUDA", device)
+    except ImportError as error:
+        return dataclasses.replace(TORCH, why=f"Triton's do not work here: {error}")
 
 
 def _named(name: str, why: str, device: torch.device) -> Kernels:
@@ -80,12 +68,7 @@ def _named(name: str, why: str, device: torch.device) -> Kernels:
         return dataclasses.replace(TORCH, why=why)
     if name == "triton":
         return _triton(why, device)
-    if name not in multi_tensor.LIBRARIES:
-        names = ", ".join(map(repr, ("torch", "triton", *multi_tensor.LIBRARIES)))
-        raise ValueError(f"kernels must be one of {names}, got {name!r}")
-    l2norm = multi_tensor.find(name)
-    # Scales differ from tensor to tensor and live on the device, which neither library's scaling takes.
-    return dataclasses.replace(TORCH, name=name, why=why, power_sums=multi_tensor.MultiTensorNorms(l2norm).power_sums)
+    raise ValueError(f"kernels must be 'triton' or 'torch', got {name!r}")
 
 
 def _triton(why: str, device: torch.device) -> Kernels:

@@ -9,21 +9,15 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from dist_clip.policies.base import (
-    Scope,
-    State,
-    check_choice,
-    check_count,
-    check_finite,
-    check_fraction,
-    check_number,
-    observed,
-)
+from dist_clip.policies.base import Scope, State, observed
+from dist_clip.policies.check import check_choice, check_count, check_finite, check_fraction, check_number
+from dist_clip.policies.registry import register
 from dist_clip.policies.warmup import GlobalWarmup, storable
 
 GammaInit = Literal["min", "median", "mean", "last"]
 
 
+@register("adagc")
 @dataclasses.dataclass(frozen=True)
 class AdaGC(GlobalWarmup):
     """Adaptive gradient clipping per tensor.
@@ -48,6 +42,10 @@ class AdaGC(GlobalWarmup):
     State: ``gamma``, fp32 [n] (0: nothing observed yet). Until the host knows that warm-up is over also ``count``, int64
     [n] (mean), or ``history``, fp32 [warmup_steps, n] (median).
 
+    Example:
+        >>> import dist_clip
+        >>> policy = dist_clip.AdaGC(gamma_init="median", warmup_steps=200)
+
     Reference: arXiv 2502.11034, and its official code lishuai-97/AdaGC.
     """
 
@@ -58,6 +56,8 @@ class AdaGC(GlobalWarmup):
     scope: Scope = "tensor"
     gamma_init: GammaInit = "min"
     eps: float = 1e-6
+
+    nan_slots = ("history",)  # rows of the record that hold nothing yet
 
     def __post_init__(self) -> None:
         check_finite("AdaGC", "lambda_rel", self.lambda_rel, 0.0, open_low=True)

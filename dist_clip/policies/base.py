@@ -4,68 +4,129 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import numbers
+from collections.abc import Collection
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 Scope = Literal["tensor", "shard", "global"]
+"""What one element of a policy is: a logical tensor, this rank's shard of one, or all tensors of the policy together."""
+
+Need = Literal["global_norm", "weight_norms"]
+"""A measurement that a policy has to ask for, because it can cost a collective."""
+
 State = dict[str, Tensor]
+"""Name of a slot -> tensor of shape [n] or [k, n], for n elements."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Policy:
-    """Base of the policies: a rule, and the scope at which it runs.
+class StepInputs:
+    """What a policy sees of one step. Later versions may add fields.
 
-    The rule sees `norms` and decides `scales` elementwise. The scope says what an element is: a logical tensor
-    ("tensor"), this rank's piece of one ("shard"), or the whole domain ("global", one element, the global norm). A policy
-    knows nothing of ranks, names or processes.
+    Attributes:
+        norms: float64 [n], L2 norm of each element's gradient before clipping; 0 without a gradient; possibly non-finite.
+        numel: int64 [n], how many numbers each element has.
+        t: int64 0-dim on the device, the number of this step, from 1. Steps that were skipped do not count.
+        steps_done: how many steps were taken before this one, as far as the host knows: never more than ``t - 1``, and
+            less where steps may be skipped. It only serves to leave out work that is over for good, as a warm-up is.
+        global_norm: float64 0-dim, L2 norm of all gradients of the policy's tensors; None unless `Policy.needs` asks.
+        weight_norms: float64 [n], L2 norm of each element's parameter; None unless `Policy.needs` asks.
     """
 
-    @property
-    def rule_scope(self) -> Scope:
-        return "global"
+    norms: Tensor
+    numel: Tensor
+    t: Tensor
+    steps_done: int = 0
+    global_norm: Tensor | None = None
+    weight_norms: Tensor | None = None
 
-    @property
-    def post_max_norm(self) -> float | None:
-        """Threshold of a global clip of what the rule has scaled; None for none.
 
-        The domain's gradients are clipped at this norm of all of them, ``N' = sqrt(sum (scale_i n_i)^2)``. That is known
-        only after the rule, so where the scales differ the pipeline stages (with scope "shard" also the norm groups) are
-        asked once more: a collective more, on every step.
-        """
-        return None
+class Policy:
+    """Base class of the clipping rules. A policy knows nothing of ranks, names or processes.
+
+    A subclass is a frozen dataclass whose fields are its hyper-parameters. It must define `step`; everything else has a
+    default that is right for most rules. `GradClipper` tries each policy out when it is constructed, and refuses one that
+    would fail later. docs/policies.md walks through a complete policy.
+
+    Attributes:
+        scope: what one element is. A subclass may set it for the class or declare it as a field.
+        nan_slots: names of the state's slots in which NaN is a value. Elsewhere a NaN is an error.
+        post_max_norm: threshold of a global clip of what the rule has scaled, None for none. The policy's gradients are
+            then clipped at this norm of all of them, ``N' = sqrt(sum (scale_i n_i)^2)``. Where the scales differ, this
+            costs a collective on every step across pipeline stages and, with scope "shard", over the norm groups.
+
+    Example:
+        >>> import dataclasses, dist_clip
+        >>> @dataclasses.dataclass(frozen=True)
+        ... class Fixed(dist_clip.Policy):
+        ...     max_norm: float = 1.0
+        ...
+        ...     def step(self, state, inputs):
+        ...         return (self.max_norm / (inputs.norms + 1e-6)).clamp(max=1.0), state
+        >>> clipper = dist_clip.GradClipper(torch.nn.Linear(2, 2), Fixed())
+    """
+
+    scope: Scope = "tensor"
+    nan_slots: tuple[str, ...] = ()
+    post_max_norm: float | None = None
 
     def init_state(self, n: int, device: torch.device) -> State:
-        """State of `n` elements before anything was observed: tensors of shape [n] or [k, n]."""
+        """Return the state of `n` elements before anything was observed: tensors of shape [n] or [k, n] on `device`."""
         return {}
 
     def slots_after(self, step: int) -> tuple[str, ...]:
-        """Names of the state's tensors that decide anything after `step` steps: those that a checkpoint needs."""
+        """Return the slots that a checkpoint needs after `step` steps; by default all.
+
+        A rule may leave out what only its warm-up records, once the warm-up is over.
+        """
+        return tuple(self.init_state(1, torch.device("cpu")))
+
+    def needs(self, step: int) -> Collection[Need]:
+        """Return what step number `step` (from 1) must have measured beside the norms: of "global_norm", "weight_norms".
+
+        With scope "global" the global norm is the one element's norm and need not be asked for. Where steps may be
+        skipped, the host does not know a step's number and measures what the first step needs as well.
+        """
         return ()
 
-    def needs_global_norm(self, step: int) -> bool:
-        """Whether step number `step` (from 1) cannot be decided without the global norm. Known to the host."""
-        return True
+    def one_scale(self, step: int) -> bool:
+        """Return whether step number `step` (from 1) scales all elements alike, as a global warm-up does.
 
-    def step(self, state: State, norms: Tensor, global_norm: Tensor | None, t: Tensor) -> tuple[Tensor, State]:
-        """Decide one step. Pure: returns the scales and the new state, changes nothing, never syncs the host.
+        The global norm after clipping then follows from the one before it and costs no collective. With scope "global"
+        there is one scale in any case.
+        """
+        return False
+
+    def step(self, state: State, inputs: StepInputs) -> tuple[Tensor, State]:
+        """Decide one step. Pure: it changes no argument and never syncs the host.
 
         Args:
-            state: as returned by `init_state` or the step before.
-            norms: float64 [n], before clipping; 0 where there is no gradient; possibly non-finite.
-            global_norm: float64 0-dim, or None where `needs_global_norm` said it is not needed.
-            t: int64 0-dim, the number of this step, from 1.
+            state: what `init_state` or the step before returned.
+            inputs: what was measured.
 
         Returns:
-            scales, float64 [n], at most 1 (NaN or 0 where a norm is NaN or Inf, as the formula gives it), and the state.
+            The scales, float64 [n], at most 1 (NaN or 0 where a norm is NaN or Inf, as the formula gives it), and the new
+            state. A slot that the new state lacks is dropped for good.
         """
         raise NotImplementedError
 
     def config(self) -> dict[str, Any]:
-        """Name and hyper-parameters, for checkpoints and for comparing ranks."""
-        return {"policy": type(self).__name__, **dataclasses.asdict(self)}
+        """Return name and hyper-parameters as JSON has them, for checkpoints and for comparing ranks."""
+        return {"policy": type(self).__name__, **{f.name: _plain(getattr(self, f.name)) for f in _fields(self)}}
+
+
+def _fields(policy: Policy) -> tuple[dataclasses.Field[Any], ...]:
+    return dataclasses.fields(policy)  # type: ignore[arg-type]
+
+
+def _plain(value: Any) -> Any:
+    """`value` as JSON gives it back, where tuples are lists: a state then compares equal when it is loaded."""
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return value
 
 
 def is_finite(norms: Tensor) -> Tensor:
@@ -79,48 +140,15 @@ def is_nonfinite(norms: Tensor) -> Tensor:
 
 
 def observed(norms: Tensor) -> Tensor:
-    """Bool [n]: the norms that may enter a state. A zero norm means no gradient; NaN and Inf are faults."""
+    """Return, as bool [n], which norms may enter a state: a zero norm means no gradient, NaN and Inf are faults.
+
+    Example:
+        >>> observed(torch.tensor([2.0, 0.0, float("nan")])).tolist()
+        [True, False, False]
+    """
     return is_finite(norms) & (norms > 0)
 
 
 def global_clip_scale(max_norm: float, global_norm: Tensor) -> Tensor:
     """GlobalGC: ``min(1, max_norm / (N + 1e-6))``, the formula of ``torch.nn.utils.clip_grad_norm_``."""
     return torch.clamp(max_norm / (global_norm + 1e-6), max=1.0)
-
-
-def check_number(
-    owner: str, name: str, value: object, low: float, high: float = math.inf, *, open_low: bool = False
-) -> None:
-    """Raise unless `value` is a real number in [low, high] ((low, high] with `open_low`)."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{owner}: {name} must be a number, got {value!r}")
-    number = float(value)
-    if math.isnan(number) or number > high or number < low or (open_low and number == low):
-        upper = "" if math.isinf(high) else f" and at most {high:g}"
-        raise ValueError(f"{owner}: {name} must be {'above' if open_low else 'at least'} {low:g}{upper}, got {value!r}")
-
-
-def check_finite(owner: str, name: str, value: object, low: float, *, open_low: bool = False) -> None:
-    """Raise unless `value` is a finite real number of at least `low` (above it with `open_low`)."""
-    check_number(owner, name, value, low, open_low=open_low)
-    if math.isinf(float(value)):  # type: ignore[arg-type]
-        raise ValueError(f"{owner}: {name} must be finite, got {value!r}")
-
-
-def check_fraction(owner: str, name: str, value: object) -> None:
-    """Raise unless `value` is a real number in [0, 1), as the decay of a moving average has to be."""
-    check_number(owner, name, value, 0.0, 1.0)
-    if float(value) == 1.0:  # type: ignore[arg-type]
-        raise ValueError(f"{owner}: {name} must be below 1 (at 1 the average would never move), got {value!r}")
-
-
-def check_count(owner: str, name: str, value: object, low: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{owner}: {name} must be an int, got {value!r}")
-    if value < low:
-        raise ValueError(f"{owner}: {name} must be at least {low}, got {value!r}")
-
-
-def check_choice(owner: str, name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{owner}: {name} must be one of {', '.join(map(repr, choices))}, got {value!r}")

@@ -8,17 +8,13 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from dist_clip.policies.base import (
-    Scope,
-    State,
-    check_choice,
-    check_count,
-    check_finite,
-    check_number,
-)
+from dist_clip.policies.base import Scope, State
+from dist_clip.policies.check import check_choice, check_count, check_finite, check_number
+from dist_clip.policies.registry import register
 from dist_clip.policies.warmup import GlobalWarmup, storable
 
 
+@register("logclip")
 @dataclasses.dataclass(frozen=True)
 class LogClip(GlobalWarmup):
     """Clipping per tensor to a multiple of the tensor's usual norm, its level, a geometric moving average.
@@ -52,6 +48,10 @@ class LogClip(GlobalWarmup):
     State: ``level``, fp32 [n] (0: nothing observed yet); ``count``, int32 [n], observations of it; ``streak``, int32 [n],
     steps running that it was clipped.
 
+    Example:
+        >>> import dist_clip
+        >>> policy = dist_clip.LogClip(ratio=3.0, post_max_norm=1.0)
+
     Ours; docs/algorithms.md derives what the constants guarantee.
     """
 
@@ -83,9 +83,6 @@ class LogClip(GlobalWarmup):
             "count": torch.zeros(n, dtype=torch.int32, device=device),
             "streak": torch.zeros(n, dtype=torch.int32, device=device),
         }
-
-    def slots_after(self, step: int) -> tuple[str, ...]:
-        return ("level", "count", "streak")
 
     def _after_warmup(self, state: State, norms: Tensor) -> tuple[Tensor, State]:
         level = state["level"].double()

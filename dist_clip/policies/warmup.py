@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor
 
-from dist_clip.policies.base import Policy, Scope, State, global_clip_scale, observed
+from dist_clip.policies.base import Need, Policy, Scope, State, StepInputs, global_clip_scale, observed
 
 
 class GlobalWarmup(Policy):
@@ -18,20 +20,21 @@ class GlobalWarmup(Policy):
     max_norm: float
     scope: Scope
 
-    @property
-    def rule_scope(self) -> Scope:
-        return self.scope
+    def needs(self, step: int) -> Collection[Need]:
+        needs: tuple[Need, ...] = ("global_norm",)
+        return needs if step <= self.warmup_steps else ()
 
-    def needs_global_norm(self, step: int) -> bool:
-        return self.scope == "global" or step <= self.warmup_steps
+    def one_scale(self, step: int) -> bool:
+        return step <= self.warmup_steps
 
-    def step(self, state: State, norms: Tensor, global_norm: Tensor | None, t: Tensor) -> tuple[Tensor, State]:
-        steady_scales, steady = self._after_warmup(state, norms)
-        if global_norm is None or self.warmup_steps == 0:  # the host knows that warm-up is over, and with it the record
+    def step(self, state: State, inputs: StepInputs) -> tuple[Tensor, State]:
+        steady_scales, steady = self._after_warmup(state, inputs.norms)
+        if inputs.steps_done >= self.warmup_steps:  # the host knows that warm-up is over, and with it the record
             return steady_scales, steady
-        in_warmup = t <= self.warmup_steps
-        warm_scales = global_clip_scale(self.max_norm, global_norm).expand(norms.shape)
-        warm = self._observe(state, norms * warm_scales, t)
+        assert inputs.global_norm is not None
+        in_warmup = inputs.t <= self.warmup_steps
+        warm_scales = global_clip_scale(self.max_norm, inputs.global_norm).expand(inputs.norms.shape)
+        warm = self._observe(state, inputs.norms * warm_scales, inputs.t)
         new = {name: torch.where(in_warmup, value, steady.get(name, state[name])) for name, value in warm.items()}
         return torch.where(in_warmup, warm_scales, steady_scales), new
 

@@ -3,28 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from dist_clip.policies.base import (
-    Policy,
-    Scope,
-    State,
-    check_choice,
-    check_count,
-    check_finite,
-    check_fraction,
-    check_number,
-    global_clip_scale,
-    observed,
-)
+from dist_clip.policies.base import Policy, Scope, State, StepInputs, global_clip_scale, observed
+from dist_clip.policies.check import check_choice, check_count, check_finite, check_fraction, check_number
+from dist_clip.policies.registry import register
 
 Mode = Literal["zscore", "percentile"]
 ClipOption = Literal["adaptive_scaling", "mean"]
 
 
+@register("zclip")
 @dataclasses.dataclass(frozen=True)
 class ZClip(Policy):
     """Z-score based clipping of the global norm N, or of each tensor's or shard's norm as if it were N.
@@ -51,6 +43,10 @@ class ZClip(Policy):
             itself, and never need the global norm.
 
     State: ``mean`` and ``var`` (float64 [n]) and ``count`` (int64 [n]), the finite norms recorded so far.
+
+    Example:
+        >>> import dist_clip
+        >>> policy = dist_clip.ZClip(z_thresh=3.0, max_norm=None)
 
     Reference: arXiv 2504.02507, and the package zclip 1.0.0, which this equals step by step.
     """
@@ -80,18 +76,6 @@ class ZClip(Policy):
         check_finite("ZClip", "eps", self.eps, 0.0)
         check_choice("ZClip", "scope", self.scope, get_args(Scope))
 
-    @property
-    def rule_scope(self) -> Scope:
-        return self.scope
-
-    def needs_global_norm(self, step: int) -> bool:
-        return self.scope == "global"
-
-    def config(self) -> dict[str, Any]:
-        # States saved before there was a choice say nothing of the scope, and have to load.
-        config = super().config()
-        return {name: value for name, value in config.items() if name != "scope" or self.scope != "global"}
-
     def init_state(self, n: int, device: torch.device) -> State:
         return {
             "mean": torch.zeros(n, dtype=torch.float64, device=device),
@@ -99,10 +83,8 @@ class ZClip(Policy):
             "count": torch.zeros(n, dtype=torch.int64, device=device),
         }
 
-    def slots_after(self, step: int) -> tuple[str, ...]:
-        return ("mean", "var", "count")
-
-    def step(self, state: State, norms: Tensor, global_norm: Tensor | None, t: Tensor) -> tuple[Tensor, State]:
+    def step(self, state: State, inputs: StepInputs) -> tuple[Tensor, State]:
+        norms = inputs.norms
         mean, var, count = state["mean"], state["var"], state["count"]
         seen = observed(norms)
         in_warmup = count < self.warmup_steps

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from dist_clip.agreement import Announcement
+from dist_clip.construction.agreement import RankConfig
 from dist_clip.kernels import Kernels
 from scripts.simulation.counting import Collective, CollectiveLog, Kind, logging_objects, reduce_op
 from scripts.simulation.layouts import PP, Degrees, Meshes, Split, splits
@@ -92,7 +92,7 @@ class AnsweringLog(CollectiveLog):
 
     def answer_object(self, everyone: list[Any], mine: Any, group: Any) -> None:
         """What the ranks of `group` would say. Ranks of one stage say the same; stages announce their own tensors."""
-        if group.group_name == self.pp_name and isinstance(mine, Announcement):
+        if group.group_name == self.pp_name and isinstance(mine, RankConfig):
             for stage in range(self.degrees.pp):
                 tensors = self.model.stage(stage, self.degrees.pp)
                 everyone[stage] = dataclasses.replace(

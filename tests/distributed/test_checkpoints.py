@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.tensor import DTensor
 
 import dist_clip
-from dist_clip.state import snapshot
+from dist_clip.memory.state_dict import snapshot
 from tests.harness import WorkerError, pool
 
 from .layouts import LAYOUTS, Config, Setup
@@ -72,7 +72,7 @@ class Training:
 
 def plain(clipper: Any) -> dict[str, Any]:
     """The state as plain numbers, mergeable over pipeline stages."""
-    taken = snapshot(clipper)
+    taken = snapshot(clipper.memory)
     out = {f"{n}/{slot}": value.tolist() for n, entry in taken["tensors"].items() for slot, value in entry.items()}
     out |= {f"{n}/{slot}": value.tolist() for n, entry in taken["global"].items() for slot, value in entry.items()}
     return {**out, "step": taken["step"]}

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 import dist_clip
-from dist_clip.state import snapshot
+from dist_clip.memory.state_dict import snapshot
 from tests.harness import pool
 
 from . import training
@@ -71,17 +71,17 @@ def out_of_step(layout: str, policy: str, fault: str) -> dict[str, Any]:
     faulty = dist.get_rank() == FAULTY
     name = clipper.layout.names[3]
     if fault == "loaded" and faulty:  # a checkpoint that only one rank loads
-        clipper.set_steps(2)
+        clipper.memory.set_steps(2)
     if fault == "flipped" and faulty:  # a bit of memory
-        clipper.domains[0].state["gamma"].view(torch.int32)[3] ^= 1
+        clipper.memory.groups[0].state["gamma"].view(torch.int32)[3] ^= 1
     if fault == "mean" and faulty:
-        clipper.domains[0].state["mean"] += 1e-6
+        clipper.memory.groups[0].state["mean"] += 1e-6
     out: dict[str, Any] = {"name": name, "error": None}
     for step in range(WARMUP + 3, WARMUP + 6):
         if not (fault == "twice" and faulty and step == WARMUP + 4):  # a clip without a backward
             new_grads(setup, step)
         before = training.flat([training.local_grad(param) for _, param in setup.named])
-        state = snapshot(clipper)
+        state = snapshot(clipper.memory)
         try:
             clipper.clip_()
         except dist_clip.DesyncError as error:
@@ -89,7 +89,7 @@ def out_of_step(layout: str, policy: str, fault: str) -> dict[str, Any]:
             out["grads_untouched"] = torch.equal(
                 before, training.flat([training.local_grad(param) for _, param in setup.named])
             )
-            after = snapshot(clipper)
+            after = snapshot(clipper.memory)
             out["state_untouched"] = all(
                 torch.equal(entry[slot], after["tensors"][fqn][slot])
                 for fqn, entry in state["tensors"].items()

@@ -20,7 +20,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.tensor import DTensor
 
 import dist_clip
-from dist_clip.state import snapshot
+from dist_clip.memory.state_dict import snapshot
 from tests import reference
 from tests.harness import WorkerError, pool
 
@@ -106,7 +106,7 @@ def overflow() -> dict[str, Any]:
             module.zero_grad(set_to_none=True)
         setup.backward(step)
         clipper.clip_()
-    gamma = snapshot(clipper)["tensors"][name]["gamma"].item()
+    gamma = snapshot(clipper.memory)["tensors"][name]["gamma"].item()
     for module in setup.modules:
         module.zero_grad(set_to_none=True)
     setup.backward(WARMUP + 2)
@@ -119,7 +119,7 @@ def overflow() -> dict[str, Any]:
         "nonfinite": bool(report.nonfinite),
         "limit": 1.04 * gamma,
         "clipped": float(whole.double().norm()),
-        "gamma": snapshot(clipper)["tensors"][name]["gamma"].item() / gamma,
+        "gamma": snapshot(clipper.memory)["tensors"][name]["gamma"].item() / gamma,
     }
 
 
@@ -151,7 +151,7 @@ def unfrozen_late(layout: str) -> dict[str, Any]:
         report = clipper.clip_()
         if step >= 498:
             position = report.names.index(name)
-            gammas[step] = snapshot(clipper)["tensors"][name]["gamma"].item()
+            gammas[step] = snapshot(clipper.memory)["tensors"][name]["gamma"].item()
             scales[step], norms[step] = report.scales[position].item(), report.tensor_norms[position].item()
     return {"gamma": gammas, "scale": scales, "norm": norms}
 

@@ -56,7 +56,7 @@ def real_loop(original: bool) -> dict[str, Any]:
         "names": clipper.layout.names,
         "explain": clipper.explain(),
         "clipped": float(clipper.last_report.clipped_global_norm),
-        "grads": sum(tensor.read() is not None for tensor in clipper.layout),
+        "grads": sum(tensor.grad() is not None for tensor in clipper.layout),
     }
 
 

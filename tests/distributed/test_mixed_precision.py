@@ -18,7 +18,7 @@ from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.distributed.tensor import DTensor
 
 import dist_clip
-from dist_clip.state import snapshot
+from dist_clip.memory.state_dict import snapshot
 from tests import reference
 from tests.harness import pool
 
@@ -66,14 +66,14 @@ def train_fp16(layout: str, policy: str, how: str) -> dict[str, Any]:
         scaled_backward(layout, setup, scaler, step)
         scaler.unscale_(optimizer)
         before = [training.local_grad(param) for param in params]
-        state = str(snapshot(clipper))
+        state = str(snapshot(clipper.memory))
         if how == "by hand":
             clipper.clip_()
         scaler.step(optimizer)
         scaler.update()
         record: dict[str, Any] = {"present": [grad is not None for grad in before], "before": training.flat(before)}
         record |= {"after": training.flat(given) if given else None, "scale": scaler.get_scale()}
-        record |= {"state_moved": str(snapshot(clipper)) != state, "steps": clipper.steps}
+        record |= {"state_moved": str(snapshot(clipper.memory)) != state, "steps": clipper.steps}
         record["tensors"], record["global"] = training.state_of(clipper)
         records.append(record)
     dtypes = [None if param.grad is None else training.local(param.grad).dtype for param in params]

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 import dist_clip
-from dist_clip.state import snapshot
+from dist_clip.memory.state_dict import snapshot
 from tests import reference
 from tests.harness import pool
 
@@ -208,7 +208,7 @@ def everybody_lacks(layout: str, policy: str, ranks: tuple[int, ...], mode: str)
         reports.append(training.plain_report(clipper.clip_()))
         if dist.get_rank() in ranks:
             assert all(param.grad is None for _, param in setup.named)
-    return {"reports": reports, "state": snapshot(clipper)}
+    return {"reports": reports, "state": snapshot(clipper.memory)}
 
 
 @pytest.mark.parametrize("mode", ["propagate", "raise"])

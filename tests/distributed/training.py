@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 import dist_clip
-from dist_clip.state import snapshot
+from dist_clip.memory.state_dict import snapshot
 from tests import reference
 
 from .layouts import LAYOUTS, Layout, Setup
@@ -228,7 +228,7 @@ def plain_report(report: Any) -> dict[str, Any]:
 
 def state_of(clipper: Any) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
     """What is remembered of each tensor, and of the one domain that these tests have, without a warm-up's record."""
-    state = snapshot(clipper)
+    state = snapshot(clipper.memory)
     domain = next(iter(state["global"].values()), {})
     return {name: _scalars(entry) for name, entry in state["tensors"].items()}, _scalars(domain)
 

@@ -145,9 +145,9 @@ def out_of_step(fault: str) -> dict[str, Any]:
         model.backward(step)
         clipper.clip_()
     if dist.get_rank() == 1 and fault == "loaded":
-        clipper.set_steps(1)
+        clipper.memory.set_steps(1)
     if dist.get_rank() == 1 and fault == "flipped":
-        clipper.domains[0].state["gamma"].view(torch.int32)[2] ^= 1
+        clipper.memory.groups[0].state["gamma"].view(torch.int32)[2] ^= 1
     for clips in range(1, 4):
         model.backward(WARMUP + 2 + clips)
         try:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 import dist_clip
-from dist_clip.frameworks.megatron import compat
+from dist_clip.megatron import compat
 from tests.harness import pool
 
 from .setups import Config, build, gpt, initialise, start, transformer_config

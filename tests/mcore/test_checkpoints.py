@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 import dist_clip
-from dist_clip.state import snapshot
+from dist_clip.memory.state_dict import snapshot
 from tests.harness import WorkerError, pool
 
 from .setups import Config, Setup, build
@@ -57,7 +57,7 @@ def steps(setup: Setup, clipper: Any, first: int, last: int) -> list[dict[str, A
 
 def values(clipper: Any) -> dict[str, Any]:
     """The state as plain numbers, mergeable over stages."""
-    state = snapshot(clipper)
+    state = snapshot(clipper.memory)
     out = {
         f"{name}/{slot}": value.tolist() for name, entry in state["tensors"].items() for slot, value in entry.items()
     }
@@ -175,7 +175,7 @@ def load_other_model(path: str) -> None:
 
     _, clipper = make(Config(pp=2, tied=True), "adagc")
     common = dist_checkpointing.load_common_state_dict(path)
-    from dist_clip.frameworks.megatron import checkpoint
+    from dist_clip.megatron import checkpoint
 
     checkpoint.load(clipper, common["optimizer"][checkpoint.KEY])
 
@@ -198,7 +198,7 @@ def test_torch_format(config: Config) -> None:
 
 
 def test_packing_is_exact() -> None:
-    from dist_clip.frameworks.megatron.checkpoint import pack, unpack
+    from dist_clip.megatron.checkpoint import pack, unpack
 
     tensors = {f"t{i}": {"gamma": torch.tensor(float(i)), "count": torch.tensor(i)} for i in range(5)}
     tensors["other"] = {"gamma": torch.tensor(7.0)}

@@ -25,7 +25,7 @@ def train(config: Config, flip: bool) -> tuple[int, str, str] | None:
     )
     for step in range(1, WARMUP + 4):
         if flip and step == WARMUP + 2 and dist.get_rank() == FAULTY:
-            clipper.domains[0].state["gamma"].view(torch.int32)[3] ^= 1
+            clipper.memory.groups[0].state["gamma"].view(torch.int32)[3] ^= 1
         setup.backward(step)
         try:
             setup.optimizer.step()

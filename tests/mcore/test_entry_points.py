@@ -15,7 +15,7 @@ import torch
 
 import dist_clip
 from dist_clip import megatron as clipping
-from dist_clip.frameworks.megatron import launcher
+from dist_clip.megatron import launcher
 from launch.metrics import read_run
 
 ROOT = Path(__file__).parents[2]
@@ -115,7 +115,7 @@ def test_megatron_lms_own_parser_gets_the_flags(tmp_path: Path) -> None:
     )
     done = subprocess.run(
         [sys.executable, "-c",
-         "import sys; from dist_clip.frameworks.megatron.launcher import main; main(sys.argv[1:])",
+         "import sys; from dist_clip.megatron.launcher import main; main(sys.argv[1:])",
          str(script), "--clip-grad", "0.5", "--grad-clip-mode", "adagc", "--adagc-beta", "0.98"],
         cwd=tmp_path, capture_output=True, text=True, check=False, env={"PYTHONPATH": f"{tmp_path}:{ROOT}", "PATH": ""},
     )  # fmt: skip
@@ -163,7 +163,7 @@ def test_flags_make_the_policy(flags: list[str], policy: dist_clip.Policy) -> No
 
 
 def test_every_option_of_a_policy_has_a_flag() -> None:
-    from dist_clip.frameworks.megatron import flags
+    from dist_clip.megatron import flags
 
     for rule in (dist_clip.AdaGC, dist_clip.LogClip, dist_clip.ZClip):
         assert set(flags._FLAGS[rule].values()) == set(rule.__dataclass_fields__) - {"scope", "max_norm"}

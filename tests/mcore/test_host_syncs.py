@@ -15,9 +15,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import dist_clip
-from dist_clip.frameworks.megatron import compat
-from dist_clip.frameworks.megatron.reader import MegatronReader
-from dist_clip.layout import Layout
+from dist_clip.megatron import compat
+from dist_clip.megatron.reader import MegatronReader
+from dist_clip.layouts import Layout
 from tests.harness import WorkerError, pool
 from tests.unit.test_host_syncs import Copies
 
@@ -45,23 +45,22 @@ class OnFakeCuda:
             return lambda: torch.empty(numel, device="cuda") if numel else None
 
         tensors = tuple(
-            dataclasses.replace(t, device=torch.device("cuda", 0), read=fake(t.shard_numel)) for t in self.layout
+            dataclasses.replace(t, device=torch.device("cuda", 0), grad=fake(t.shard_numel)) for t in self.layout
         )
         return Layout(tensors, self.layout.stage_group)
 
 
 def steps(config: Config, spoil: bool = False) -> list[str]:
     """The policies that ran; raises where something was read back."""
-    import dist_clip.clipper
-    import dist_clip.construction
+    from dist_clip.construction import draft
 
     setup = build(config)
     groups = compat.process_groups(None)
     layout = MegatronReader(setup.optimizer, setup.chunks, groups).read_layout(lambda name: False)
     # Construction may sync, and talks with real tensors: it is not what is tested here.
-    agree, check_cover = dist_clip.construction.agree, dist_clip.clipper.check_cover
-    dist_clip.construction.agree = lambda announcement, *args: [(0, announcement)]
-    dist_clip.clipper.check_cover = lambda *args: None
+    agree, check_coverage = draft.agree, draft.check_coverage
+    draft.agree = lambda mine, *args: {0: mine}
+    draft.check_coverage = lambda *args: None
     done = []
     try:
         for name, policy in POLICIES.items():
@@ -83,7 +82,7 @@ def steps(config: Config, spoil: bool = False) -> list[str]:
                                 report.scales.sum().item()
             done.append(name)
     finally:
-        dist_clip.construction.agree, dist_clip.clipper.check_cover = agree, check_cover
+        draft.agree, draft.check_coverage = agree, check_coverage
     return done
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 import dist_clip
-from dist_clip.frameworks.megatron import compat
+from dist_clip.megatron import compat
 from tests.distributed.counting import CollectiveLog
 from tests.harness import pool
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import dist_clip
-from dist_clip.state import snapshot
+from dist_clip.memory.state_dict import snapshot
 from tests import reference
 from tests.harness import pool
 
@@ -154,7 +154,7 @@ def record_clips(clipper: Any, pieces: list[tuple[str, Tensor, Tensor]]) -> None
 
 def plain_state(clipper: Any) -> dict[str, Any]:
     """What is remembered of each tensor, and of the one domain that these tests have, without a warm-up's record."""
-    state = snapshot(clipper)
+    state = snapshot(clipper.memory)
     return {
         "tensors": {name: _scalars(entry) for name, entry in state["tensors"].items()},
         "global": _scalars(next(iter(state["global"].values()), {})),

@@ -107,7 +107,7 @@ def linear() -> nn.Linear:
 
 CLIPPER_ARGUMENTS: dict[str, list[Any]] = {
     "nonfinite": ["ignore", "Propagate", None, 0],
-    "groups": ["weight", ["weight"], 3],
+    "overrides": ["weight", ["weight"], 3],
     "exclude": ["bias", 3, [3], [None]],
     "log_global_norm": ["always", 2, None],
 }
@@ -128,7 +128,7 @@ def test_policy_must_be_a_policy(policy: Any) -> None:
     with pytest.raises(BAD_ARGUMENT, match=r"(?i)policy"):
         dist_clip.GradClipper(linear(), policy)
     with pytest.raises(BAD_ARGUMENT, match=r"(?i)policy"):
-        dist_clip.GradClipper(linear(), dist_clip.GlobalNorm(), groups={"weight": policy})
+        dist_clip.GradClipper(linear(), dist_clip.GlobalNorm(), overrides={"weight": policy})
 
 
 def test_arguments_after_the_policy_are_keyword_only() -> None:
@@ -138,7 +138,7 @@ def test_arguments_after_the_policy_are_keyword_only() -> None:
 
 def test_group_patterns_must_be_strings() -> None:
     with pytest.raises(BAD_ARGUMENT, match="7"):
-        dist_clip.GradClipper(linear(), dist_clip.GlobalNorm(), groups={7: dist_clip.GlobalNorm()})  # type: ignore[dict-item]
+        dist_clip.GradClipper(linear(), dist_clip.GlobalNorm(), overrides={7: dist_clip.GlobalNorm()})  # type: ignore[dict-item]
 
 
 @pytest.mark.parametrize(

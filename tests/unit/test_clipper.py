@@ -426,7 +426,7 @@ def test_excluded_tensors_may_be_anything() -> None:
 def test_groups_are_domains_of_their_own() -> None:
     model = net()
     groups = {"embed.*": dist_clip.GlobalNorm(0.02), "blocks.0.*": dist_clip.GlobalNorm(0.03)}
-    clipper = dist_clip.GradClipper(model, dist_clip.GlobalNorm(0.05), groups=groups)
+    clipper = dist_clip.GradClipper(model, dist_clip.GlobalNorm(0.05), overrides=groups)
     backward(model, 0)
     before = named_grads(model)
     report = clipper.clip_()
@@ -448,7 +448,7 @@ def test_groups_are_domains_of_their_own() -> None:
 def test_the_first_matching_group_wins() -> None:
     params = {n: nn.Parameter(torch.zeros(1)) for n in ("a.weight", "a.bias", "b.weight", "b.bias")}
     groups = {"a.*": dist_clip.GlobalNorm(0.1), "*.bias": dist_clip.GlobalNorm(0.01)}
-    clipper = dist_clip.GradClipper(params.items(), dist_clip.GlobalNorm(0.5), groups=groups)
+    clipper = dist_clip.GradClipper(params.items(), dist_clip.GlobalNorm(0.5), overrides=groups)
     for p in params.values():
         p.grad = torch.ones(1)
     clipper.clip_()
@@ -468,7 +468,7 @@ def test_groups_of_different_policies() -> None:
     }
     rest = dist_clip.AdaGC(warmup_steps=2, gamma_init="median")
     together, apart = net(), net()
-    one = dist_clip.GradClipper(together, rest, groups=groups)
+    one = dist_clip.GradClipper(together, rest, overrides=groups)
     members: dict[str, list[tuple[str, nn.Parameter]]] = {k: [] for k in [*groups, ""]}
     for n, p in apart.named_parameters():
         members[
@@ -495,7 +495,7 @@ def test_one_policy_object_may_serve_several_groups() -> None:
     """A policy is pure maths: sharing the object shares no state."""
     policy = dist_clip.ZClip(warmup_steps=2)
     params = {n: nn.Parameter(torch.zeros(1)) for n in ("a", "b")}
-    clipper = dist_clip.GradClipper(params.items(), policy, groups={"a": policy})
+    clipper = dist_clip.GradClipper(params.items(), policy, overrides={"a": policy})
     for step in range(6):
         params["a"].grad, params["b"].grad = torch.tensor([0.01 * (1 + step % 2)]), torch.tensor([0.4 * (1 + step % 2)])
         report = clipper.clip_()
@@ -505,10 +505,10 @@ def test_one_policy_object_may_serve_several_groups() -> None:
         assert shared_again.state_dict()["step"] == 0
 
 
-@pytest.mark.parametrize("where", ["groups", "exclude"])
+@pytest.mark.parametrize("where", ["overrides", "exclude"])
 def test_a_pattern_that_matches_nothing(where: str) -> None:
     kwargs: dict[str, Any] = (
-        {"groups": {"blokcs.*": dist_clip.GlobalNorm()}} if where == "groups" else {"exclude": ["blokcs.*"]}
+        {"overrides": {"blokcs.*": dist_clip.GlobalNorm()}} if where == "overrides" else {"exclude": ["blokcs.*"]}
     )
     with pytest.raises(ValueError, match=r"blokcs\.\*"):
         dist_clip.GradClipper(net(), dist_clip.GlobalNorm(), **kwargs)
@@ -741,9 +741,9 @@ STATEFUL: dict[str, Callable[[], dict[str, Any]]] = {
     "ZClip": lambda: {"policy": dist_clip.ZClip(warmup_steps=6)},
     "ZClip-tensor": lambda: {"policy": dist_clip.ZClip(warmup_steps=6, scope="tensor")},
     "ZClip-percentile": lambda: {"policy": dist_clip.ZClip(warmup_steps=6, mode="percentile", max_norm=None)},
-    "groups": lambda: {
+    "overrides": lambda: {
         "policy": dist_clip.AdaGC(warmup_steps=6, gamma_init="median"),
-        "groups": {
+        "overrides": {
             "embed.*": dist_clip.ZClip(warmup_steps=6),
             "blocks.0.*": dist_clip.AdaGC(warmup_steps=6, scope="global"),
         },
@@ -896,7 +896,7 @@ def test_a_state_of_another_version_is_an_error() -> None:
 def test_explain_is_a_readable_table() -> None:
     model = net()
     clipper = dist_clip.GradClipper(
-        model, dist_clip.AdaGC(warmup_steps=2), groups={"embed.*": dist_clip.GlobalNorm(0.25)}, exclude=["head.*"]
+        model, dist_clip.AdaGC(warmup_steps=2), overrides={"embed.*": dist_clip.GlobalNorm(0.25)}, exclude=["head.*"]
     )
     text = clipper.explain()
     assert isinstance(text, str)

@@ -38,7 +38,8 @@ from torch.utils._pytree import tree_leaves
 
 import dist_clip
 from dist_clip.kernels import tables
-from dist_clip.readers.dtensor import MeshGroups
+from dist_clip.layouts.dtensor import MeshGroups
+from dist_clip.reduction import pipeline, plan
 
 WARMUP = 3
 READ_BACK = (DataDependentOutputException, DynamicOutputShapeException)
@@ -203,7 +204,7 @@ def test_groups_and_exclude_have_no_host_sync(policy: str) -> None:
         clipper = dist_clip.GradClipper(
             list(params.items()),
             POLICIES[policy](),
-            groups={"proj": dist_clip.AdaGC(warmup_steps=2), "n*": dist_clip.ZClip(warmup_steps=2)},
+            overrides={"proj": dist_clip.AdaGC(warmup_steps=2), "n*": dist_clip.ZClip(warmup_steps=2)},
             exclude=["scalar"],
         )
         for step in range(8):
@@ -270,19 +271,19 @@ WORLD = 8
 def ranks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """This process is rank 0 of 8, whose collectives return at once. Construction, which may sync, is made to work."""
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=WORLD)
-    component = MeshGroups.component
+    replica_ranks = MeshGroups.replica_ranks
 
-    def real_component(self: MeshGroups, *args: Any) -> frozenset[int]:
+    def real_replica_ranks(self: MeshGroups, *args: Any) -> frozenset[int]:
         with unset_fake_temporarily():  # a mesh's own tensor of ranks is no fake
-            return component(self, *args)
+            return replica_ranks(self, *args)
 
     def echo(everyone: list[Any], mine: Any, group: Any = None) -> None:
         everyone[:] = [mine] * len(everyone)
 
-    monkeypatch.setattr(MeshGroups, "component", real_component)
+    monkeypatch.setattr(MeshGroups, "replica_ranks", real_replica_ranks)
     monkeypatch.setattr(dist, "all_gather_object", echo)
-    monkeypatch.setattr("dist_clip.construction.agree", lambda announcement, *groups: [(0, announcement)])
-    monkeypatch.setattr("dist_clip.clipper.check_cover", lambda *args: None)
+    monkeypatch.setattr("dist_clip.construction.draft.agree", lambda mine, *groups: {0: mine})
+    monkeypatch.setattr("dist_clip.construction.draft.check_coverage", lambda *args: None)
     for name, answer in (("current_device", 0), ("device_count", 1), ("set_device", None)):
         monkeypatch.setattr(torch.cuda, name, lambda *args, answer=answer: answer)
     yield
@@ -377,71 +378,6 @@ def sharded_steps(layout: str, policy: str, nonfinite: Any) -> None:
             )
 
 
-class FakeStream:
-    """A stream of a device that is not there: what it waits for, in order."""
-
-    def __init__(self) -> None:
-        self.waited: list[Any] = []
-
-    def wait_stream(self, stream: FakeStream) -> None:
-        self.waited.append(stream)
-
-    wait_event = wait_stream
-
-    def record_event(self) -> tuple[str, FakeStream]:
-        return ("event", self)
-
-
-@pytest.mark.parametrize("layout", ["fsdp", "hsdp", "tp-fsdp", "ep", "pp-fsdp"])
-@pytest.mark.usefixtures("ranks")
-def test_overlap_has_no_host_sync_and_waits_for_streams(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two groups of FSDP2, the second reduced on a stream of its own; the clip runs on a third."""
-    specs, pp_group = sharded_specs(layout)
-    main, side = FakeStream(), FakeStream()
-    stream = [main]
-    recorded: list[tuple[Tensor, FakeStream]] = []
-    flags: list[Tensor] = []
-
-    class Flag:
-        def __init__(self, group: Any, flag: Tensor) -> None:
-            flags.append(flag)
-
-        def read(self) -> bool:
-            return False
-
-    monkeypatch.setattr("dist_clip.overlap.Overlap._stream", lambda self: stream[0])
-    monkeypatch.setattr("dist_clip.overlap.Verdict", Flag)
-    monkeypatch.setattr(Tensor, "record_stream", lambda tensor, on: recorded.append((tensor, on)))
-    with fake_cuda(strict=False):
-        params = {name: tensor.requires_grad_() for name, tensor in make_sharded(specs).items()}
-        groups = tuple((param,) for param in params.values())
-        monkeypatch.setattr("dist_clip.construction._Draft._fsdp2_groups", lambda self, layout: groups)
-        clipper = dist_clip.GradClipper(
-            list(params.items()), dist_clip.AdaGC(warmup_steps=WARMUP), pp_group=pp_group, overlap=1
-        )
-        (early,) = clipper.reduction_plan.early
-        (awaited,) = early.awaited
-        for step in range(WARMUP + 3):
-            for other in (main, side):
-                other.waited.clear()
-            recorded.clear()
-            with Copies() if step > 0 else torch.no_grad():
-                with clipper.last_backward():
-                    set_sharded_grads(layout, specs, params)
-                    stream[0] = side
-                    for hook in awaited._post_accumulate_grad_hooks.values():
-                        hook(awaited)
-                    stream[0] = main
-                assert len(clipper._overlap._launched) == 1
-                clipper.clip_()
-            assert main.waited == [("event", side)], "the clip waits for what was launched elsewhere"
-            assert [on for _, on in recorded] == [main, main], (
-                "the sums and the collective's buffer outlive their stream's use"
-            )
-        assert len(flags) == WARMUP + 3
-        assert all(flag.device.type == "cuda" and flag.dim() == 0 for flag in flags)
-
-
 @pytest.mark.parametrize("norm_type", [2.0, float("inf")])
 @pytest.mark.parametrize("layout", ["fsdp", "hsdp", "tp", "tp-fsdp", "ep", "pp", "pp-fsdp"])
 @pytest.mark.usefixtures("ranks")
@@ -460,14 +396,15 @@ def test_sharded_clip_grad_norm(layout: str, norm_type: float) -> None:
 @pytest.mark.parametrize("layout", ["fsdp", "hsdp", "tp-fsdp", "ep", "pp-fsdp"])
 @pytest.mark.usefixtures("ranks")
 def test_a_sync_in_the_reduction_is_caught(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    all_reduce, gather = dist.all_reduce, dist_clip.reduction._all_gather
+    all_reduce, gather = dist.all_reduce, plan.all_gather
 
     def nosy(collective: Callable[..., Any], buffer: Tensor, *args: Any, **kwargs: Any) -> Any:
         buffer.sum().item()
         return collective(buffer, *args, **kwargs)
 
     monkeypatch.setattr(dist, "all_reduce", lambda *args, **kwargs: nosy(all_reduce, *args, **kwargs))
-    monkeypatch.setattr(dist_clip.reduction, "_all_gather", lambda *args, **kwargs: nosy(gather, *args, **kwargs))
+    for module in (plan, pipeline):
+        monkeypatch.setattr(module, "all_gather", lambda *args, **kwargs: nosy(gather, *args, **kwargs))
     with pytest.raises(READ_BACK):
         sharded_steps(layout, "AdaGC-tensor-median", "propagate")
 

@@ -26,7 +26,8 @@ import torch
 from torch import Tensor, nn
 
 import dist_clip
-from dist_clip.state import snapshot
+from dist_clip.memory.state_dict import snapshot
+from dist_clip.policies import Policy, State, StepInputs
 from tests import reference
 
 RTOL = 1e-6
@@ -336,7 +337,7 @@ class Trial:
         finite = {n: x for n, x in norms.items() if math.isfinite(x) or self.nonfinite != "zero"}
         assert report.global_norm is not None
         assert report.global_norm.item() == pytest.approx(total(finite), rel=RTOL, nan_ok=True), f"{where}: global norm"
-        state = snapshot(self.clipper)
+        state = snapshot(self.clipper.memory)
         assert state["step"] == self.t
         want = self.reference.state()
         got = flat_state(state)
@@ -543,6 +544,11 @@ def test_logclip_defaults() -> None:
     run(dist_clip.LogClip(), Shared(reference.LogClip()), *STREAMS["mild"], seed=12, steps=180)
 
 
+def decide(policy: Policy, state: State, norms: Tensor, total: Tensor | None, t: Tensor) -> tuple[Tensor, State]:
+    """One step of a policy by itself, whose number the host knows."""
+    return policy.step(state, StepInputs(norms, torch.ones_like(norms).long(), t, int(t) - 1, total))
+
+
 # ---- what LogClip's constants guarantee ------------------------------------------------------------------------------
 
 
@@ -554,7 +560,7 @@ def follow(policy: dist_clip.LogClip, norms: list[float], level: float = 1.0) ->
     t = torch.tensor(policy.warmup_steps + 1)
     scales, levels = [], []
     for norm in norms:
-        scale, state = policy.step(state, torch.tensor([norm], dtype=torch.float64), None, t)
+        scale, state = decide(policy, state, torch.tensor([norm], dtype=torch.float64), None, t)
         scales.append(scale.item())
         levels.append(state["level"].item())
     return scales, levels
@@ -606,7 +612,7 @@ def test_a_level_that_climbs_far_is_as_exact_as_any() -> None:
     ours, theirs = dist_clip.LogClip(**settings), reference.LogClip(**settings)
     state = ours.init_state(1, torch.device("cpu"))
     for t, norm in enumerate([1e-30, 1e30, 1e30, 1e30, 1e30, 3e30], start=1):
-        scale, state = ours.step(state, torch.tensor([norm], dtype=torch.float64), None, torch.tensor(t))
+        scale, state = decide(ours, state, torch.tensor([norm], dtype=torch.float64), None, torch.tensor(t))
         assert scale.item() == pytest.approx(theirs.scales({"w": norm})["w"], rel=RTOL)
         assert state["level"].item() == pytest.approx(theirs.memory("w")["level"], rel=RTOL)
 
@@ -638,7 +644,7 @@ def test_what_a_late_element_saw_first_does_not_last() -> None:
     levels = []
     for k, norm in enumerate([0.0, 0.0, 8.0, 1.0, 1.0, 1.0], start=500):
         norms = torch.tensor([norm], dtype=torch.float64)
-        scale, state = policy.step(state, norms, None, torch.tensor(k))
+        scale, state = decide(policy, state, norms, None, torch.tensor(k))
         assert scale.item() == 1.0
         levels.append(state["level"].item())
     assert levels[:3] == [0.0, 0.0, 8.0]
@@ -651,7 +657,7 @@ def test_steps_without_an_observation_leave_the_streak_alone() -> None:
     state = policy.init_state(1, torch.device("cpu"))
     streaks = []
     for norm in (1.0, 9.0, 9.0, 0.0, math.nan, math.inf, 9.0, 1.0, 9.0):
-        _, state = policy.step(state, torch.tensor([norm], dtype=torch.float64), None, torch.tensor(9))
+        _, state = decide(policy, state, torch.tensor([norm], dtype=torch.float64), None, torch.tensor(9))
         streaks.append(state["streak"].item())
     assert streaks == [0, 1, 2, 2, 2, 2, 3, 0, 1]
 
@@ -668,9 +674,9 @@ def test_an_elements_bits_do_not_depend_on_its_place(power: float) -> None:
     for t in range(1, 40):
         norms = torch.exp(torch.randn(n, generator=gen, dtype=torch.float64))
         total = norms.square().sum().sqrt() if t <= 3 else None
-        scales, together = policy.step(together, norms, total, torch.tensor(t))
+        scales, together = decide(policy, together, norms, total, torch.tensor(t))
         for k, place in enumerate(places):
-            scale, alone[k] = policy.step(alone[k], norms[place : place + 1], total, torch.tensor(t))
+            scale, alone[k] = decide(policy, alone[k], norms[place : place + 1], total, torch.tensor(t))
             assert scale.item() == scales[place].item()
             assert all(alone[k][slot].item() == together[slot][place].item() for slot in together)
 
@@ -684,7 +690,7 @@ def two_tensors(policy: Any, **kwargs: Any) -> tuple[nn.Parameter, nn.Parameter,
 
 
 def gamma(clipper: dist_clip.GradClipper, name: str) -> float:
-    entry = snapshot(clipper)["tensors"].get(name, {})
+    entry = snapshot(clipper.memory)["tensors"].get(name, {})
     return float(entry.get("gamma", math.nan))
 
 

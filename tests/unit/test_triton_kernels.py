@@ -475,7 +475,7 @@ def check_clipper(device: torch.device, policy: str, dtype: torch.dtype, nonfini
     assert clipped > 0, "nothing was clipped"
     assert zeroed == (nonfinite == "zero")
     assert costs.launches == 10 * (4 if nonfinite == "zero" else 3)
-    states = [clipper.domains[0].state for clipper in clippers]
+    states = [clipper.memory.groups[0].state for clipper in clippers]
     torch.testing.assert_close(states[0], states[1], rtol=2e-6, atol=0.0)
 
 

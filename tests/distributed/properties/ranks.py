@@ -163,7 +163,7 @@ def make_clipper(case: Case, model: Model) -> Any:
         # An optimizer refuses to have nothing, as on a pipeline stage without tensors.
         targets[case.target if any(True for _ in module.parameters()) else "module"](),
         case.policy,
-        groups=dict(case.groups),
+        overrides=dict(case.groups),
         exclude=case.exclude,
         nonfinite=case.nonfinite,
         log_global_norm=case.log_global_norm,

@@ -1,0 +1,190 @@
+"""From a clipper's arguments, checked, to a layout that all ranks have agreed on."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from dist_clip.construction.agreement import RankConfig, agree, sendable
+from dist_clip.construction.coverage import check_coverage
+from dist_clip.construction.options import CheckedOptions, Options
+from dist_clip.errors import LayoutError
+from dist_clip.kernels import TORCH, Kernels, choose
+from dist_clip.layouts import Layout, LayoutReader, build_layout, named_parameters
+from dist_clip.layouts.process_groups import current_rank, device_of, group_size, stage_of
+from dist_clip.memory import Rule, checked_rules
+from dist_clip.reduction import ReductionPlan
+
+
+@dataclasses.dataclass(frozen=True)
+class Construction:
+    """What a clipper is made of, the same on every rank of a pipeline stage.
+
+    Attributes:
+        options: the user's, checked.
+        layout: the logical tensors.
+        rules: (pattern, policy) pairs in order, the default last.
+        device: where norms, scales and state live.
+        kernels: what measures and scales.
+        plan: reduces over the norm groups; its coverage is checked.
+        target: the modules that were passed, which can be asked for their parameters again; None where none were.
+        known: ids of all parameters of the target, excluded ones included.
+        counted: whether this stage's copy of each tensor counts in the global norm.
+        elsewhere: number of elements of each tensor that only other pipeline stages hold.
+    """
+
+    options: CheckedOptions
+    layout: Layout
+    rules: Sequence[Rule]
+    device: torch.device
+    kernels: Kernels
+    plan: ReductionPlan
+    target: Any
+    known: frozenset[int]
+    counted: tuple[bool, ...]
+    elsewhere: Mapping[str, int]
+
+    def check_not_stale(self) -> None:
+        """Raise if the module's parameters are no longer those of the construction: they would not be clipped."""
+        if self.target is None:
+            return
+        for name, param in named_parameters(self.target):
+            if id(param) not in self.known:
+                raise LayoutError(
+                    f"rank {current_rank()}: {name!r} is another parameter than when the clipper was constructed, so its "
+                    "gradient would not be clipped: construct the clipper after whatever replaces parameters (fully_shard, "
+                    "parallelize_module, to_empty, a new head), and outside forward and backward"
+                )
+
+
+def construct(target: Any, policy: object, options: Options) -> Construction:
+    """Check, read, and agree with the other ranks: what is wrong on one rank is the same error on all of them.
+
+    Raises:
+        LayoutError, TypeError, ValueError, ImportError: as `GradClipper` documents.
+    """
+    draft = _Draft(target, policy, options)
+    mine = draft.rank_config()
+    checked = draft.checked
+    everyone = agree(mine, checked.process_group, checked.pp_group)
+    assert draft.layout is not None
+    assert draft.device is not None  # agree() has raised what went wrong
+    names = frozenset(draft.layout.names)
+    # The first stage that holds a name counts it.
+    earlier = {name for config in everyone.values() if config.stage < mine.stage for name in config.names}
+    elsewhere: dict[str, int] = {}
+    for config in everyone.values():
+        if config.stage != mine.stage:
+            elsewhere.update((name, math.prod(shape)) for name, shape in zip(config.names, config.shapes, strict=True))
+    plan = _plan(draft.layout, checked, shared=elsewhere)
+    check_coverage(draft.layout, plan, checked.process_group)
+    return Construction(
+        options=checked,
+        layout=draft.layout,
+        rules=draft.rules,
+        device=draft.device,
+        kernels=draft.kernels,
+        plan=plan,
+        target=draft.modules,
+        known=draft.known,
+        counted=tuple(name not in earlier for name in draft.layout.names),
+        elsewhere={name: n for name, n in elsewhere.items() if name not in names},
+    )
+
+
+def _plan(layout: Layout, options: CheckedOptions, shared: Iterable[str]) -> ReductionPlan:
+    world = group_size(options.process_group)
+    stages = 1 if options.pp_group is None else options.pp_group.size()
+    whole = layout.stage_group
+    if whole is None and world > 1 and options.pp_group is None:
+        whole = options.process_group or dist.group.WORLD
+    return ReductionPlan(
+        layout,
+        process_group=whole,
+        copies_among=world // stages,
+        shared=frozenset(shared),
+        meet=options.detect_desync,
+    )
+
+
+class _Draft:
+    """A construction that may yet fail."""
+
+    def __init__(self, target: Any, policy: object, options: Options) -> None:
+        self.target, self.policy, self.options = target, policy, options
+        self.checked = CheckedOptions()
+        self.rules: Sequence[Rule] = []
+        self.layout: Layout | None = None
+        self.device: torch.device | None = None
+        self.modules: Any = None
+        self.known: frozenset[int] = frozenset()
+        self.kernels: Kernels = TORCH
+        self._excluded: set[str] = set()
+
+    def rank_config(self) -> RankConfig:
+        """Do all that this rank can do alone. A failure becomes part of what it sends to the others, so that all raise."""
+        try:
+            return self._rank_config()
+        except Exception as error:  # whatever it is, the others wait for this rank to say so
+            return RankConfig(error=sendable(error), stage=0)
+
+    def _rank_config(self) -> RankConfig:
+        options = self.checked = self.options.checked()
+        self.rules = checked_rules(self.policy, self.options.overrides, self.options.exclude)
+        layout = self.layout = self._read()
+        _check_process_group(layout, options.process_group)
+        self.device = layout.device or device_of(options.pp_group)
+        self.kernels = choose(self.options.kernels, self.device)
+        patterns = frozenset(self.options.exclude) | {pattern for pattern, _ in self.rules[:-1]}
+        matched = self._excluded | {p for p in patterns for name in layout.names if fnmatch.fnmatchcase(name, p)}
+        policies = ", ".join(f"{pattern!r}: {rule!r}" for pattern, rule in self.rules)
+        return RankConfig(
+            error=None,
+            stage=stage_of(options.pp_group),
+            tensors=tuple(tensor.describe() for tensor in layout),
+            options=f"{policies}; {options.describe()}, kernels={self.kernels.name}",
+            patterns=patterns,
+            matched=frozenset(matched),
+            names=layout.names,
+            shapes=tuple(tensor.shape for tensor in layout),
+        )
+
+    def _read(self) -> Layout:
+        target = self.target
+        if isinstance(target, LayoutReader):
+            return target.read_layout(self._excludes)
+        if not isinstance(target, (nn.Module, torch.optim.Optimizer, Tensor, Mapping)) and isinstance(target, Iterable):
+            target = list(target)  # a generator can be read once
+        layout = build_layout(target, allow_empty=self.checked.pp_group is not None, skip=self._excludes)
+        modules = target if isinstance(target, Sequence) else [target]
+        if all(isinstance(module, nn.Module) for module in modules):
+            self.modules = target
+        self.known = frozenset(id(param) for _, param in named_parameters(target))
+        return layout
+
+    def _excludes(self, name: str) -> bool:
+        """Whether `name` is excluded; notes the patterns that matched."""
+        hits = {pattern for pattern in self.options.exclude if fnmatch.fnmatchcase(name, pattern)}
+        self._excluded |= hits
+        return bool(hits)
+
+
+def _check_process_group(layout: Layout, process_group: dist.ProcessGroup | None) -> None:
+    if process_group is None:
+        return
+    ranks = frozenset(dist.get_process_group_ranks(process_group))
+    for tensor in layout:
+        outside = sorted(tensor.mesh_ranks - ranks)
+        if outside:
+            raise LayoutError(
+                f"rank {current_rank()}: {tensor.name!r} is laid out over ranks {sorted(tensor.mesh_ranks)}, of which "
+                f"{outside} are not in process_group=, whose ranks are {sorted(ranks)}: pass a group of all ranks that "
+                "train this model, or nothing if that is all ranks"
+            )

@@ -1,0 +1,89 @@
+"""The clipper's options: what the user passed, and the same checked."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import numbers
+from collections.abc import Mapping, Sequence
+
+import torch.distributed as dist
+from torch.amp import GradScaler
+from torch.distributed.device_mesh import DeviceMesh
+
+from dist_clip.kernels import Kernels
+from dist_clip.layouts.process_groups import checked_group
+from dist_clip.policies import Policy
+from dist_clip.step.grad_scaler import checked_scaler
+from dist_clip.step.nonfinite import NonFinite, NonFiniteMode
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The keyword arguments of `GradClipper`, which documents them."""
+
+    pp_group: dist.ProcessGroup | DeviceMesh | None
+    process_group: dist.ProcessGroup | DeviceMesh | None
+    nonfinite: NonFinite
+    overrides: Mapping[str, Policy] | None
+    exclude: Sequence[str]
+    log_global_norm: bool
+    skip_above: float | None
+    kernels: str | Kernels | None
+    scaler: GradScaler | None
+    detect_desync: bool
+
+    def checked(self) -> CheckedOptions:
+        """Check all that needs no parameters. `overrides` and `kernels` are checked where they are used.
+
+        Raises:
+            LayoutError, TypeError, ValueError: an argument of the wrong type or value.
+        """
+        process_group = checked_group(self.process_group, "process_group")
+        pp_group = checked_group(self.pp_group, "pp_group")
+        mode = NonFiniteMode(self.nonfinite)
+        scaler = checked_scaler(self.scaler, self.nonfinite)
+        for name in ("log_global_norm", "detect_desync"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be a bool, got {getattr(self, name)!r}")
+        above = self.skip_above
+        if above is not None:
+            if isinstance(above, bool) or not isinstance(above, numbers.Real):
+                raise TypeError(f"skip_above must be a number or None, got {above!r}")
+            if not 0 < float(above) < math.inf:
+                raise ValueError(f"skip_above must be above 0 and finite (None never skips), got {above!r}")
+        return CheckedOptions(
+            pp_group,
+            process_group,
+            NonFiniteMode("skip") if scaler is not None else mode,
+            self.log_global_norm,
+            None if above is None else float(above),
+            scaler,
+            self.detect_desync,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckedOptions:
+    """`Options` as a step uses them. With a scaler `nonfinite` is "skip"."""
+
+    pp_group: dist.ProcessGroup | None = None
+    process_group: dist.ProcessGroup | None = None
+    nonfinite: NonFiniteMode = NonFiniteMode("propagate")  # noqa: RUF009 (frozen)
+    log_global_norm: bool = False
+    skip_above: float | None = None
+    scaler: GradScaler | None = None
+    detect_desync: bool = False
+
+    @property
+    def may_skip(self) -> bool:
+        """Whether a step may turn out to be skipped."""
+        return self.nonfinite.skips or self.skip_above is not None
+
+    def describe(self) -> str:
+        """What must be the same on all ranks."""
+        return (
+            f"nonfinite={self.nonfinite.name!r}, log_global_norm={self.log_global_norm}, skip_above={self.skip_above}, "
+            f"pp_group={'given' if self.pp_group is not None else None}, detect_desync={self.detect_desync}, "
+            f"scaler={'given' if self.scaler is not None else None}"
+        )

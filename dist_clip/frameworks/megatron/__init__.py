@@ -1,1 +1,0 @@
-"""Megatron-core: clipping for every optimizer it has. The public names are those of `dist_clip.megatron`."""

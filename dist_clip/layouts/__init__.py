@@ -1,0 +1,17 @@
+"""How to read a layout off what users have: modules, parameters, optimizers; plain tensors and DTensors."""
+
+from dist_clip.layouts.layout import Layout, LayoutReader, LogicalTensor
+from dist_clip.layouts.naming import modules_of, named_parameters
+from dist_clip.layouts.partial import PartialReducer
+from dist_clip.layouts.plain import build_layout, layout_of_parameters
+
+__all__ = [
+    "Layout",
+    "LayoutReader",
+    "LogicalTensor",
+    "PartialReducer",
+    "build_layout",
+    "layout_of_parameters",
+    "modules_of",
+    "named_parameters",
+]

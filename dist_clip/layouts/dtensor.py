@@ -1,0 +1,148 @@
+"""DTensor parameters: FSDP2, HSDP, tensor and expert parallelism."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
+from torch.distributed.tensor import DTensor
+
+from dist_clip.errors import LayoutError
+from dist_clip.layouts.layout import LogicalTensor
+from dist_clip.layouts.process_groups import current_device
+
+
+@dataclasses.dataclass(frozen=True)
+class _Spread:
+    """What tensors with one mesh and one placement have in common; the fields are those of `LogicalTensor`."""
+
+    norm_groups: tuple[dist.ProcessGroup, ...]
+    replica_ranks: frozenset[int]
+    mesh_ranks: frozenset[int]
+    device: torch.device
+    placement: str
+
+
+class MeshGroups:
+    """Process groups and copies of device meshes, looked up once a mesh and placement and not once a tensor."""
+
+    def __init__(self) -> None:
+        self._groups: dict[tuple[int, int], dist.ProcessGroup] = {}
+        self._replica_ranks: dict[tuple[int, tuple[int, ...]], frozenset[int]] = {}
+        self._spreads: dict[tuple[int, tuple[Any, ...]], _Spread] = {}
+        self._meshes: list[Any] = []  # keeps the ids above valid
+
+    def group(self, mesh: Any, dim: int) -> dist.ProcessGroup:
+        key = (id(mesh), dim)
+        if key not in self._groups:
+            self._meshes.append(mesh)
+            self._groups[key] = mesh.get_group(dim)
+        return self._groups[key]
+
+    def replica_ranks(self, mesh: Any, sharded: tuple[int, ...]) -> frozenset[int]:
+        """Global ranks that differ from this one only along the mesh dims `sharded`."""
+        key = (id(mesh), sharded)
+        if key not in self._replica_ranks:
+            self._meshes.append(mesh)
+            coordinate = mesh.get_coordinate()
+            index = tuple(slice(None) if dim in sharded else coordinate[dim] for dim in range(mesh.ndim))
+            self._replica_ranks[key] = frozenset(mesh.mesh[index].flatten().tolist())
+        return self._replica_ranks[key]
+
+    def spread(self, name: str, mesh: Any, placements: tuple[Any, ...]) -> _Spread:
+        """How a parameter with these placements lies on the mesh; `name` is for errors."""
+        key = (id(mesh), placements)
+        if key not in self._spreads:
+            self._meshes.append(mesh)
+            self._spreads[key] = _spread(name, mesh, placements, self)
+        return self._spreads[key]
+
+
+def read_dtensor(name: str, param: DTensor, groups: MeshGroups) -> LogicalTensor:
+    """The logical tensor of a DTensor parameter: one norm group per mesh dim along which it is sharded."""
+    spread = groups.spread(name, param.device_mesh, param.placements)
+    return LogicalTensor(
+        name=name,
+        shape=tuple(param.shape),
+        dtype=param.dtype,
+        param=param,
+        shard_numel=param.to_local().numel(),
+        norm_groups=spread.norm_groups,
+        replica_ranks=spread.replica_ranks,
+        mesh_ranks=spread.mesh_ranks,
+        grad=_grad_reader(name, param),
+        weight=lambda: wait(param.to_local().detach()),
+        device=spread.device,
+        placement=spread.placement,
+    )
+
+
+def _spread(name: str, mesh: Any, placements: tuple[Any, ...], groups: MeshGroups) -> _Spread:
+    if mesh.get_coordinate() is None:
+        raise LayoutError(
+            f"rank {dist.get_rank()}: {name!r} lives on a device mesh of ranks {mesh.mesh.flatten().tolist()}, to which "
+            "this rank does not belong; leave it out of what this rank passes"
+        )
+    sharded = []
+    for dim, placement in enumerate(placements):
+        if _is_sharding(placement):
+            if mesh.size(dim) > 1:
+                sharded.append(dim)
+        elif not placement.is_replicate():
+            raise LayoutError(
+                f"rank {dist.get_rank()}: parameter {name!r} has placement {placement} on mesh dim {dim}; its norm is only "
+                "defined for Shard, _StridedShard and Replicate parameters: redistribute it first"
+            )
+    try:
+        norm_groups = tuple(groups.group(mesh, dim) for dim in sharded)
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise LayoutError(
+            f"rank {dist.get_rank()}: the process group over which {name!r} is sharded cannot be used, was it destroyed? "
+            f"({error})"
+        ) from error
+    sizes = [group.size() for group in norm_groups]
+    return _Spread(
+        norm_groups=norm_groups,
+        replica_ranks=groups.replica_ranks(mesh, tuple(sharded)),
+        mesh_ranks=groups.replica_ranks(mesh, tuple(range(mesh.ndim))),
+        # A CPU-offloaded shard is measured on the CPU, but a mesh of accelerators reduces on accelerators.
+        device=current_device(mesh.device_type),
+        placement=f"{placements} on a mesh {tuple(mesh.shape)}, norm groups of {sizes}",
+    )
+
+
+def _is_sharding(placement: Any) -> bool:
+    # _StridedShard (TP under FSDP2) answers False to is_shard() in some versions.
+    return placement.is_shard() or type(placement).__name__ == "_StridedShard"
+
+
+def _grad_reader(name: str, param: DTensor) -> Callable[[], Tensor | None]:
+    placements = param.placements
+
+    def read() -> Tensor | None:
+        grad = param.grad
+        if grad is None:
+            return None
+        if not isinstance(grad, DTensor):
+            raise RuntimeError(
+                f"{name!r} is a DTensor but its gradient is a {type(grad).__name__}; assign a DTensor gradient with the "
+                "parameter's placements"
+            )
+        if grad.placements != placements:
+            # Bring the gradient to where the optimizer needs it anyway. What is Partial along a replicated dimension was
+            # reduced before, packed; what is left is for DTensor to do, tensor by tensor: a Partial gradient of a parameter
+            # that plain DTensor (not FSDP2) shards, or a gradient that is whole.
+            grad = param.grad = grad.redistribute(param.device_mesh, placements)
+        return wait(grad.to_local())
+
+    return read
+
+
+def wait(local: Tensor) -> Tensor:
+    """The tensor behind a collective that may still be under way: in-place work must reach the real storage."""
+    return local.wait() if isinstance(local, AsyncCollectiveTensor) else local

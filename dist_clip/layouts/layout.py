@@ -1,0 +1,99 @@
+"""The layout: which logical tensors this rank takes part in, its shard of each, and the ranks that hold the rest."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterator
+from typing import Protocol, runtime_checkable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def _nothing() -> Tensor | None:
+    return None
+
+
+@dataclasses.dataclass(frozen=True)
+class LogicalTensor:
+    """One parameter as the model's author wrote it, and this rank's part in it.
+
+    Attributes:
+        name: fully qualified name, the same on every rank and under every layout.
+        shape: shape of the whole tensor.
+        dtype: of the parameter.
+        param: the parameter whose gradient is clipped; None where this rank holds no piece of the tensor.
+        shard_numel: elements of this rank's shard.
+        norm_groups: the process groups over which squared norms of shards are added; empty for a whole tensor.
+        replica_ranks: global ranks that together hold one copy of the tensor, this rank's copy (product of the norm
+            groups); empty where this rank holds none.
+        mesh_ranks: global ranks of the device mesh or groups that the tensor is laid out over.
+        grad: returns this rank's shard of the gradient, or None where there is no gradient.
+        weight: returns this rank's shard of the parameter itself, or None where this rank holds none.
+        device: where this tensor's share of the reduction is computed.
+        placement: how the tensor is laid out, for people and for comparing ranks: the same on every rank that takes part.
+        everywhere: every rank of the pipeline stage holds a piece of one of its copies.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    param: Tensor | None
+    shard_numel: int
+    norm_groups: tuple[dist.ProcessGroup, ...]
+    replica_ranks: frozenset[int]
+    mesh_ranks: frozenset[int]
+    device: torch.device
+    placement: str
+    grad: Callable[[], Tensor | None] = _nothing
+    weight: Callable[[], Tensor | None] = _nothing
+    everywhere: bool = True
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    def describe(self) -> str:
+        """What must be the same on every rank that takes part in this tensor."""
+        return f"{self.name} {list(self.shape)} {self.dtype} {self.placement}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """The ordered logical tensors of this rank. Every rank of a pipeline stage has the same names in the same order.
+
+    Attributes:
+        tensors: the logical tensors, those of which this rank holds no piece included.
+        stage_group: all ranks of this pipeline stage, where the reader knows such a group. One all-reduce over it may
+            then replace several reductions over smaller groups.
+    """
+
+    tensors: tuple[LogicalTensor, ...]
+    stage_group: dist.ProcessGroup | None = None
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+    def __iter__(self) -> Iterator[LogicalTensor]:
+        return iter(self.tensors)
+
+    @functools.cached_property
+    def names(self) -> tuple[str, ...]:
+        return tuple(t.name for t in self.tensors)
+
+    @property
+    def device(self) -> torch.device | None:
+        """Where norms, scales and state live: an accelerator if any tensor needs one; None without tensors."""
+        devices = [t.device for t in self.tensors]
+        return next((device for device in devices if device.type != "cpu"), devices[0] if devices else None)
+
+
+@runtime_checkable
+class LayoutReader(Protocol):
+    """A framework's own way to find the layout, passed to `GradClipper` in place of a model."""
+
+    def read_layout(self, skip: Callable[[str], bool]) -> Layout:
+        """The layout without the names for which `skip` is true. Raises on all ranks of a pipeline stage or on none."""

@@ -1,0 +1,103 @@
+"""From what the user passes to a checked layout."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from dist_clip.errors import LayoutError
+from dist_clip.layouts.dtensor import MeshGroups, read_dtensor
+from dist_clip.layouts.fsdp1 import FlatParameters, is_flat
+from dist_clip.layouts.layout import Layout, LogicalTensor
+from dist_clip.layouts.naming import modules_of, named_parameters
+from dist_clip.layouts.process_groups import current_rank
+
+
+def build_layout(target: Any, *, allow_empty: bool = False, skip: Callable[[str], bool] = lambda name: False) -> Layout:
+    """Read and check the layout of `target` (see `named_parameters`), without the names that `skip` matches."""
+    sparse = set()
+    modules = modules_of(target)
+    for module in modules:
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.sparse:
+            sparse.add(id(module.weight))
+    pairs = named_parameters(target)
+    if not pairs and not allow_empty:
+        raise LayoutError("there are no parameters to clip: the module or list passed has none")
+    floating = [(name, p) for name, p in pairs if p.is_floating_point() or p.is_complex()]
+    if pairs and not any(p.requires_grad for _, p in floating) and not allow_empty:
+        raise LayoutError(f"all {len(pairs)} parameters are frozen (requires_grad=False): there is nothing to clip")
+    flat = FlatParameters(modules)
+    # A flat parameter is excluded tensor by tensor, once it is known what it is made of.
+    kept = [(name, p) for name, p in floating if is_flat(p) or not skip(name)]
+    for name, param in kept:
+        if param.is_meta:
+            raise LayoutError(
+                f"rank {current_rank()}: {name!r} is on the meta device: construct the clipper after the model was "
+                "materialised (to_empty and initialisation), which makes new parameters"
+            )
+        if id(param) in sparse:
+            raise LayoutError(
+                f"rank {current_rank()}: {name!r} belongs to an embedding that makes sparse gradients, which cannot be "
+                "clipped: construct it with sparse=False, or exclude this tensor"
+            )
+    layout = layout_of_parameters(kept, flat)
+    tensors = tuple(t for t in layout if not (is_flat(t.param) and skip(t.name)))
+    if not tensors and not allow_empty:
+        raise LayoutError(f"all {len(pairs)} parameters are excluded: there is nothing to clip")
+    return dataclasses.replace(layout, tensors=tensors)
+
+
+def layout_of_parameters(pairs: Sequence[tuple[str, Tensor]], flat: FlatParameters | None = None) -> Layout:
+    """The layout of `pairs`; those of FSDP1 can only be read where `flat` knows their modules."""
+    flat = flat or FlatParameters(())
+    groups = MeshGroups()
+    here = frozenset({current_rank()})
+    tensors: list[LogicalTensor] = []
+    for name, param in pairs:
+        if param.is_complex() and param.requires_grad:
+            raise LayoutError(f"rank {current_rank()}: {name!r} is complex ({param.dtype}); view it as real to clip it")
+        several = flat.read(name, param)
+        if several is not None:
+            tensors += several
+        else:
+            tensors.append(
+                read_dtensor(name, param, groups) if isinstance(param, DTensor) else _read_plain(name, param, here)
+            )
+    return Layout(tuple(tensors))
+
+
+def _read_plain(name: str, param: Tensor, here: frozenset[int]) -> LogicalTensor:
+    """A tensor that is whole on this rank, `here`: single process, DDP, pipeline stages, replicated."""
+
+    def read() -> Tensor | None:
+        grad = param.grad
+        if grad is None or (type(grad) is Tensor and grad.layout is torch.strided):
+            return grad
+        if isinstance(grad, DTensor):
+            raise RuntimeError(f"{name!r} is a plain tensor but its gradient is a DTensor")
+        if grad.layout != torch.strided:
+            raise RuntimeError(
+                f"rank {current_rank()}: the gradient of {name!r} is sparse ({grad.layout}), which cannot be clipped: use "
+                "dense gradients (sparse=False), or exclude this tensor"
+            )
+        return grad
+
+    return LogicalTensor(
+        name=name,
+        shape=tuple(param.shape),
+        dtype=param.dtype,
+        param=param,
+        shard_numel=param.numel(),
+        norm_groups=(),
+        replica_ranks=here,
+        mesh_ranks=here,
+        grad=read,
+        weight=param.detach,
+        device=param.device,
+        placement="whole",
+    )

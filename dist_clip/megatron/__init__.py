@@ -1,0 +1,13 @@
+"""Megatron-core: clipping for its optimizers, by a call, by flags, or by a launcher for an unmodified script.
+
+    clipper = dist_clip.megatron.attach(optimizer, dist_clip.AdaGC(), model=model_chunks)
+    pretrain(..., extra_args_provider=dist_clip.megatron.add_clip_args)      # then attach_from_args
+    python -m dist_clip.megatron pretrain_gpt.py --grad-clip-mode adagc ...
+
+See docs/megatron.md.
+"""
+
+from dist_clip.megatron.attach import attach
+from dist_clip.megatron.flags import add_clip_args, attach_from_args, policy_from_args
+
+__all__ = ["add_clip_args", "attach", "attach_from_args", "policy_from_args"]

@@ -1,0 +1,245 @@
+"""Megatron-core's own names, and all that differs between its versions: every other module here asks this one."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dist_clip.errors import LayoutError
+
+TESTED_FROM = (0, 16, 1)
+TESTED_BELOW = (0, 20, 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Groups:
+    """The process groups of this rank that norms are reduced over. One of a single rank splits nothing.
+
+    Attributes:
+        tp, expt_tp: tensor parallelism of dense and of expert parameters.
+        dp, expt_dp: the ranks that a sharded optimizer spreads one copy over (one instance, context parallelism included).
+        ep: expert parallelism, for the experts' global numbers.
+        pp: pipeline stages.
+        stage: all ranks of this rank's pipeline stage.
+    """
+
+    tp: Any
+    expt_tp: Any
+    dp: Any
+    expt_dp: Any
+    ep: Any
+    pp: Any
+    stage: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """This rank's part of a model parameter in an optimizer: where its gradient is, and which elements of it.
+
+    `holder` has the gradient, as the attribute `attribute`; it covers elements [start, stop) of the flattened parameter.
+    """
+
+    param: Tensor
+    holder: Tensor
+    attribute: str
+    start: int
+    stop: int
+
+    def grad(self) -> Tensor | None:
+        """The gradient of this part, once the optimizer has prepared it."""
+        return getattr(self.holder, self.attribute, None)
+
+    def weight(self) -> Tensor:
+        """The values of this part, as the optimizer holds them."""
+        return self.holder.detach()
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """An optimizer that is not made of others. `spread`: its parameters are divided among data-parallel ranks."""
+
+    optimizer: Any
+    spread: bool
+
+
+def version() -> str:
+    try:
+        from megatron.core.package_info import __version__
+    except ImportError as error:
+        raise ImportError(
+            "megatron-core is not installed: pip install 'dist-clip[megatron]', or put Megatron-LM on the path"
+        ) from error
+    return str(__version__)
+
+
+def warn_if_untested() -> None:
+    """A warning that names both versions, where this one is outside of those tested."""
+    found = version()
+    numbers = tuple(int(part) for part in re.findall(r"\d+", found)[:3])
+    if not TESTED_FROM <= numbers < TESTED_BELOW:
+        low, high = (".".join(map(str, v)) for v in (TESTED_FROM, TESTED_BELOW))
+        warnings.warn(
+            f"megatron-core {found} is outside the versions that dist_clip is tested with ({low} to below {high}): compare "
+            "the grad norm of the first steps with Megatron's own before you trust it",
+            stacklevel=3,
+        )
+
+
+def process_groups(pg_collection: Any) -> Groups:
+    """The groups of `pg_collection`, by default those of megatron.core.parallel_state."""
+    from megatron.core import parallel_state
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    if pg_collection is None:
+        if not parallel_state.model_parallel_is_initialized():
+            raise LayoutError("megatron.core.parallel_state is not initialized: call initialize_model_parallel first")
+        names = ["tp", "expt_tp", "intra_dp_cp", "intra_expt_dp", "dp_cp", "expt_dp", "ep", "pp", "tp_dp_cp"]
+        pg_collection = ProcessGroupCollection.use_mpu_process_groups(required_pgs=names)
+
+    def find(*names: str) -> Any:
+        return next((g for g in (getattr(pg_collection, name, None) for name in names) if g is not None), None)
+
+    for name in ("gtp_remat", "expt_gtp_remat"):
+        group = getattr(pg_collection, name, None)
+        if group is not None and group.size() > 1:
+            raise LayoutError(
+                f"generalized tensor parallelism ({name} over {group.size()} ranks) is not supported: its gradients are "
+                "split in a way that dist_clip does not know; set its size to 1"
+            )
+    return Groups(
+        tp=find("tp"),
+        expt_tp=find("expt_tp"),
+        dp=find("intra_dp_cp", "dp_cp"),
+        expt_dp=find("intra_expt_dp", "expt_dp"),
+        ep=find("ep"),
+        pp=find("pp"),
+        stage=find("tp_dp_cp"),
+    )
+
+
+def leaves(optimizer: Any) -> list[Leaf]:
+    """The optimizers that `optimizer` is made of, stubs left out. Chains nest under layer-wise (Muon) optimizers."""
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+    from megatron.core.optimizer.layer_wise_optimizer import LayerWiseDistributedOptimizer
+    from megatron.core.optimizer.optimizer import ChainedOptimizer, Float16OptimizerWithFloat16Params, FP32Optimizer
+
+    known = (DistributedOptimizer, Float16OptimizerWithFloat16Params, FP32Optimizer, torch.optim.Optimizer)
+
+    def walk(node: Any, spread: bool) -> Iterator[Leaf]:
+        if isinstance(node, ChainedOptimizer):
+            for child in node.chained_optimizers:
+                yield from walk(child, spread or isinstance(node, LayerWiseDistributedOptimizer))
+        elif not isinstance(node, known):
+            raise LayoutError(
+                f"{type(node).__name__} is not an optimizer that dist_clip knows how to clip (known: DistributedOptimizer, "
+                "Float16OptimizerWithFloat16Params, FP32Optimizer, ChainedOptimizer, LayerWiseDistributedOptimizer): leave "
+                "Megatron's own clipping on for it"
+            )
+        elif isinstance(node, DistributedOptimizer):
+            config = getattr(node, "ddp_config", None)
+            if config is not None and getattr(config, "use_megatron_fsdp", False):
+                raise LayoutError(
+                    "Megatron-FSDP is not supported yet: use the distributed optimizer, or Megatron's own clipping"
+                )
+            yield Leaf(node, True)
+        else:
+            yield Leaf(node, spread)
+
+    return [leaf for leaf in walk(optimizer, False) if not getattr(leaf.optimizer, "is_stub_optimizer", False)]
+
+
+def is_chained(optimizer: Any) -> bool:
+    return hasattr(optimizer, "chained_optimizers")
+
+
+def pieces(leaf: Any) -> Iterator[Piece]:
+    """What this rank's part of `leaf` will step, and where its gradients will be after ``prepare_grads``."""
+    config = getattr(leaf, "config", None)
+    decoupled = getattr(config, "use_precision_aware_optimizer_no_fp8_or_ds_fp8", False)
+    attribute = "decoupled_grad" if decoupled else "grad"
+    if hasattr(leaf, "shard_fp32_groups"):  # DistributedOptimizer
+        low = leaf.shard_float16_groups if decoupled else leaf.shard_fp32_from_float16_groups
+        for models, shards in ((leaf.model_float16_groups, low), (leaf.model_fp32_groups, leaf.shard_fp32_groups)):
+            for param, shard in _pairs(models, shards):
+                part = leaf._get_model_param_range_map(param)["param"]
+                yield Piece(param, shard, attribute, part.start, part.end)
+    elif hasattr(leaf, "fp32_from_float16_groups"):  # Float16OptimizerWithFloat16Params
+        for param, main in _pairs(leaf.float16_groups, leaf.fp32_from_float16_groups):
+            yield Piece(param, main, attribute, 0, param.numel())
+        for group in leaf.fp32_from_fp32_groups:
+            for param in group:
+                yield Piece(param, param, attribute, 0, param.numel())
+    else:  # FP32Optimizer, or a torch optimizer under a layer-wise one
+        for group in leaf.param_groups:
+            for param in group["params"]:
+                yield Piece(param, param, attribute, 0, param.numel())
+
+
+def _pairs(models: Sequence[Sequence[Tensor]], mains: Sequence[Sequence[Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+    for model_group, main_group in zip(models, mains, strict=True):
+        yield from zip(model_group, main_group, strict=True)
+
+
+# Attributes of parameters that change what a norm has to add up, in ways that are not implemented.
+_REFUSED = {
+    "is_gtp_weight_remat": "generalized tensor parallelism splits its gradient; set its size to 1",
+    "__fsdp_param__": "it belongs to Megatron-FSDP; use the distributed optimizer",
+    "grad_norm_group": "it is to be clipped by a norm of its own group (detached MTP heads); switch that off",
+}
+
+
+def refuse_unknown(name: str, module: nn.Module, param: Tensor, groups: Groups) -> None:
+    """Raise where the norm of `param` could not be found rightly."""
+    for attribute, why in _REFUSED.items():
+        if getattr(param, attribute, None):
+            raise LayoutError(f"{name!r} has the attribute {attribute}, which dist_clip does not support: {why}")
+    if type(module).__name__ == "GroupedMLP":
+        raise LayoutError(
+            f"{name!r} stacks the experts of one rank in one matrix (the legacy GroupedMLP), so experts have no norm of "
+            "their own: use TEGroupedMLP (Transformer Engine) or SequentialMLP"
+        )
+    if is_routed_expert(name):
+        if groups.expt_tp is None:
+            raise LayoutError(f"{name!r} belongs to an expert, but there is no expert-tensor-parallel group")
+        if not is_expert_parallel(param) and groups.expt_tp.size() != groups.tp.size():
+            raise LayoutError(
+                f"{name!r} is an expert's, with expert tensor parallelism {groups.expt_tp.size()} and tensor parallelism "
+                f"{groups.tp.size()}, but Megatron treats it as a dense parameter (expert parallelism 1): set both alike"
+            )
+
+
+def is_routed_expert(name: str) -> bool:
+    return ".experts." in name
+
+
+def is_expert_parallel(param: Tensor) -> bool:
+    """Whether its gradient is reduced over the expert groups, not over the dense ones."""
+    return not getattr(param, "allreduce", True)
+
+
+def is_tensor_parallel(param: Tensor) -> bool:
+    return bool(getattr(param, "tensor_model_parallel", False))
+
+
+def partition_dim(param: Tensor) -> int:
+    """Along which dimension tensor parallelism splits it; the first, where Megatron does not say."""
+    dim = getattr(param, "partition_dim", 0)
+    return dim if dim is not None and dim >= 0 else 0
+
+
+def is_tied_copy(param: Tensor) -> bool:
+    """The copy of the word embedding on the last pipeline stage, where it is the output layer's weight."""
+    return bool(getattr(param, "shared", False) and getattr(param, "shared_embedding", False))
+
+
+def skip_threshold(config: Any) -> float | None:
+    """The grad norm above which Megatron skips a step (newer versions); None where it never does."""
+    threshold = float(getattr(config, "grad_norm_skip_threshold", math.inf))
+    return threshold if threshold < math.inf else None

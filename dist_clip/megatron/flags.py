@@ -1,0 +1,140 @@
+"""Command-line flags in Megatron's style, and the policy that they ask for. The options come from the policy registry."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+from typing import Any, get_args
+
+from torch import nn
+
+from dist_clip.clipper import GradClipper
+from dist_clip.megatron.attach import attach
+from dist_clip.policies import Policy, modes, options_of, parse_mode, registered
+from dist_clip.policies.registry import Option
+from dist_clip.step import NonFinite
+
+_COMMON = ("grad_clip_nonfinite", "grad_clip_exclude", "no_grad_clip_log_norm", "grad_clip_detect_desync")
+
+
+def _policy_flags() -> Iterator[tuple[type[Policy], str, Option]]:
+    """(policy class, name of the parsed argument, option) of every option but ``max_norm``, which is --clip-grad."""
+    for name, cls in registered().items():
+        for option in options_of(cls):
+            if option.name != "max_norm":
+                yield cls, f"{name}_{option.name}", option
+
+
+def add_clip_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add the flags, in a group of their own; usable as Megatron-LM's ``extra_args_provider``. Returns the parser.
+
+    Each registered policy adds ``--NAME-OPTION`` for each of its hyper-parameters.
+
+    Example:
+        >>> import argparse
+        >>> parser = add_clip_args(argparse.ArgumentParser())
+        >>> args = parser.parse_args(["--grad-clip-mode", "logclip", "--logclip-ratio", "3"])
+        >>> policy_from_args(args, clip_grad=1.0).ratio
+        3.0
+    """
+    group = parser.add_argument_group(
+        "gradient clipping (dist_clip)", "In place of Megatron's own; --clip-grad stays the threshold of the warm-up."
+    )
+
+    def add(flag: str, **kwargs: Any) -> None:
+        group.add_argument(flag, default=None, **kwargs)
+
+    add("--grad-clip-mode", choices=modes(), help="The rule. Not given: Megatron's own clipping, untouched.")
+    for _, dest, option in _policy_flags():
+        # No defaults here: a flag that was not given leaves the policy's own.
+        kwargs: dict[str, Any] = {"type": option.type, "choices": option.choices or None}
+        if option.type is bool:
+            kwargs = {"action": "store_const", "const": not option.default}
+        shown = f"{option.help} Default: {option.default}.".replace("%", "%%")
+        add("--" + dest.replace("_", "-"), help=shown, **kwargs)
+    add("--grad-clip-nonfinite", choices=get_args(NonFinite), help="What a NaN or Inf in a gradient leads to.")
+    add(
+        "--grad-clip-exclude",
+        nargs="+",
+        metavar="PATTERN",
+        help="Global names of tensors to leave alone, as fnmatch patterns.",
+    )
+    add(
+        "--no-grad-clip-log-norm",
+        action="store_const",
+        const=True,
+        help="Do not find the global norm on steps that need it for the log alone.",
+    )
+    add(
+        "--grad-clip-detect-desync",
+        action="store_const",
+        const=True,
+        help="Stop when ranks have clipped differently often, or remember different norms. No collective more.",
+    )
+    return parser
+
+
+def policy_from_args(args: argparse.Namespace, clip_grad: float) -> Policy | None:
+    """The policy of ``--grad-clip-mode``; None where it was not given.
+
+    Args:
+        args: parsed arguments, with the flags of `add_clip_args`.
+        clip_grad: Megatron's ``--clip-grad``, which becomes the policy's ``max_norm``: threshold of GlobalNorm and of the
+            warm-up of AdaGC and LogClip, upper bound of ZClip's norm.
+
+    Raises:
+        ValueError: flags that contradict each other, or values that a policy refuses; each named.
+    """
+    mode = getattr(args, "grad_clip_mode", None)
+    given = {dest: cls for cls, dest, _ in _policy_flags() if getattr(args, dest, None) is not None}
+    if mode is None:
+        stray = sorted({*given, *(flag for flag in _COMMON if getattr(args, flag, None) is not None)})
+        if stray:
+            raise ValueError(f"{_flags(stray)} without --grad-clip-mode: give it one of {', '.join(modes())}")
+        return None
+    rule, options = parse_mode(mode)
+    stray = sorted(dest for dest, cls in given.items() if cls is not rule)
+    if stray:
+        raise ValueError(f"{_flags(stray)} does not go with --grad-clip-mode {mode}")
+    options |= {option.name: getattr(args, dest) for _, dest, option in _policy_flags() if dest in given}
+    for option in options_of(rule):
+        if option.name == "max_norm":
+            if not clip_grad > 0 and not option.optional:
+                raise ValueError(
+                    f"--grad-clip-mode {mode} clips at --clip-grad, which must be above 0, got {clip_grad}"
+                )
+            options["max_norm"] = clip_grad if clip_grad > 0 else None
+    return rule(**options)
+
+
+def attach_from_args(
+    optimizer: Any,
+    args: argparse.Namespace,
+    *,
+    model: nn.Module | Sequence[nn.Module],
+    clip_grad: float | None = None,
+    pg_collection: Any = None,
+) -> GradClipper | None:
+    """`attach` as the flags say; None, and nothing changed, without ``--grad-clip-mode``.
+
+    Args:
+        clip_grad: default, ``args.clip_grad``.
+    """
+    threshold = getattr(args, "clip_grad", None) if clip_grad is None else clip_grad
+    policy = policy_from_args(args, 1.0 if threshold is None else float(threshold))
+    if policy is None:
+        return None
+    return attach(
+        optimizer,
+        policy,
+        model=model,
+        nonfinite=args.grad_clip_nonfinite or "propagate",
+        exclude=args.grad_clip_exclude or (),
+        log_global_norm=not args.no_grad_clip_log_norm,
+        detect_desync=bool(args.grad_clip_detect_desync),
+        pg_collection=pg_collection,
+    )
+
+
+def _flags(names: list[str]) -> str:
+    return ", ".join("--" + name.replace("_", "-") for name in names)

@@ -1,0 +1,31 @@
+"""A device tensor on its way to the host, to be read later, so that the host need not wait for the device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class HostCopy:
+    """Copies a tensor to the host without waiting. Constructing it queues the copy on the device's stream."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._event = None
+        self._value = tensor
+        if tensor.device.type == "cpu":
+            self._value = tensor.clone()
+        else:
+            host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self._value = host.copy_(tensor, non_blocking=True)
+            self._event = torch.get_device_module(tensor.device.type).Event()
+            self._event.record()
+
+    def arrived(self) -> bool:
+        """Whether `read` need not wait."""
+        return self._event is None or bool(self._event.query())
+
+    def read(self) -> Tensor:
+        """The value, on the CPU. Waits for it if it has not arrived."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._value

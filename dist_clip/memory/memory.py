@@ -1,0 +1,214 @@
+"""What lasts between steps: which policy clips which tensors, each policy's state, and the number of steps."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from dist_clip.layouts.layout import Layout
+from dist_clip.memory.host_copy import HostCopy
+from dist_clip.policies.base import Need, Policy, State
+from dist_clip.policies.trial import check_policy
+
+Rule = tuple[str, Policy]
+"""An FQN pattern, and the policy of the tensors that match it."""
+
+_ASK_EVERY = 32
+"""Steps between two questions of the host to the device, how many steps were taken: a warm-up need not end on time."""
+
+
+@dataclasses.dataclass
+class PolicyGroup:
+    """The tensors that one policy clips, and its state. Its global norm is the norm of these tensors together.
+
+    Attributes:
+        indices: the tensors' numbers in the layout; `index` is the same on the device.
+        one_element: the policy sees one element, the global norm (scope "global").
+        per_shard: the policy sees this rank's shards, whose scales may differ from rank to rank (scope "shard").
+        numel: int64 [elements], what `StepInputs.numel` is.
+    """
+
+    policy: Policy
+    pattern: str
+    indices: tuple[int, ...]
+    index: Tensor
+    numel: Tensor
+    state: State
+
+    @property
+    def one_element(self) -> bool:
+        return self.policy.scope == "global"
+
+    @property
+    def per_shard(self) -> bool:
+        return self.policy.scope == "shard"
+
+    @property
+    def num_elements(self) -> int:
+        return 1 if self.one_element else len(self.indices)
+
+    def fresh_state(self) -> State:
+        """The state before anything was observed."""
+        return self.policy.init_state(self.num_elements, self.index.device)
+
+    def select(self, values: Tensor) -> Tensor:
+        """The entries of this group's tensors in `values`, [n] of the layout."""
+        return values.index_select(0, self.index)
+
+
+class Memory:
+    """The policy groups with their states, and the step count. Knows the layout, and nothing of other ranks.
+
+    Args:
+        rules: (pattern, policy) pairs in order, the default last.
+        elsewhere: number of elements of each tensor that other pipeline stages hold, and not this one.
+        may_skip: whether a step may turn out to be skipped, which the host does not know.
+
+    Attributes:
+        groups: one policy group a rule, with the tensors whose first match it is, possibly none.
+        t: int64 0-dim on `device`, the number of steps taken.
+        calls: how often `advance` was called (after a load: the step that was loaded, and the calls since).
+    """
+
+    def __init__(
+        self,
+        rules: Sequence[Rule],
+        layout: Layout,
+        elsewhere: Mapping[str, int],
+        device: torch.device,
+        *,
+        may_skip: bool,
+    ) -> None:
+        self.layout, self.device = layout, device
+        self.names_elsewhere = frozenset(elsewhere)
+        self.t = torch.zeros((), dtype=torch.int64, device=device)
+        self.calls = 0
+        self._rules = tuple(rules)
+        self._may_skip = may_skip
+        self._known_steps = 0
+        self._pending: HostCopy | None = None
+        self.groups = [self._group(k, elsewhere) for k in range(len(self._rules))]
+
+    def _group(self, k: int, elsewhere: Mapping[str, int]) -> PolicyGroup:
+        pattern, policy = self._rules[k]
+        indices = tuple(i for i, name in enumerate(self.layout.names) if rule_number(self._rules, name) == k)
+        tensors = [self.layout.tensors[i] for i in indices]
+        numel = [t.shard_numel if policy.scope == "shard" else t.numel for t in tensors]
+        if policy.scope == "global":
+            numel = [sum(numel) + sum(n for name, n in elsewhere.items() if rule_number(self._rules, name) == k)]
+        group = PolicyGroup(
+            policy,
+            pattern,
+            indices,
+            torch.tensor(indices, dtype=torch.int64, device=self.device),
+            torch.tensor(numel, dtype=torch.int64, device=self.device),
+            {},
+        )
+        group.state = group.fresh_state()
+        return group
+
+    def policy_for(self, name: str) -> Policy:
+        """The policy of a tensor of that FQN, of this stage or another."""
+        return self._rules[rule_number(self._rules, name)][1]
+
+    def needs(self, group: PolicyGroup) -> frozenset[Need]:
+        """What `group` must have measured at the next step, the same on every rank."""
+        # Where steps may be skipped, the host does not know how many were, nor so how long a warm-up lasts.
+        steps = (1, self.calls + 1) if self._may_skip else (self.calls + 1,)
+        needs = {need for step in steps for need in group.policy.needs(step)}
+        if group.one_element or self._may_skip:  # the stages talk anyway, to skip together
+            needs.add("global_norm")
+        return frozenset(needs)
+
+    def one_scale(self, group: PolicyGroup) -> bool:
+        """Whether all tensors of `group` get the same scale at the next step, on every rank. Known to the host."""
+        return group.one_element or (not self._may_skip and group.policy.one_scale(self.calls + 1))
+
+    @property
+    def needs_weights(self) -> bool:
+        """Whether the next step needs the norms of the parameters themselves."""
+        return any("weight_norms" in self.needs(group) for group in self.groups)
+
+    @property
+    def steps_done(self) -> int:
+        """How many steps were taken, as far as the host knows without waiting for the device: a lower bound."""
+        if not self._may_skip:
+            return self.calls
+        if self.device.type == "cpu":
+            return int(self.t)
+        if not _capturing(self.device):
+            if self._pending is None and self.calls % _ASK_EVERY == 0 and self.calls > 0:
+                self._pending = HostCopy(self.t)
+            if self._pending is not None and self._pending.arrived():
+                self._known_steps, self._pending = int(self._pending.read()), None
+        return self._known_steps
+
+    @torch.no_grad()
+    def advance(self, new_states: Sequence[State], skip: Tensor | None) -> None:
+        """Count the step and take over the new states, one a group, unless `skip`, bool 0-dim, is set."""
+        olds, news = [self.t], [self.t + 1]
+        for group, new in zip(self.groups, new_states, strict=True):
+            # A slot that the policy no longer returns (the record of a warm-up that is over) is dropped.
+            group.state = {name: value for name, value in group.state.items() if name in new}
+            olds += group.state.values()
+            news += [new[name] for name in group.state]
+        if skip is not None:
+            news = [torch.where(skip, old, new) for new, old in zip(news, olds, strict=True)]
+        # Copied into place: the state's memory never moves, as a captured CUDA graph needs it.
+        torch._foreach_copy_(olds, news)
+        self.calls += 1
+
+    @property
+    def steps(self) -> int:
+        """Steps taken, without those that were skipped. Reads a device tensor."""
+        return int(self.t)
+
+    def set_steps(self, steps: int) -> None:
+        """Go on as after `steps` steps."""
+        self.calls = self._known_steps = steps
+        self._pending = None
+        self.t.fill_(steps)
+
+    def shared_states(self) -> list[Tensor]:
+        """The state's tensors that are the same on all ranks of the pipeline stage: not those of scope "shard"."""
+        return [value for group in self.groups if not group.per_shard for value in group.state.values()]
+
+
+def rule_number(rules: Sequence[Rule], name: str) -> int:
+    """Which rule an FQN falls under: the first whose pattern it matches."""
+    return next(k for k, (pattern, _) in enumerate(rules) if fnmatch.fnmatchcase(name, pattern))
+
+
+def checked_rules(policy: object, overrides: object, exclude: object) -> list[Rule]:
+    """Check the arguments that need no parameters; return (pattern, policy) pairs in order, the default last.
+
+    Raises:
+        TypeError, ValueError: an argument of another type, or a policy that does not keep its contract.
+    """
+    checked = check_policy(policy)
+    if overrides is not None and not isinstance(overrides, Mapping):
+        raise TypeError(f"overrides must map FQN patterns to policies, got {overrides!r}")
+    if isinstance(exclude, str) or not isinstance(exclude, Iterable):
+        raise TypeError(f"exclude must be a list of FQN patterns, got {exclude!r}")
+    rules: list[Rule] = []
+    for pattern, override in (overrides or {}).items():
+        if not isinstance(pattern, str):
+            raise TypeError(f"overrides: a pattern must be a string, got {pattern!r}")
+        if pattern == "*":
+            raise ValueError(
+                "overrides: the pattern '*' would leave nothing to the policy argument: pass that policy there"
+            )
+        rules.append((pattern, check_policy(override, f"overrides: {pattern!r}")))
+    for pattern in exclude:
+        if not isinstance(pattern, str):
+            raise TypeError(f"exclude: a pattern must be a string, got {pattern!r}")
+    return [*rules, ("*", checked)]
+
+
+def _capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is being captured, in which the host may not ask for anything."""
+    return device.type == "cuda" and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()

@@ -1,0 +1,46 @@
+"""Checks of a policy's hyper-parameters: each raises an error that shows the owner, the name and the value."""
+
+from __future__ import annotations
+
+import math
+import numbers
+
+
+def check_number(
+    owner: str, name: str, value: object, low: float, high: float = math.inf, *, open_low: bool = False
+) -> None:
+    """Raise unless `value` is a real number in [low, high] ((low, high] with `open_low`)."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{owner}: {name} must be a number, got {value!r}")
+    number = float(value)
+    if math.isnan(number) or number > high or number < low or (open_low and number == low):
+        upper = "" if math.isinf(high) else f" and at most {high:g}"
+        raise ValueError(f"{owner}: {name} must be {'above' if open_low else 'at least'} {low:g}{upper}, got {value!r}")
+
+
+def check_finite(owner: str, name: str, value: object, low: float, *, open_low: bool = False) -> None:
+    """Raise unless `value` is a finite real number of at least `low` (above it with `open_low`)."""
+    check_number(owner, name, value, low, open_low=open_low)
+    if math.isinf(float(value)):  # type: ignore[arg-type]
+        raise ValueError(f"{owner}: {name} must be finite, got {value!r}")
+
+
+def check_fraction(owner: str, name: str, value: object) -> None:
+    """Raise unless `value` is a real number in [0, 1), as the decay of a moving average has to be."""
+    check_number(owner, name, value, 0.0, 1.0)
+    if float(value) == 1.0:  # type: ignore[arg-type]
+        raise ValueError(f"{owner}: {name} must be below 1 (at 1 the average would never move), got {value!r}")
+
+
+def check_count(owner: str, name: str, value: object, low: int) -> None:
+    """Raise unless `value` is an int of at least `low`."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{owner}: {name} must be an int, got {value!r}")
+    if value < low:
+        raise ValueError(f"{owner}: {name} must be at least {low}, got {value!r}")
+
+
+def check_choice(owner: str, name: str, value: object, choices: tuple[str, ...]) -> None:
+    """Raise unless `value` is one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{owner}: {name} must be one of {', '.join(map(repr, choices))}, got {value!r}")

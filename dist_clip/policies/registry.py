@@ -1,0 +1,165 @@
+"""The policies by name, with their options: what command lines, tables and tests take them from.
+
+Names, types, defaults and help of the options come from the policy's dataclass and its docstring.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+import types
+import typing
+from collections.abc import Callable
+from typing import Any, Literal, TypeVar, get_args, get_origin
+
+from dist_clip.policies.base import Policy, Scope
+
+_P = TypeVar("_P", bound=type[Policy])
+
+_registered: dict[str, type[Policy]] = {}
+
+
+@dataclasses.dataclass(frozen=True)
+class Option:
+    """One hyper-parameter of a policy.
+
+    Attributes:
+        name: of the dataclass's field.
+        type: int, float, bool or str; of an optional one the type that is not None.
+        default: the field's default.
+        choices: the values of a Literal, else empty.
+        optional: whether None is a value.
+        help: what the docstring's "Args" say of it, on one line.
+    """
+
+    name: str
+    type: type
+    default: Any
+    choices: tuple[str, ...]
+    optional: bool
+    help: str
+
+
+def register(name: str) -> Callable[[_P], _P]:
+    """Return a class decorator that makes a policy known under `name`, lower-case letters and digits.
+
+    Raises:
+        ValueError: the name is taken by another class, or contains other characters.
+
+    Example:
+        >>> import dataclasses, dist_clip
+        >>> @dist_clip.register("halve")
+        ... @dataclasses.dataclass(frozen=True)
+        ... class Halve(dist_clip.Policy):
+        ...     def step(self, state, inputs):
+        ...         return inputs.norms * 0 + 0.5, state
+        >>> dist_clip.policy("halve")
+        Halve()
+    """
+    if not re.fullmatch(r"[a-z][a-z0-9]*", name):
+        raise ValueError(f"a policy's name must be lower-case letters and digits, got {name!r}")
+
+    def decorate(cls: _P) -> _P:
+        taken = _registered.get(name)
+        # A module that is executed again (a notebook cell, a reload) may register its class again.
+        if taken is not None and (taken.__module__, taken.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise ValueError(f"the policy name {name!r} is taken by {taken.__module__}.{taken.__qualname__}")
+        _registered[name] = cls
+        return cls
+
+    return decorate
+
+
+def registered() -> dict[str, type[Policy]]:
+    """Return the policies by name, in the order of registration."""
+    return dict(_registered)
+
+
+def policy(name: str, **options: Any) -> Policy:
+    """Make a policy by its registered name and keywords.
+
+    Args:
+        name: a registered name, which a scope may follow: "logclip", "adagc-shard", "zclip-tensor".
+        options: the policy's hyper-parameters.
+
+    Raises:
+        ValueError: no policy or scope of that name, or a value that the policy refuses.
+        TypeError: an option that the policy does not have.
+
+    Example:
+        >>> import dist_clip
+        >>> dist_clip.policy("logclip", ratio=3.0).ratio
+        3.0
+        >>> dist_clip.policy("adagc-global").scope
+        'global'
+    """
+    cls, fixed = parse_mode(name)
+    known = [option.name for option in options_of(cls)] + (["scope"] if _has_scope(cls) else [])
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        raise TypeError(f"{name} has no option {', '.join(unknown)}; it has {', '.join(known)}")
+    if "scope" in options and fixed and options["scope"] != fixed["scope"]:
+        raise ValueError(f"{name!r} says one scope and scope={options['scope']!r} another: pass one of them")
+    return cls(**{**fixed, **options})
+
+
+def modes() -> tuple[str, ...]:
+    """Return all names that `policy` takes: each policy with its own scope, then with each other scope that it has."""
+    out: list[str] = []
+    for name, cls in _registered.items():
+        out.append(name)
+        if _has_scope(cls):
+            out += [f"{name}-{scope}" for scope in get_args(Scope) if scope != _default_scope(cls)]
+    return tuple(out)
+
+
+def parse_mode(mode: str) -> tuple[type[Policy], dict[str, Any]]:
+    """Return the class that `mode` names, and the options that it fixes: the scope, if it names one."""
+    name, _, scope = mode.partition("-")
+    cls = _registered.get(name)
+    if cls is None or (scope and (scope not in get_args(Scope) or not _has_scope(cls))):
+        raise ValueError(f"no policy is called {mode!r}; there are {', '.join(modes())}")
+    return cls, {"scope": scope} if scope else {}
+
+
+def options_of(cls: type[Policy]) -> tuple[Option, ...]:
+    """Return the hyper-parameters of a policy class, without its scope, in order."""
+    hints = typing.get_type_hints(cls)
+    helps = _docstring_args(cls.__doc__ or "")
+    out = []
+    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+        if field.name == "scope" or not field.init:
+            continue
+        kind, choices, optional = _resolve(hints[field.name])
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        out.append(Option(field.name, kind, default, choices, optional, helps.get(field.name, "")))
+    return tuple(out)
+
+
+def _resolve(hint: Any) -> tuple[type, tuple[str, ...], bool]:
+    """The type, the choices and whether None is allowed, of an annotation."""
+    optional = False
+    if get_origin(hint) in (typing.Union, types.UnionType):
+        members = [member for member in get_args(hint) if member is not type(None)]
+        optional = len(members) < len(get_args(hint))
+        if len(members) == 1:
+            hint = members[0]
+    if get_origin(hint) is Literal:
+        return str, get_args(hint), optional
+    return (hint if isinstance(hint, type) else str), (), optional
+
+
+def _docstring_args(doc: str) -> dict[str, str]:
+    """Name -> description of the entries of a Google-style "Args:" section."""
+    section = re.search(r"^Args:\n((?:    .*\n|\n)*)", inspect.cleandoc(doc) + "\n", re.MULTILINE)
+    entries = re.split(r"^    (\w+): ", section[1], flags=re.MULTILINE)[1:] if section else []
+    return {name: " ".join(text.split()) for name, text in zip(entries[::2], entries[1::2], strict=True)}
+
+
+def _has_scope(cls: type[Policy]) -> bool:
+    return any(field.name == "scope" for field in dataclasses.fields(cls))  # type: ignore[arg-type]
+
+
+def _default_scope(cls: type[Policy]) -> object:
+    return next(field.default for field in dataclasses.fields(cls) if field.name == "scope")  # type: ignore[arg-type]

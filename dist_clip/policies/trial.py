@@ -1,0 +1,184 @@
+"""Tries a policy out before it is used: what would go wrong at a later step or at a restart is an error at construction."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+from collections.abc import Iterator
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+from dist_clip.policies.base import Need, Policy, Scope, State, StepInputs
+from dist_clip.policies.check import check_number
+
+_CPU = torch.device("cpu")
+_NORMS = (1.0, 0.0, float("nan"), float("inf"), 3.0)
+_LATE = 10**9  # a step by which every warm-up is over
+
+
+def check_policy(policy: object, argument: str = "policy") -> Policy:
+    """Return `policy` if it keeps the contract of `Policy`.
+
+    Args:
+        argument: how the user passed it, for the error.
+
+    Raises:
+        TypeError, ValueError: it does not; the message names the policy, what is wrong and what to do.
+    """
+    if not isinstance(policy, Policy):
+        raise TypeError(f"{argument} must be a dist_clip policy such as LogClip(), got {policy!r}")
+    name = type(policy).__name__
+    _check_class(policy, name)
+    _check_config(policy, name)
+    with unset_fake_temporarily(), torch.no_grad():
+        _check_state(policy, name)
+        _check_steps(policy, name)
+    return policy
+
+
+def _check_class(policy: Policy, name: str) -> None:
+    params = getattr(policy, "__dataclass_params__", None)
+    if params is None or not params.frozen:
+        raise TypeError(
+            f"{name} must be a frozen dataclass (@dataclasses.dataclass(frozen=True)): its hyper-parameters are saved with "
+            "the state and compared between ranks, so they must be fields that cannot change"
+        )
+    own = type(policy).__dict__
+    undeclared = sorted(set(inspect.get_annotations(type(policy))) - {f.name for f in dataclasses.fields(policy)})  # type: ignore[arg-type]
+    if undeclared and "__dataclass_params__" not in own:
+        raise TypeError(
+            f"{name} derives from a dataclass but is none itself, so {', '.join(undeclared)} is no field of it: decorate it "
+            "with @dataclasses.dataclass(frozen=True)"
+        )
+    if type(policy).step is Policy.step:
+        raise TypeError(f"{name} must define step(self, state, inputs), which decides the scales")
+    if policy.scope not in get_args(Scope):
+        raise ValueError(f"{name}: scope must be one of {', '.join(map(repr, get_args(Scope)))}, got {policy.scope!r}")
+    if policy.post_max_norm is not None:
+        check_number(name, "post_max_norm", policy.post_max_norm, 0.0, open_low=True)
+    for step in (1, _LATE):
+        unknown = sorted(set(policy.needs(step)) - set(get_args(Need)))
+        if unknown:
+            raise ValueError(f"{name}.needs({step}) asks for {unknown}; there are {', '.join(get_args(Need))}")
+
+
+def _check_config(policy: Policy, name: str) -> None:
+    for key, value in policy.config().items():
+        try:
+            same = json.loads(json.dumps(value)) == value or value != value
+        except (TypeError, ValueError):
+            same = False
+        if not same:
+            raise TypeError(
+                f"{name}: the hyper-parameter {key} = {value!r} cannot be saved: JSON has no {type(value).__name__}; use "
+                "numbers, strings, bools, None, and lists or dicts (with string keys) of them"
+            )
+
+
+def _check_state(policy: Policy, name: str) -> None:
+    for n in (3, 0):
+        state = policy.init_state(n, _CPU)
+        if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+            raise TypeError(f"{name}.init_state must return a dict of tensors, got {state!r}")
+        for slot, value in state.items():
+            if value.dim() not in (1, 2) or value.shape[-1] != n:
+                raise ValueError(
+                    f"{name}.init_state({n}, device): slot {slot!r} has shape {list(value.shape)}, not [{n}] or [k, {n}]"
+                )
+            if value.is_complex() or value.device.type != "cpu":
+                raise ValueError(
+                    f"{name}.init_state: slot {slot!r} is {value.dtype} on {value.device}; it must be real and on the "
+                    "device that init_state is given"
+                )
+            if slot not in policy.nan_slots and value.is_floating_point() and not bool(value.isfinite().all()):
+                raise ValueError(
+                    f"{name}.init_state: slot {slot!r} starts with NaN or Inf: choose another value for 'nothing observed', "
+                    f"or list it in nan_slots = ({slot!r},) if NaN is a value"
+                )
+    slots = set(policy.init_state(1, _CPU))
+    for step in (0, _LATE):
+        unknown = sorted(set(policy.slots_after(step)) - slots)
+        if unknown:
+            raise ValueError(f"{name}: slots_after({step}) names {unknown}; the state has {sorted(slots)}")
+
+
+def _check_steps(policy: Policy, name: str) -> None:
+    for state, inputs in _cases(policy):
+        before = _copies(state, inputs)
+        shown = f"{name}.step, tried out on norms {inputs.norms.tolist()} as step {int(inputs.t)}"
+        try:
+            result = policy.step(state, inputs)
+        except Exception as error:
+            missing = [f for f in get_args(Need) if getattr(inputs, f) is None]
+            hint = f" ({' and '.join(missing)} is None, for needs() does not ask for it)" if missing else ""
+            raise TypeError(
+                f"{shown}, failed: {type(error).__name__}: {error}. The contract is step(self, state, inputs) -> scales, "
+                f"new state{hint}"
+            ) from error
+        if not isinstance(result, tuple) or len(result) != 2 or not isinstance(result[1], dict):
+            raise TypeError(f"{shown}, must return (scales, new state), got {type(result).__name__}")
+        scales, new = result
+        if not isinstance(scales, Tensor) or scales.shape != inputs.norms.shape or not scales.is_floating_point():
+            got = f"{scales.dtype} {list(scales.shape)}" if isinstance(scales, Tensor) else repr(scales)
+            raise ValueError(f"{shown}, must return one float scale an element, [{len(inputs.norms)}], got {got}")
+        if not all(torch.equal(old.nan_to_num(), now.nan_to_num()) for old, now in before):
+            raise ValueError(f"{shown}, changed an argument in place: it must return a new state and leave the old")
+        if inputs.steps_done == int(inputs.t) - 1 and policy.one_scale(int(inputs.t)) and len(set(scales.tolist())) > 1:
+            raise ValueError(f"{shown}, scaled elements differently, against what one_scale({int(inputs.t)}) says")
+        _check_new_state(policy, shown, state, new)
+        # What a step leaves out is dropped, as the clipper drops it.
+        state.clear()
+        state.update(new)
+
+
+def _check_new_state(policy: Policy, shown: str, state: State, new: State) -> None:
+    for slot, value in new.items():
+        old = state.get(slot)
+        if old is None:
+            raise ValueError(f"{shown}, returned slot {slot!r}, which init_state lacks or an earlier step dropped")
+        if not isinstance(value, Tensor) or value.shape != old.shape or value.dtype != old.dtype:
+            got = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
+            raise ValueError(f"{shown}, made slot {slot!r} {got}, where init_state has {old.dtype} {list(old.shape)}")
+        if slot not in policy.nan_slots and value.is_floating_point() and not bool(value.isfinite().all()):
+            raise ValueError(
+                f"{shown}, put {value.tolist()} into slot {slot!r}: NaN and Inf must not enter the state. Keep the old "
+                f"value where dist_clip.observed(norms) is false, or list the slot in nan_slots if NaN is a value"
+            )
+
+
+def _cases(policy: Policy) -> Iterator[tuple[State, StepInputs]]:
+    """The first steps, a late one whose number the host does not know, and one whose number it knows; on one state."""
+    several = [_NORMS] if policy.scope != "global" else [(norm,) for norm in _NORMS]
+    for norms in several:
+        n = len(norms)
+        state = dict(policy.init_state(n, _CPU))
+        for t, steps_done in ((1, 0), (2, 1), (_LATE, 1), (_LATE + 1, _LATE)):
+            needs = {*policy.needs(steps_done + 1), *(() if steps_done == t - 1 else policy.needs(1))}
+            values = torch.tensor(norms, dtype=torch.float64, device=_CPU)
+            yield (
+                state,
+                StepInputs(
+                    norms=values,
+                    numel=torch.full((n,), 4, dtype=torch.int64, device=_CPU),
+                    t=torch.tensor(t, device=_CPU),
+                    steps_done=steps_done,
+                    global_norm=torch.tensor(5.0, dtype=torch.float64, device=_CPU) if "global_norm" in needs else None,
+                    weight_norms=torch.ones_like(values) if "weight_norms" in needs else None,
+                ),
+            )
+
+
+def _copies(state: State, inputs: StepInputs) -> list[tuple[Tensor, Tensor]]:
+    tensors: list[Any] = [
+        *state.values(),
+        inputs.norms,
+        inputs.numel,
+        inputs.t,
+        inputs.global_norm,
+        inputs.weight_norms,
+    ]
+    return [(tensor.clone(), tensor) for tensor in tensors if tensor is not None]

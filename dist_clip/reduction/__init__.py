@@ -1,0 +1,8 @@
+"""What ranks say to each other in a step: the plan of collectives, the pipeline stages, and ranks out of step."""
+
+from dist_clip.reduction.channel import Channel
+from dist_clip.reduction.desync import DesyncDetector
+from dist_clip.reduction.pipeline import PendingSum, PipelineReducer
+from dist_clip.reduction.plan import ReductionPlan
+
+__all__ = ["Channel", "DesyncDetector", "PendingSum", "PipelineReducer", "ReductionPlan"]

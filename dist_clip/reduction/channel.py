@@ -1,0 +1,99 @@
+"""All that a step says to other ranks: over the shards of a tensor, over the pipeline stages, and what travels along."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dist_clip.layouts.process_groups import any_rank
+from dist_clip.reduction.desync import DesyncDetector
+from dist_clip.reduction.pipeline import PendingSum, PipelineReducer
+from dist_clip.reduction.plan import ReductionPlan
+
+
+class Channel:
+    """Reduces what the steps measure. Every rank calls the same methods in the same order.
+
+    Args:
+        plan: reduces over the norm groups.
+        pp_group: the pipeline stages; None where there is one.
+        process_group: all ranks that train the model; None for all there are.
+        detector: looks for ranks that are out of step, where the user asked for it.
+    """
+
+    def __init__(
+        self,
+        plan: ReductionPlan,
+        pp_group: dist.ProcessGroup | None,
+        process_group: dist.ProcessGroup | None,
+        detector: DesyncDetector | None,
+    ) -> None:
+        self.plan = plan
+        self.pp_group = pp_group
+        self._pipeline = PipelineReducer(pp_group) if pp_group is not None and pp_group.size() > 1 else None
+        self._process_group = process_group
+        self._detector = detector
+        self._pending: PendingSum | None = None
+
+    @property
+    def reduces_shards(self) -> bool:
+        """Whether any tensor is divided among ranks."""
+        return bool(self.plan.collectives)
+
+    @property
+    def has_stages(self) -> bool:
+        """Whether there are several pipeline stages."""
+        return self._pipeline is not None
+
+    def begin(self) -> None:
+        """Begin a step.
+
+        Raises:
+            DesyncError: the step before has found ranks out of step.
+        """
+        if self._detector is not None:
+            self._detector.raise_if_found()
+        # The last step's sum may still be under way, whether or not anybody asked for it: its buffer must outlive it.
+        if self._pending is not None:
+            self._pending.result()
+            self._pending = None
+
+    def sum_over_shards(self, squares: Tensor, states: list[Tensor] | None = None) -> Tensor:
+        """Add the shards' squares, float64 [n] or [n, k], over the norm groups of each tensor.
+
+        Args:
+            states: what all ranks of the stage are to have alike; None: do not look.
+        """
+        if self._detector is None or states is None or not self.reduces_shards:
+            return self.plan.reduce(squares)
+        numbers = self._detector.numbers(states)
+        added, sums = self.plan.reduce_with(squares, numbers)
+        self._detector.check(numbers, sums)
+        return added
+
+    def sum_over_stages(self, values: Tensor) -> Tensor:
+        """Add float64 [k] over the pipeline stages."""
+        if self._pipeline is None:
+            return values
+        if self._detector is None:
+            return self._pipeline.sum(values)
+        numbers = self._detector.numbers()  # stages have states of their own
+        added, theirs = torch.split(self._pipeline.sum(torch.cat([values, numbers])), [len(values), len(numbers)])
+        self._detector.check(numbers, [(self._pipeline.group, theirs)])
+        return added
+
+    def start_sum_over_stages(self, values: Tensor) -> PendingSum:
+        """Begin to add float64 [k] over the pipeline stages; `begin` of the next step waits for it at the latest."""
+        assert self._pipeline is not None
+        self._pending = self._pipeline.start(values)
+        return self._pending
+
+    def any_rank(self, flag: Tensor) -> Tensor:
+        """Return, as bool 0-dim, whether `flag` is set on any rank that trains the model."""
+        return any_rank(flag, self._process_group)
+
+    def clipped(self) -> None:
+        """Note that the gradients are clipped now."""
+        if self._detector is not None:
+            self._detector.clipped()

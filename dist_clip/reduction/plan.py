@@ -1,0 +1,298 @@
+"""The reduction plan: from a layout to the fewest collectives, and running them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Collection, Sequence
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dist_clip.layouts.layout import Layout
+from dist_clip.layouts.process_groups import group_label
+
+# torch 2.13 renamed it and warns about the old name.
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+CollectiveKind = Literal["all_reduce", "all_gather"]
+
+GATHER_LIMIT = 16
+"""Ranks up to which a gather is taken to be as fast as an all-reduce (docs/simulation.md: above 16 of 2 nodes it is not)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """One packed collective: the power sums of `indices` over `group`, at depth `level` (equal levels run at once).
+
+    `index` is `indices` on the device (None where they are all tensors), sent there once: the copy is a host sync.
+    `sends`, bool [len(indices)], is set where this rank's copy speaks for the tensor; None: every rank's share counts.
+    """
+
+    group: dist.ProcessGroup
+    indices: tuple[int, ...]
+    kind: CollectiveKind
+    level: int
+    index: Tensor | None
+    sends: Tensor | None = None
+
+    def kind_for(self, p: float) -> CollectiveKind:
+        # A maximum is gathered too: some libraries' MAX loses a NaN (gloo's does), amax does not.
+        return "all_gather" if math.isinf(p) else self.kind
+
+    def take(self, sums: Tensor) -> Tensor:
+        """The entries of `sums`, [n] or [n, k], that this rank sends, flat."""
+        packed = sums.clone() if self.index is None else sums.index_select(0, self.index)
+        if self.sends is not None:
+            # where, not a product: a silent copy's NaN must not be multiplied in (its own copy sends it anyway).
+            packed = torch.where(self.sends if sums.dim() == 1 else self.sends.unsqueeze(1), packed, 0.0)
+        return packed.flatten()
+
+    def put(self, sums: Tensor, values: Tensor) -> Tensor:
+        """`sums` with the reduced values, as `take` has packed them, in their places."""
+        values = values.view(len(self.indices), *sums.shape[1:])
+        return values if self.index is None else sums.index_copy_(0, self.index, values)
+
+
+class ReductionPlan:
+    """Adds up the shards' power sums so that every rank ends with those of its logical tensors.
+
+    One packed float64 vector travels per distinct group, whatever the number of tensors: the index is fixed at
+    construction and a rank without a gradient sends zeros, so ranks agree on length and order whatever their gradients.
+
+    Bitwise agreement. A collective gives all its ranks the same bits. Where copies of a tensor are reduced in several
+    instances of a group (HSDP replicas; the tp groups of different dp ranks; the fsdp groups of two pipeline stages that
+    share a tied tensor), each instance could add in an order of its own, and replicas would drift apart by an ulp a
+    step: there the addends are gathered and added in rank order.
+
+    Large groups. What a gather takes grows with the group, what an all-reduce takes with its logarithm. Where a tensor's
+    copies lie along another group of the chain (tensors that TP + FSDP2 shards over FSDP only), each instance all-reduces,
+    and one instance's sum is then spread over that other group, in the gather that runs there anyway.
+
+    One union instead of a chain. Where several groups are involved and one tensor's copy spans all ranks of
+    `process_group` (TP + FSDP, EP + FSDP, the latter also inside pipeline stages), or where ranks take part in tensors of
+    which they hold no piece (Megatron's experts), or where a group of more than `GATHER_LIMIT` ranks would have to gather
+    (HSDP), one all-reduce over `process_group` replaces the chain; of each tensor's copies the one with the lowest rank
+    sends.
+
+    Construction is collective over `process_group` and the norm groups.
+
+    Args:
+        layout: the logical tensors.
+        process_group: a group all of whose ranks have this very layout, if one is known (it must have been checked). None:
+            a norm group that spans all tensors, if there is one.
+        copies_among: number of ranks that may hold copies of this rank's tensors (world size over pipeline stages).
+        shared: names of which ranks outside `process_group` or its pipeline stage hold copies (tied across stages).
+        meet: take one union wherever there is anything to reduce, so that all ranks of `process_group` meet in it.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        *,
+        process_group: dist.ProcessGroup | None = None,
+        copies_among: int,
+        shared: Collection[str] = (),
+        meet: bool = False,
+    ) -> None:
+        self.collectives: list[Collective] = []
+        groups: list[dist.ProcessGroup] = []
+        members: dict[int, list[int]] = {}
+        for i, tensor in enumerate(layout):
+            for group in tensor.norm_groups:
+                members.setdefault(_position(group, groups), []).append(i)
+        if process_group is None:
+            process_group = _spanning(layout, groups, copies_among)
+        if process_group is not None and ((meet and groups) or _union_is_better(layout, groups, process_group)):
+            self._plan_union(layout, process_group, shared)
+        elif groups:
+            chain = _Chain(layout, groups, members, copies_among, shared)
+            if process_group is not None and chain.largest_gather > GATHER_LIMIT:
+                self._plan_union(layout, process_group, shared)
+            else:
+                self.collectives = chain.collectives()
+
+    def _plan_union(self, layout: Layout, group: dist.ProcessGroup, shared: Collection[str]) -> None:
+        device = layout.device
+        indices = [i for i, t in enumerate(layout) if t.norm_groups or not t.everywhere]
+        # The copy with the lowest rank sends. Found with a collective, for a rank does not know the copies of a tensor of
+        # which it holds no piece.
+        sends = _lowest_sends([min(layout.tensors[i].replica_ranks, default=math.inf) for i in indices], group, device)
+        # Tensors that other stages hold, too, are gathered and added in rank order, see the class's docstring.
+        for kind, chosen in (("all_reduce", False), ("all_gather", True)):
+            part = [k for k, i in enumerate(indices) if (layout.names[i] in shared) is chosen]
+            if part:
+                self.collectives.append(
+                    Collective(
+                        group=group,
+                        indices=tuple(indices[k] for k in part),
+                        kind=kind,  # type: ignore[arg-type]
+                        level=0,
+                        index=_index([indices[k] for k in part], len(layout), device),
+                        sends=sends if len(part) == len(indices) else sends[torch.tensor(part, device=device)],
+                    )
+                )
+
+    def reduce(self, sums: Tensor, p: float = 2.0) -> Tensor:
+        """Add (for ``p = inf``: take the largest of) the shards' power sums, float64 [n] or [n, k]; returns new ones."""
+        return self.reduce_with(sums, None, p)[0]
+
+    def reduce_with(
+        self, sums: Tensor, extra: Tensor | None, p: float = 2.0
+    ) -> tuple[Tensor, list[tuple[dist.ProcessGroup, Tensor]]]:
+        """As `reduce`; `extra`, float64 [j], travels at the end of every packed vector. Returns its sums by group, too."""
+        extra_sums: list[tuple[dist.ProcessGroup, Tensor]] = []
+        out = sums.clone() if self.collectives else sums
+        levels = self.collectives[-1].level + 1 if self.collectives else 0
+        for level in range(levels):
+            running = [_launch(c, out, p, extra) for c in self.collectives if c.level == level]
+            for collective, buffer, work in running:
+                work.wait()
+                gathered = collective.kind_for(p) == "all_gather"
+                values = add_up(buffer, collective.group.size(), p) if gathered else buffer
+                if extra is not None:
+                    values, theirs = torch.split(values, [len(values) - len(extra), len(extra)])
+                    extra_sums.append((collective.group, theirs))
+                out = collective.put(out, values)
+        return out, extra_sums
+
+    def describe(self, index: int) -> str:
+        """How tensor `index` is reduced, for people."""
+        steps = [f"{c.kind} {group_label(c.group)}" for c in self.collectives if index in c.indices]
+        return " -> ".join(steps) or "none"
+
+
+class _Chain:
+    """One reduction a 1-D group, one after the other where a tensor is split over several.
+
+    Large groups first: they may use an all-reduce, while the later ones of a chain repeat the same addition in several
+    instances and have to gather.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        groups: list[dist.ProcessGroup],
+        members: dict[int, list[int]],
+        copies_among: int,
+        shared: Collection[str],
+    ) -> None:
+        self._layout, self._groups, self._members = layout, groups, members
+        self._copies_among = copies_among
+        self._order = sorted(range(len(groups)), key=lambda k: (-groups[k].size(), k))
+        self._level = dict.fromkeys(self._order, 0)
+        self._tensor_groups = [[_position(g, groups) for g in t.norm_groups] for t in layout]
+        for rank_in_order, k in enumerate(self._order):
+            earlier = set(self._order[:rank_in_order])
+            before = {h for ks in self._tensor_groups if k in ks for h in ks if h in earlier}
+            self._level[k] = 1 + max(self._level[h] for h in before) if before else 0
+        self._spread: dict[int, list[int]] = {k: [] for k in self._order}
+        self._kind = {k: self._choose(k, any(layout.names[i] in shared for i in members[k])) for k in self._order}
+
+    def _choose(self, k: int, shared: bool) -> CollectiveKind:
+        if self._level[k] > 0 or shared:
+            return "all_gather"
+        homes = {i: self._home(i, k) for i in self._members[k] if self._ranks_after(i, k) < self._copies_among}
+        if None in homes.values():
+            return "all_gather"
+        for i, home in homes.items():
+            assert home is not None
+            self._spread[home].append(i)
+        return "all_reduce"
+
+    def _ranks_after(self, i: int, k: int) -> int:
+        """Ranks among which tensor `i` is one sum when group `k` and those after it have reduced it."""
+        after = self._order[self._order.index(k) :]
+        return math.prod(self._groups[h].size() for h in after if h in self._tensor_groups[i])
+
+    def _home(self, i: int, k: int) -> int | None:
+        """A group that gathers later anyway, along which all copies of tensor `i` lie that group `k` does not see."""
+        latest = max(self._level[h] for h in self._tensor_groups[i])
+        replica_ranks = self._layout.tensors[i].replica_ranks
+        for h in self._order:
+            if self._level[h] <= latest or self._ranks_after(i, k) * self._groups[h].size() < self._copies_among:
+                continue
+            if len(replica_ranks.intersection(dist.get_process_group_ranks(self._groups[h]))) == 1:
+                return h
+        return None
+
+    @property
+    def largest_gather(self) -> int:
+        """Ranks of the largest group that would have to gather."""
+        return max((self._groups[k].size() for k in self._order if self._kind[k] == "all_gather"), default=0)
+
+    def collectives(self) -> list[Collective]:
+        """The collectives, by level. Collective over the groups that spread."""
+        device = self._layout.device
+        collectives = []
+        for k in self._order:
+            spread = set(self._spread[k])
+            indices = sorted([*self._members[k], *spread])
+            sends = None
+            if spread:
+                # Of what it spreads, one copy is sent; of what it adds up, every share.
+                lowest = [min(self._layout.tensors[i].replica_ranks) if i in spread else 0 for i in indices]
+                sends = _lowest_sends(lowest, self._groups[k], device)
+            index = _index(indices, len(self._layout), device)
+            collectives.append(Collective(self._groups[k], tuple(indices), self._kind[k], self._level[k], index, sends))
+        return sorted(collectives, key=lambda collective: collective.level)
+
+
+def _launch(
+    collective: Collective, sums: Tensor, p: float, extra: Tensor | None
+) -> tuple[Collective, Tensor, dist.Work]:
+    packed = collective.take(sums)
+    if extra is not None:
+        packed = torch.cat([packed, extra])
+    group = collective.group
+    if collective.kind_for(p) == "all_gather":
+        gathered = packed.new_empty(group.size() * packed.numel())
+        return collective, gathered, all_gather(gathered, packed, group=group, async_op=True)
+    return collective, packed, dist.all_reduce(packed, group=group, async_op=True)
+
+
+def add_up(gathered: Tensor, size: int, p: float) -> Tensor:
+    """The ranks' vectors added in rank order, the same order wherever this is done."""
+    rows = gathered.view(size, -1)
+    return rows.amax(dim=0) if math.isinf(p) else rows.sum(dim=0)
+
+
+def _spanning(layout: Layout, groups: Sequence[dist.ProcessGroup], copies_among: int) -> dist.ProcessGroup | None:
+    """A norm group of all ranks that may hold a piece or a copy of any tensor: FSDP's, where experts lie inside it."""
+    for group in groups:
+        ranks = frozenset(dist.get_process_group_ranks(group))
+        if len(ranks) >= copies_among and all(tensor.mesh_ranks <= ranks for tensor in layout):
+            return group
+    return None
+
+
+def _union_is_better(layout: Layout, groups: Sequence[dist.ProcessGroup], process_group: dist.ProcessGroup) -> bool:
+    ranks = frozenset(dist.get_process_group_ranks(process_group))
+    if any(not t.everywhere for t in layout):
+        return True
+    if len(groups) < 2:
+        return False
+    return process_group is layout.stage_group or any(t.replica_ranks == ranks for t in layout)
+
+
+def _position(group: dist.ProcessGroup, groups: list[dist.ProcessGroup]) -> int:
+    """Index of `group` by identity, appended where it is new (two equal meshes may own different groups)."""
+    for k, known in enumerate(groups):
+        if known is group:
+            return k
+    groups.append(group)
+    return len(groups) - 1
+
+
+def _lowest_sends(lowest: Sequence[float], group: dist.ProcessGroup, device: torch.device | None) -> Tensor:
+    """Bool [k]: whether this rank's copy of each tensor is the one whose `lowest` rank is the lowest in `group`."""
+    mine = torch.tensor(lowest, dtype=torch.float64, device=device)
+    minimum = mine.clone()
+    dist.all_reduce(minimum, op=dist.ReduceOp.MIN, group=group)
+    return mine == minimum
+
+
+def _index(indices: Sequence[int], n: int, device: torch.device | None) -> Tensor | None:
+    return None if len(indices) == n else torch.tensor(indices, device=device)

@@ -1,0 +1,205 @@
+"""Computes the global norm of each policy group before clipping and, where the policy or the report asks, after it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dist_clip.memory import Memory
+from dist_clip.policies.base import global_clip_scale, is_nonfinite
+from dist_clip.reduction import Channel
+from dist_clip.step.measure import Measured
+from dist_clip.step.nonfinite import NonFiniteMode
+from dist_clip.step.report import ReportedNorms
+
+
+@dataclasses.dataclass(frozen=True)
+class Totals:
+    """What a step knows of the whole model before clipping.
+
+    Attributes:
+        norms: float64 0-dim for each policy group, its global norm; None where it was not asked for.
+        weight_norms: the same of the parameters, for groups of one element whose policy asks.
+        nonfinite: bool 0-dim, whether any norm is NaN or Inf: on this rank or, where steps may be skipped, on any.
+        skip: bool 0-dim, whether the step is to be skipped; None where none ever is.
+    """
+
+    norms: Sequence[Tensor | None]
+    weight_norms: Sequence[Tensor | None]
+    nonfinite: Tensor
+    skip: Tensor | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Scales:
+    """What a step multiplies the gradients by.
+
+    Attributes:
+        each: float64 [n], of each tensor or shard.
+        one: float64 0-dim for each policy group, the scale of all its tensors; None where they differ.
+    """
+
+    each: Tensor
+    one: Sequence[Tensor | None]
+
+    def unless(self, skip: Tensor | None) -> Scales:
+        """These scales, or 1 where the step is to be skipped."""
+        if skip is None:
+            return self
+        return Scales(
+            torch.where(skip, 1.0, self.each), [None if s is None else torch.where(skip, 1.0, s) for s in self.one]
+        )
+
+
+class GlobalNorms:
+    """Global norms of the policy groups.
+
+    Every rank of a stage takes part in every tensor of it, so that global norms follow from the reduced tensor norms.
+    Only pipeline stages have to ask each other, and ranks whose shards have scales of their own.
+
+    Args:
+        counts: bool [n], which tensors this stage counts; one that several stages hold is counted by one of them.
+        skip_above: a step whose global norm exceeds this is to be skipped.
+        may_skip: whether a step may turn out to be skipped, which the host does not know.
+        every_norm: find the norm for the report on every step, also where that costs a collective.
+    """
+
+    def __init__(
+        self,
+        memory: Memory,
+        channel: Channel,
+        counts: Tensor,
+        nonfinite: NonFiniteMode,
+        *,
+        skip_above: float | None,
+        may_skip: bool,
+        every_norm: bool,
+    ) -> None:
+        self._memory, self._channel, self._counts = memory, channel, counts
+        self._nonfinite = nonfinite
+        self._skip_above, self._may_skip, self._every_norm = skip_above, may_skip, every_norm
+        self._sharded_scales = channel.reduces_shards and any(group.per_shard for group in memory.groups)
+
+    def before(self, measured: Measured, overflow: Tensor | None) -> Totals:
+        """Find the global norms that the policies need, what is non-finite, and whether the step is to be skipped.
+
+        Pipeline stages ask each other with one number a group, one for the flag, and one a group whose policy needs the
+        norm of all its parameters.
+
+        Args:
+            overflow: bool 0-dim, whether a GradScaler will skip the step on this rank; None without one.
+        """
+        groups = self._memory.groups
+        flag = measured.bad.any()
+        if self._may_skip and measured.whole is not None:
+            flag = is_nonfinite(measured.whole).any()
+        if overflow is not None:
+            flag = torch.logical_or(flag, overflow)  # also of gradients that the clipper does not look at
+        needs = [self._memory.needs(group) for group in groups]
+        nothing: list[Tensor | None] = [None] * len(groups)
+        if not any("global_norm" in need for need in needs):
+            return Totals(nothing, nothing, flag, None)
+        assert measured.whole is not None
+        weighed = [k for k, group in enumerate(groups) if group.one_element and "weight_norms" in needs[k]]
+        sums = [*self._squares(measured.whole), flag.double()]
+        if weighed:
+            assert measured.weight_whole is not None
+            squares = self._squares(measured.weight_whole)
+            sums += [squares[k] for k in weighed]
+        *squared, flags = (summed := self._channel.sum_over_stages(torch.stack(sums)).unbind())[: len(groups) + 1]
+        weight_norms = list(nothing)
+        for k, square in zip(weighed, summed[len(groups) + 1 :], strict=True):
+            weight_norms[k] = square.sqrt()
+        norms = [square.sqrt() if "global_norm" in need else None for square, need in zip(squared, needs, strict=True)]
+        if not self._may_skip:
+            return Totals(norms, weight_norms, flag, None)
+        flag = flags > 0
+        skip = flag if self._nonfinite.skips else torch.zeros_like(flag)
+        if self._skip_above is not None:
+            # A NaN compares false: what a non-finite norm does is for `nonfinite` to say.
+            skip = torch.logical_or(skip, torch.stack(squared).sum() > self._skip_above**2)
+        return Totals(norms, weight_norms, flag, skip)
+
+    def clip_result(self, measured: Measured, totals: Totals, scales: Scales) -> Scales:
+        """Clip what the rules have scaled at ``post_max_norm``, in the groups whose policy has one."""
+        groups = self._memory.groups
+        squares: dict[int, Tensor] = {}
+        ask = []
+        for k, (group, total, scale) in enumerate(zip(groups, totals.norms, scales.one, strict=True)):
+            if group.policy.post_max_norm is None:
+                continue
+            if not self._memory.one_scale(group):
+                ask.append(k)
+            elif total is not None and scale is not None:  # None: a stage without a tensor
+                squares[k] = (total * scale).square()
+        if ask:
+            after = self._squares_after(measured, scales, sharded=any(groups[k].per_shard for k in ask))
+            sums = torch.stack([groups[k].select(after).sum() for k in ask])
+            squares |= zip(ask, self._channel.sum_over_stages(sums).unbind(), strict=True)
+        each, one = scales.each, list(scales.one)
+        for k, square in squares.items():
+            threshold, scale = groups[k].policy.post_max_norm, one[k]
+            assert threshold is not None
+            factor = global_clip_scale(threshold, square.sqrt())
+            each = each.index_copy(0, groups[k].index, groups[k].select(each) * factor)
+            one[k] = None if scale is None else scale * factor
+        return Scales(each, one)
+
+    def for_report(self, measured: Measured, totals: Totals, scales: Scales) -> ReportedNorms:
+        """The norms of all groups before and after clipping, where known without a collective of their own or asked for."""
+        if not self._every_norm and (self._channel.has_stages or self._sharded_scales):
+            # Other ranks' scales are not known here, but where a group has one scale it is the same everywhere.
+            pairs = [(norm, one) for norm, one in zip(totals.norms, scales.one, strict=True) if norm is not None]
+            if len(pairs) < len(totals.norms):
+                return ReportedNorms(lambda: (None, None), known=False)
+            return ReportedNorms(lambda: _together(pairs))
+        assert measured.whole is not None
+        # A collective, where it takes one, now and not when somebody asks.
+        clipped = self._squares_after(measured, scales, sharded=True) if self._sharded_scales else None
+        whole = measured.whole
+
+        def sums() -> Tensor:
+            before = self._counted(whole.square())
+            after = self._counted((whole * scales.each).square()) if clipped is None else clipped
+            return torch.stack([before.sum(), after.sum()])
+
+        if not self._channel.has_stages:
+            return ReportedNorms(lambda: _roots(sums()))
+        # The optimizer need not wait for the other stages: whoever reads the norm does.
+        pending = self._channel.start_sum_over_stages(sums())
+        return ReportedNorms(lambda: _roots(pending.result()))
+
+    def _squares(self, norms: Tensor) -> list[Tensor]:
+        """Squared global norm of each group's tensors on this stage, float64 0-dim, from the tensors' norms."""
+        squares = self._counted(norms.square())
+        return [group.select(squares).sum() for group in self._memory.groups]
+
+    def _squares_after(self, measured: Measured, scales: Scales, *, sharded: bool) -> Tensor:
+        """The tensors' squared norms after scaling, float64 [n], 0 for those that another stage counts.
+
+        `sharded`: shards of one tensor have scales of their own, so that it takes one more reduction.
+        """
+        if sharded and self._channel.reduces_shards:
+            local = self._nonfinite.clean(measured.local, measured.bad)
+            return self._counted(self._channel.sum_over_shards(local * scales.each.square()))
+        assert measured.whole is not None
+        return self._counted((measured.whole * scales.each).square())
+
+    def _counted(self, squares: Tensor) -> Tensor:
+        return torch.where(self._counts, squares, 0.0)
+
+
+def _together(pairs: Sequence[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor | None]:
+    """Norm of all groups from each one's norm and scale: before clipping, and after it if all scales are known."""
+    before = torch.stack([norm for norm, _ in pairs])
+    scales = [scale for _, scale in pairs if scale is not None]
+    after = (before * torch.stack(scales)).square().sum().sqrt().float() if len(scales) == len(pairs) else None
+    return before.square().sum().sqrt().float(), after
+
+
+def _roots(sums: Tensor) -> tuple[Tensor, Tensor]:
+    before, after = sums.sqrt().float().unbind()
+    return before, after
