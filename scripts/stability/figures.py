@@ -22,7 +22,7 @@ HIDDEN = FLOORS
 TRACKED = ("level", "gamma", "mean")
 """What rules call the norm that they take for usual."""
 README_SETTING = Setting("large", "stdlib", "adamw-95", "plain")
-"""Of the four AdamW settings whose courses are recorded, the one in which LogClip gains least over GlobalGC."""
+"""Of the four AdamW settings whose courses are recorded, the one in which LogClip gains least against bad batches."""
 README_RULES = {BASELINE: ("GlobalNorm(1.0)", "#c8552b"), "logclip": ("LogClip()", "#1f5fa8")}
 """Policy in the grid -> how a user writes it, and its colour."""
 README_STEPS = 80
