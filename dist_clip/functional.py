@@ -49,6 +49,13 @@ def clip_grad_norm_(
     Returns:
         The total norm before clipping, a plain fp32 0-dim tensor (float64 if all gradients are), the same on every rank.
 
+    Example:
+        >>> import dist_clip
+        >>> model = torch.nn.Linear(2, 2)
+        >>> model(torch.ones(1, 2)).sum().backward()
+        >>> dist_clip.clip_grad_norm_(model.parameters(), 1.0)
+        tensor(2.4495)
+
     Raises:
         NonFiniteGradError: a RuntimeError, see ``error_if_nonfinite``.
         TypeError, ValueError: a bad argument, shown in the message.

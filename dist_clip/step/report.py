@@ -55,10 +55,10 @@ class ClipReport:
         >>> clipper = dist_clip.GradClipper(model, dist_clip.GlobalNorm(1.0))
         >>> model(torch.ones(1, 2)).sum().backward()
         >>> report = clipper.clip_()
-        >>> dict(zip(report.names, report.scales.tolist()))
-        {'weight': 0.40824824571609497, 'bias': 0.40824824571609497}
-        >>> report.global_norm
-        tensor(2.4495)
+        >>> print(report)
+        global norm 2.449, clipped 100% of 2 gradients, smallest scale 0.408
+        >>> report.names, report.scales
+        (('weight', 'bias'), tensor([0.4082, 0.4082]))
     """
 
     names: tuple[str, ...]
