@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dist_clip.layouts.process_groups import gather
 from dist_clip.memory import Memory
-from dist_clip.memory.state_dict import cleared, restore, snapshot
+from dist_clip.memory.snapshot import cleared, restore, snapshot
 
 KEY = "dist_clip"
 """Where the state is in an optimizer's state dict."""
