@@ -41,11 +41,11 @@ class PolicyGroup:
 
     @property
     def one_element(self) -> bool:
-        return self.policy.scope == "global"
+        return self.policy.elements.one
 
     @property
     def per_shard(self) -> bool:
-        return self.policy.scope == "shard"
+        return self.policy.elements.per_rank
 
     @property
     def num_elements(self) -> int:
@@ -97,8 +97,8 @@ class Memory:
         pattern, policy = self._rules[k]
         indices = tuple(i for i, name in enumerate(self.layout.names) if rule_number(self._rules, name) == k)
         tensors = [self.layout.tensors[i] for i in indices]
-        numel = [t.shard_numel if policy.scope == "shard" else t.numel for t in tensors]
-        if policy.scope == "global":
+        numel = [t.shard_numel if policy.elements.per_rank else t.numel for t in tensors]
+        if policy.elements.one:
             numel = [sum(numel) + sum(n for name, n in elsewhere.items() if rule_number(self._rules, name) == k)]
         group = PolicyGroup(
             policy,
