@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dist_clip.layouts.process_groups import gather
 from dist_clip.memory import Memory
-from dist_clip.memory.state_dict import cleared, restore, snapshot
+from dist_clip.memory.snapshot import cleared, restore, snapshot
 
 KEY = "dist_clip"
 """Where the state is in an optimizer's state dict."""
@@ -112,7 +112,8 @@ def _without(tensors: dict[str, Mapping[str, Tensor]], *names: Iterable[str]) ->
 def _check_names(memory: Memory, loaded: Mapping[str, Any]) -> None:
     """Raise the same error on every rank, also where only another stage's tensors are missing."""
     everywhere = {*memory.layout.names, *memory.names_elsewhere}
-    expected = {name for name in everywhere if memory.policy_for(name).scope == "tensor"}
+    elements = {name: memory.policy_for(name).elements for name in everywhere}
+    expected = {name for name, kind in elements.items() if not (kind.one or kind.per_rank)}
     missing, unknown = sorted(expected - set(loaded)), sorted(set(loaded) - everywhere)
     if missing or unknown:
         raise ValueError(

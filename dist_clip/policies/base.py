@@ -13,6 +13,27 @@ from torch import Tensor
 Scope = Literal["tensor", "shard", "global"]
 """What one element of a policy is: a logical tensor, this rank's shard of one, or all tensors of the policy together."""
 
+
+@dataclasses.dataclass(frozen=True)
+class Elements:
+    """What a scope means to the clipper.
+
+    Attributes:
+        one: all tensors together are one element, whose norm is the global norm.
+        per_rank: each rank's shards are elements of their own: they need no reduction, and their scales may differ.
+    """
+
+    one: bool = False
+    per_rank: bool = False
+
+
+ELEMENTS: dict[str, Elements] = {
+    "tensor": Elements(),
+    "shard": Elements(per_rank=True),
+    "global": Elements(one=True),
+}
+"""The scopes by name."""
+
 Need = Literal["global_norm", "weight_norms"]
 """A measurement that a policy has to ask for, because it can cost a collective."""
 
@@ -70,6 +91,11 @@ class Policy:
     scope: Scope = "tensor"
     nan_slots: tuple[str, ...] = ()
     post_max_norm: float | None = None
+
+    @property
+    def elements(self) -> Elements:
+        """What `scope` means."""
+        return ELEMENTS[self.scope]
 
     def init_state(self, n: int, device: torch.device) -> State:
         """Return the state of `n` elements before anything was observed: tensors of shape [n] or [k, n] on `device`."""

@@ -152,7 +152,7 @@ def _check_new_state(policy: Policy, shown: str, state: State, new: State) -> No
 
 def _cases(policy: Policy) -> Iterator[tuple[State, StepInputs]]:
     """The first steps, a late one whose number the host does not know, and one whose number it knows; on one state."""
-    several = [_NORMS] if policy.scope != "global" else [(norm,) for norm in _NORMS]
+    several = [(norm,) for norm in _NORMS] if policy.elements.one else [_NORMS]
     for norms in several:
         n = len(norms)
         state = dict(policy.init_state(n, _CPU))

@@ -21,7 +21,7 @@ from dist_clip.errors import DesyncError
 from dist_clip.layouts.process_groups import gather
 from dist_clip.memory.host_copy import HostCopy
 from dist_clip.memory.memory import Memory
-from dist_clip.memory.state_dict import snapshot
+from dist_clip.memory.snapshot import snapshot
 from dist_clip.reduction.grad_version import ClippedGradients
 
 _PRIME = 131_071

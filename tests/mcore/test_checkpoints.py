@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 import dist_clip
-from dist_clip.memory.state_dict import snapshot
+from dist_clip.memory.snapshot import snapshot
 from tests.harness import WorkerError, pool
 
 from .setups import Config, Setup, build

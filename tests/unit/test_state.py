@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dist_clip
-from dist_clip.memory.state_dict import snapshot
+from dist_clip.memory.snapshot import snapshot
 
 WARMUP = 4
 
