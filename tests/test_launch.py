@@ -24,7 +24,6 @@ pytest.importorskip("tqdm")
 pytest.importorskip("matplotlib")
 pytest.importorskip("tensorboard")
 
-import dist_clip
 from dist_clip.policies import options_of, parse_mode, registered
 from launch.clipping import ClipConfig
 from launch.compare import load_runs, render, tabulate
@@ -46,11 +45,10 @@ Part = dict[str, Any]
 
 
 def rule(clip: str, *, max_norm: float = 1.0, **options: Any) -> ClipConfig:
-    """A rule with a warm-up of 4 steps, if it has one."""
-    cls, _ = parse_mode(clip) if clip != "none" else (dist_clip.GlobalNorm, {})
-    known = {option.name for option in options_of(cls)}
-    shared = {"warmup_steps": 4, "gamma_init": "median"} if options.pop("median", False) else {"warmup_steps": 4}
-    return ClipConfig(clip, max_norm, {**{k: v for k, v in shared.items() if k in known}, **options})
+    """A rule with a warm-up of 4 steps and these options; it is not given those that it does not have."""
+    wanted = {"warmup_steps": 4, **options}
+    known = set() if clip == "none" else {option.name for option in options_of(parse_mode(clip)[0])}
+    return ClipConfig(clip, max_norm, {name: value for name, value in wanted.items() if name in known})
 
 
 def config(out: Path, *, optim: Part | None = None, log: Part | None = None, **parts: Any) -> Config:
@@ -187,7 +185,7 @@ def test_bf16_autocast_trains_close_to_fp32(parallel: Any, single: Run, tmp_path
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp", "pp"])
 @pytest.mark.parametrize("clip", ["none", *registered(), "adagc-shard", "adagc-global"])
 def test_every_rule_runs_through_the_fault(clip: Any, parallel: Any, tmp_path: Path) -> None:
-    chosen = rule(clip, max_norm=0.5, median=True)
+    chosen = rule(clip, max_norm=0.5, gamma_init="median")
     got = run(2, config(tmp_path, clip=chosen, parallel=ParallelConfig(parallel), fault=GARBAGE))
     assert all(math.isfinite(loss) for loss in got.series("loss"))
     before, after = got.series("grad_norm"), got.series("grad_norm_clipped")
@@ -473,7 +471,7 @@ def test_muon_takes_the_step_of_torch_optim_muon() -> None:
 def test_a_branch_off_a_snapshot_is_the_run_bit_for_bit(optimizer: str, clip: Any, ranks: int, tmp_path: Path) -> None:
     pytest.importorskip("pytorch_optimizer")
     parts: dict[str, Any] = {
-        "clip": rule(clip, median=True),
+        "clip": rule(clip, gamma_init="median"),
         "optim": {"optimizer": optimizer},
     }
     file = tmp_path / "snapshot.pt"
