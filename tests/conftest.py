@@ -40,7 +40,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--property-cases",
         type=int,
-        default=500,
+        default=300,
         help="random cases that tests/distributed/test_properties.py tries in all (the long run: 10000)",
     )
     group.addoption(

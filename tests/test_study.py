@@ -7,7 +7,9 @@ give the same bits, for one thread makes all sums in one order.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 import json
 import math
 import multiprocessing
@@ -42,6 +44,8 @@ from scripts.stability.row import BIN, Recorded, make_row
 from scripts.stability.runner import remaining, run_family
 from scripts.stability.store import Rows
 from scripts.stability.tables import tables
+from scripts.study import Row as Again
+from scripts.study import Run as Study
 
 ROOT = Path(__file__).parents[1]
 ROWS = ROOT / "docs/data/study/rows.jsonl"
@@ -240,15 +244,19 @@ def test_a_torn_last_line_is_left_out_and_replaced(tmp_path: Path) -> None:
         rows.read()
 
 
-def append_many(path: Path, writer: int) -> None:
-    for number in range(10):
-        Rows(path).append({"id": f"{writer}:{number}", "padding": "x" * 5000})
+APPEND = """
+import pathlib, sys
+from scripts.stability.store import Rows
+for number in range(10):
+    Rows(pathlib.Path(sys.argv[1])).append({"id": f"{sys.argv[2]}:{number}", "padding": "x" * 5000})
+"""
 
 
 def test_two_writers_do_not_write_over_each_other(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
-    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as executor:
-        list(executor.map(append_many, [path] * 2, range(2)))
+    commands = [[sys.executable, "-c", APPEND, str(path), str(writer)] for writer in range(2)]
+    writers = [subprocess.Popen(command, cwd=ROOT) for command in commands]
+    assert [writer.wait(60) for writer in writers] == [0, 0]
     assert Rows(path).read().keys() == {f"{writer}:{number}" for writer in range(2) for number in range(10)}
 
 
@@ -298,13 +306,30 @@ def comparable(rows: dict[str, Any]) -> dict[str, Any]:
     return {key: {name: value for name, value in row.items() if name != "seconds"} for key, row in rows.items()}
 
 
+def study(*options: str) -> str:
+    """What the command line prints."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "scripts.study", *options]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def quick(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the quick study, which all tests of runs share."""
+    out = tmp_path_factory.mktemp("study") / "quick"
+    study("run", "--quick", "--out", str(out))
+    return out
+
+
+@pytest.fixture(scope="module")
+def whole(quick: Path) -> dict[str, Any]:
     """Rows of a family that nothing happened to."""
-    folder = tmp_path_factory.mktemp("whole")
-    assert elsewhere(run_and_count, folder / "rows.jsonl", folder / "work") == (3, 3)
-    assert not list((folder / "work").glob("*+*"))  # logs and snapshots are gone
-    return Rows(folder / "rows.jsonl").read()
+    rows = Rows(quick / "rows.jsonl").read()
+    family = {spec.id: rows[spec.id] for spec in quick_family().specs}
+    assert len(family) == 3
+    return family
 
 
 def test_a_kill_in_the_middle_of_a_run_loses_no_finished_one(whole: dict[str, Any], tmp_path: Path) -> None:
@@ -328,10 +353,10 @@ def test_a_lost_snapshot_is_made_again(whole: dict[str, Any], tmp_path: Path) ->
     assert comparable(Rows(path).read()) == comparable(whole)
 
 
-@pytest.mark.parametrize("fault", [NONE, "batch", "grad"])
-def test_a_rows_command_gives_its_numbers(fault: str, whole: dict[str, Any], tmp_path: Path) -> None:
-    row = next(row for row in whole.values() if row["fault"] == fault)
-    assert row["branched"] == (fault != NONE)
+def test_a_rows_command_gives_its_numbers(whole: dict[str, Any], tmp_path: Path) -> None:
+    """Of a run that branched off its twin's snapshot, the whole run."""
+    row = next(row for row in whole.values() if row["fault"] == "batch")
+    assert row["branched"]
     threads, python, *rest = shlex.split(row["command"])
     assert (threads, python, rest[:2]) == ("OMP_NUM_THREADS=1", "python", ["-m", "launch.train"])
     command = [sys.executable, *rest, "--out", str(tmp_path), "--no-plot", "--no-tensorboard"]
@@ -375,34 +400,40 @@ def test_what_is_put_back_is_the_twins(tmp_path: Path) -> None:
     torch.testing.assert_close(got, whole, rtol=0, atol=0)
 
 
-@pytest.mark.slow
-def test_a_quick_study_from_the_command_line(tmp_path: Path) -> None:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MPLCONFIGDIR": str(tmp_path / "mpl")}
-
-    def study(*options: str) -> str:
-        command = [sys.executable, "-m", "scripts.study", *options]
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
-        assert done.returncode == 0, done.stderr[-3000:]
-        return done.stdout
-
-    out = tmp_path / "quick"
-    study("run", "--quick", "--out", str(out))
-    rows = Rows(out / "rows.jsonl").read()
+def test_a_quick_study_from_the_command_line(quick: Path) -> None:
+    rows = Rows(quick / "rows.jsonl").read()
     grid = Grid.load(QUICK)
     assert list(rows.keys() ^ {spec.id for family in grid.families() for spec in family.specs}) == []
     assert all(row["validation"] < 5.6 for row in rows.values())
-    drawn = {path.name for path in out.glob("*.png")}
+    drawn = {path.name for path in quick.glob("*.png")}
     assert drawn == {f"study-{name}.png" for name in FIGURES}
     assert {row["ranks"] for row in rows.values()} == {1, 2}
-    page = (out / "stability.md").read_text()
+    assert not list((quick / "work").glob("*+*"))  # logs and snapshots are gone
+    page = (quick / "stability.md").read_text()
     assert "18k parameters" in page
-    before = (out / "rows.jsonl").read_bytes()
-    assert f"{len(rows)} runs are done, 0 are to do" in study("run", "--quick", "--out", str(out))
-    assert (out / "rows.jsonl").read_bytes() == before
+
+
+def test_a_finished_study_has_nothing_to_do(quick: Path) -> None:
+    path = quick / "rows.jsonl"
+    before = path.read_bytes()
+    said = elsewhere(printed, Study(quick=True, out=quick))
+    assert f"{len(Rows(path).read())} runs are done, 0 are to do" in said
+    assert path.read_bytes() == before
+
+
+def test_a_row_is_run_again(quick: Path) -> None:
+    path = quick / "rows.jsonl"
     name = "small/stdlib/adamw-999/plain/adagc-min/grad/0"
-    again = study("row", name, "--grid", str(QUICK), "--rows", str(out / "rows.jsonl"))
+    again = elsewhere(printed, Again(name, QUICK, path))
     assert ": the same" in again
-    assert rows[name]["command"] in again
+    assert Rows(path).read()[name]["command"] in again
+
+
+def printed(command: Study | Again) -> str:
+    """What a subcommand of scripts/study.py prints; it must succeed."""
+    with contextlib.redirect_stdout(io.StringIO()) as text:
+        assert command() == 0
+    return text.getvalue()
 
 
 # ---- results and the page --------------------------------------------------------------------------------------------
@@ -480,6 +511,7 @@ def test_pasting_needs_its_markers(tmp_path: Path) -> None:
         paste({"state": ""}, page)
 
 
+@pytest.mark.pages
 def test_the_page_says_what_the_rows_say(grid: Grid) -> None:
     text = PAGE.read_text(encoding="utf-8")
     results, carried = Results(grid, Rows(ROWS).read()), list(Rows(CARRIERS).read().values())
@@ -489,6 +521,7 @@ def test_the_page_says_what_the_rows_say(grid: Grid) -> None:
         assert found[2] == section, f"{name}: run `python -m scripts.study report`"
 
 
+@pytest.mark.pages
 @pytest.mark.parametrize("page", [PAGE, README], ids=["stability", "README"])
 def test_the_pages_figures_are_there(page: Path) -> None:
     names = re.findall(r"\]\((?:docs/)?images/([^)]+)\)", page.read_text(encoding="utf-8"))
@@ -497,6 +530,7 @@ def test_the_pages_figures_are_there(page: Path) -> None:
         assert (IMAGES / name).read_bytes().startswith(b"\x89PNG"), name
 
 
+@pytest.mark.pages
 def test_the_readmes_figure_shows_the_rows(grid: Grid) -> None:
     results = Results(grid, Rows(ROWS).read())
     figure = figures.fault_courses(results)
@@ -517,6 +551,7 @@ def test_the_readmes_figure_shows_the_rows(grid: Grid) -> None:
     figures.plt.close(figure)
 
 
+@pytest.mark.pages
 def test_committed_rows_are_small_and_of_this_grid(grid: Grid) -> None:
     commands = {spec.id: spec.command for family in grid.families() for spec in family.specs}
     rows = Rows(ROWS).read()

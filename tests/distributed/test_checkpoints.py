@@ -8,7 +8,6 @@ layout, up to rounding on another.
 
 from __future__ import annotations
 
-import functools
 import warnings
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ from .layouts import LAYOUTS, Config, Setup
 from .model import make_net
 from .training import POLICIES, WARMUP, make_clipper, remember_gradients
 
-SAVED_AT, END = WARMUP + 2, WARMUP + 6
+SAVED_AT, END = WARMUP + 1, WARMUP + 4  # a spike is the last step
 DENSE, UNEVEN, TIED, MOE = Config(blocks=4), Config(blocks=4, odd=True), Config(blocks=4, tied=True), Config(experts=4)
 
 # As pipeline stages need it, each with an optimizer of its own.
@@ -40,10 +39,12 @@ OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)
 class Training:
     """One run of a layout, with an AdamW over whatever parameters the layout has."""
 
-    def __init__(self, layout: str, config: Config, policies: tuple[str, ...]) -> None:
+    def __init__(self, layout: str, config: Config, policies: tuple[str, ...], own: dist_clip.Policy | None = None) -> None:
+        """`own`: a policy that is not in POLICIES, to be followed."""
         self.setup: Setup = LAYOUTS[layout].build(make_net(config, torch.float64), config)
-        self.clippers = {policy: make_clipper(self.setup, POLICIES[policy].ours()) for policy in policies}
-        self.clipper = self.clippers[policies[-1]]
+        made = {policy: POLICIES[policy].ours() for policy in policies} | ({"own": own} if own is not None else {})
+        self.clippers = {name: make_clipper(self.setup, policy) for name, policy in made.items()}
+        (*_, self.clipper) = self.clippers.values()
         params = [param for _, param in self.setup.named]
         self.optimizer = torch.optim.AdamW(params, lr=3e-3, eps=1e-5, foreach=False)
         self.model = self.setup.modules[0] if len(self.setup.modules) == 1 else nn.ModuleList(self.setup.modules)
@@ -143,28 +144,17 @@ PAIRS = [
     (("ep", 4), ("ddp", 2), MOE),
     (("ep", 2), ("ep", 4), MOE),
 ]
-# Those whose state is another's under every layout: a scalar, several, with a global clip after the rule.
-CHANGING = ("logclip", "logclip-post", "zclip", "zclip-tensor", "adagc-global", "adagc-median")
-
-
-@functools.cache
-def saved_under(layout: str, world: int, config: Config, folder: str) -> tuple[str, list[dict[str, Any]]]:
-    """Where the checkpoint is, and the ranks' outcomes of the run that goes on. Kept for all tests that load it."""
-    path = f"{folder}/{layout}-{world}-{abs(hash(config))}"
-    return path, pool(world).run(save_and_go_on, layout, config, CHANGING, path)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(tmp_path_factory.mktemp("checkpoints"))
+# Beside adagc-median, which the optimizer follows, each pair of layouts has another policy, in turn.
+TURNS = ("logclip", "logclip-post", "zclip", "zclip-tensor", "adagc-global")
 
 
 @pytest.mark.parametrize(
     ("first", "second", "config"), PAIRS, ids=lambda v: f"{v[0]}{v[1]}" if type(v) is tuple else None
 )
-def test_another_layout(first: tuple[str, int], second: tuple[str, int], config: Config, folder: str) -> None:
-    path, before = saved_under(*first, config, folder)
-    after = pool(second[1]).run(load_and_go_on, second[0], config, CHANGING, path)
+def test_another_layout(first: tuple[str, int], second: tuple[str, int], config: Config, tmp_path: Path) -> None:
+    policies = (TURNS[PAIRS.index((first, second, config)) % len(TURNS)], "adagc-median")
+    before = pool(first[1]).run(save_and_go_on, first[0], config, policies, str(tmp_path))
+    after = pool(second[1]).run(load_and_go_on, second[0], config, policies, str(tmp_path))
     saved = merged(before, "saved")
     assert str(merged(after, "loaded")) == str({name: saved[name] for name in merged(after, "loaded")})
     assert merged(after, "loaded").keys() == saved.keys()

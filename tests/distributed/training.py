@@ -43,62 +43,48 @@ CLIPPED_RTOL = {torch.float64: 2e-6, torch.float32: 2e-6, torch.bfloat16: 8e-3}
 
 @dataclass(frozen=True)
 class Policy:
-    """One policy under test next to its reference."""
+    """One policy under test; `tests/reference.py` has its reference."""
 
     ours: Callable[[], Any]
-    theirs: Callable[[], Any]
-    scope: str = "tensor"
     rtol: float = RTOL
     """Of scales and state."""
 
+    def theirs(self) -> Any:
+        return reference.rule_of(self.ours())
 
-def _adagc(scope: str = "tensor", gamma_init: str = "min") -> Policy:
-    rule = reference.AdaGCGlobal if scope == "global" else reference.AdaGC
-    return Policy(
-        lambda: dist_clip.AdaGC(warmup_steps=WARMUP, scope=scope, gamma_init=gamma_init),
-        lambda: rule(warmup_steps=WARMUP, gamma_init=gamma_init),
-        scope,
-    )
+    @property
+    def scope(self) -> str:
+        return self.ours().scope
 
 
-def _logclip(scope: str = "tensor", post_max_norm: float | None = None) -> Policy:
+def _made(mode: str, rtol: float = RTOL, **settings: Any) -> Policy:
+    """`mode`: a registered name, with a scope or without."""
+    return Policy(lambda: dist_clip.policy(mode, warmup_steps=WARMUP, **settings), rtol)
+
+
+def _logclip(mode: str = "logclip", post_max_norm: float | None = None) -> Policy:
     """Sharper and less patient than by default, so that a short run meets every part of the rule."""
-    rule = reference.LogClipGlobal if scope == "global" else reference.LogClip
-    settings: dict[str, Any] = {"warmup_steps": WARMUP, "ratio": 1.2, "patience": 2, "post_max_norm": post_max_norm}
     # The scale is the square of a level, which is a product of moves: there the roundings of many steps may add up.
-    return Policy(lambda: dist_clip.LogClip(scope=scope, **settings), lambda: rule(**settings), scope, rtol=4 * RTOL)
+    return _made(mode, 4 * RTOL, ratio=1.2, patience=2, post_max_norm=post_max_norm)
 
 
 POLICIES: dict[str, Policy] = {
-    "global_norm": Policy(lambda: dist_clip.GlobalNorm(1.0), lambda: reference.GlobalGC(1.0)),
-    "adagc": _adagc(),
-    "adagc-median": _adagc(gamma_init="median"),
-    "adagc-mean": _adagc(gamma_init="mean"),
-    "adagc-last": _adagc(gamma_init="last"),
-    "adagc-shard": _adagc("shard"),
-    "adagc-global": _adagc("global"),
-    "zclip": Policy(
-        lambda: dist_clip.ZClip(warmup_steps=WARMUP, max_norm=5.0),
-        lambda: reference.ZClip(warmup_steps=WARMUP, max_norm=5.0),
-    ),
-    "zclip-tensor": Policy(
-        lambda: dist_clip.ZClip(warmup_steps=WARMUP, max_norm=2.0, scope="tensor"),
-        lambda: reference.ZClipEach(warmup_steps=WARMUP, max_norm=2.0),
-    ),
-    "zclip-shard": Policy(
-        lambda: dist_clip.ZClip(warmup_steps=WARMUP, max_norm=2.0, scope="shard"),
-        lambda: reference.ZClipEach(warmup_steps=WARMUP, max_norm=2.0),
-        "shard",
-    ),
+    "global_norm": Policy(lambda: dist_clip.GlobalNorm(1.0)),
+    "adagc": _made("adagc"),
+    "adagc-median": _made("adagc", gamma_init="median"),
+    "adagc-mean": _made("adagc", gamma_init="mean"),
+    "adagc-last": _made("adagc", gamma_init="last"),
+    "adagc-shard": _made("adagc-shard"),
+    "adagc-global": _made("adagc-global"),
+    "zclip": _made("zclip", max_norm=5.0),
+    "zclip-tensor": _made("zclip-tensor", max_norm=2.0),
+    "zclip-shard": _made("zclip-shard", max_norm=2.0),
     "logclip": _logclip(),
-    "logclip-shard": _logclip("shard"),
-    "logclip-global": _logclip("global"),
+    "logclip-shard": _logclip("logclip-shard"),
+    "logclip-global": _logclip("logclip-global"),
     "logclip-post": _logclip(post_max_norm=0.5),
-    "logclip-shard-post": _logclip("shard", post_max_norm=0.5),
-    "zclip-percentile": Policy(
-        lambda: dist_clip.ZClip(warmup_steps=WARMUP, mode="percentile", max_norm=None, skip_update_on_spike=True),
-        lambda: reference.ZClip(warmup_steps=WARMUP, mode="percentile", max_norm=None, skip_update_on_spike=True),
-    ),
+    "logclip-shard-post": _logclip("logclip-shard", post_max_norm=0.5),
+    "zclip-percentile": _made("zclip", mode="percentile", max_norm=None, skip_update_on_spike=True),
 }
 MAIN_POLICIES = (
     *("global_norm", "adagc", "adagc-shard", "adagc-global", "zclip", "zclip-tensor", "zclip-shard"),
@@ -108,11 +94,15 @@ MAIN_POLICIES = (
 
 
 def forgotten() -> list[str]:
-    """The modes of built-in policies that MAIN_POLICIES lacks; policies that a test registers do not count."""
-    here = {(type(ours), getattr(ours, "scope", None)) for ours in (POLICIES[name].ours() for name in MAIN_POLICIES)}
+    """The modes of built-in policies that MAIN_POLICIES or the reference lacks; those that a test registers do not count."""
+    here = {(type(ours), ours.scope) for ours in (POLICIES[name].ours() for name in MAIN_POLICIES)}
     builtin = [mode for mode in modes() if parse_mode(mode)[0].__module__.startswith("dist_clip.")]
     made = {mode: dist_clip.policy(mode) for mode in builtin}
-    return [mode for mode, ours in made.items() if (type(ours), getattr(ours, "scope", None)) not in here]
+    return [
+        mode
+        for mode, ours in made.items()
+        if (type(ours), ours.scope) not in here or type(ours).__name__ not in reference.RULES
+    ]
 
 
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
