@@ -26,8 +26,9 @@ class Option:
 
     Attributes:
         name: of the dataclass's field.
-        type: int, float, bool or str; of an optional one the type that is not None.
-        default: the field's default.
+        type: int, float, bool or str, of an optional one the type that is not None; `object` for any other type, which no
+            flag can set.
+        default: the field's default; `dataclasses.MISSING` where the option must be given.
         choices: the values of a Literal, else empty.
         optional: whether None is a value.
         help: what the docstring's "Args" say of it, on one line.
@@ -36,9 +37,14 @@ class Option:
     name: str
     type: type
     default: Any
-    choices: tuple[str, ...]
+    choices: tuple[Any, ...]
     optional: bool
     help: str
+
+    @property
+    def required(self) -> bool:
+        """Whether the option must be given."""
+        return self.default is dataclasses.MISSING
 
 
 def register(name: str) -> Callable[[_P], _P]:
@@ -137,7 +143,7 @@ def options_of(cls: type[Policy]) -> tuple[Option, ...]:
     return tuple(out)
 
 
-def _resolve(hint: Any) -> tuple[type, tuple[str, ...], bool]:
+def _resolve(hint: Any) -> tuple[type, tuple[Any, ...], bool]:
     """The type, the choices and whether None is allowed, of an annotation."""
     optional = False
     if get_origin(hint) in (typing.Union, types.UnionType):
@@ -146,8 +152,8 @@ def _resolve(hint: Any) -> tuple[type, tuple[str, ...], bool]:
         if len(members) == 1:
             hint = members[0]
     if get_origin(hint) is Literal:
-        return str, get_args(hint), optional
-    return (hint if isinstance(hint, type) else str), (), optional
+        return type(get_args(hint)[0]), get_args(hint), optional
+    return (hint if hint in (int, float, bool, str) else object), (), optional
 
 
 def _docstring_args(doc: str) -> dict[str, str]:
