@@ -34,8 +34,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--every-policy",
         action="store_true",
-        help="every policy at 2 and at 4 processes of a layout, in each of its nonfinite modes and in all configurations of "
-        "Megatron that differ in how they reduce; without it about half of these",
+        help="every policy in both runs of a layout and in each of its nonfinite modes; without it in half of these",
     )
     group.addoption(
         "--property-cases",

@@ -1,9 +1,9 @@
 """The clipper in `torch.distributed.checkpoint`, beside model and optimizer: saved under one layout, loaded under another.
 
 Several policies clip the same gradients, each with a clipper of its own in the same checkpoint; the optimizer follows the
-last. Each run is interrupted after SAVED_AT steps. What is compared: the state right after loading, tensor by tensor, with the
-one that was saved; and state and parameters at the end with those of the run that was not interrupted: bitwise on the same
-layout, up to rounding on another.
+last. Each run is interrupted after SAVED_AT steps. The state right after loading equals the one that was saved, tensor by
+tensor. State and parameters at the end equal those of the run that was not interrupted: bitwise on the same layout, up to
+rounding on another.
 """
 
 from __future__ import annotations
@@ -39,7 +39,9 @@ OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)
 class Training:
     """One run of a layout, with an AdamW over whatever parameters the layout has."""
 
-    def __init__(self, layout: str, config: Config, policies: tuple[str, ...], own: dist_clip.Policy | None = None) -> None:
+    def __init__(
+        self, layout: str, config: Config, policies: tuple[str, ...], own: dist_clip.Policy | None = None
+    ) -> None:
         """`own`: a policy that is not in POLICIES, to be followed."""
         self.setup: Setup = LAYOUTS[layout].build(make_net(config, torch.float64), config)
         made = {policy: POLICIES[policy].ours() for policy in policies} | ({"own": own} if own is not None else {})
@@ -63,7 +65,12 @@ class Training:
     def checkpoint(self) -> dict[str, Any]:
         model, optimizer = get_state_dict(self.model, self.optimizer, options=OPTIONS)
         *others, _ = self.clippers
-        return {"model": model, "optimizer": optimizer, "clipper": self.clipper, **{p: self.clippers[p] for p in others}}
+        return {
+            "model": model,
+            "optimizer": optimizer,
+            "clipper": self.clipper,
+            **{p: self.clippers[p] for p in others},
+        }
 
     def load(self, path: str) -> None:
         state = self.checkpoint()

@@ -34,7 +34,7 @@ def new_grads(setup: Any, step: int) -> None:
 
 
 def in_step(layout: str) -> list[dict[str, Any]]:
-    """Of each policy, with and without detect_desync: what eight clips came to, the collectives of the second and the last."""
+    """Eight clips by each policy, with and without detect_desync: reports, collectives of the second and the last."""
     setup = training.build(layout, torch.float32)
     out = []
     for policy in POLICY_NAMES:

@@ -27,7 +27,7 @@ def test_clipping(layout: str) -> None:
     """As in test_layouts.py: every policy on the same gradients, the optimizer follows one of them in turn."""
     number = FSDP1.index(layout)
     policies = training.in_turn(POLICY_NAMES, number)
-    # By turns as users train, and where a single process's whole path can be followed. The next is the same with flat parameters.
+    # By turns as users train, and in float64, where a single process's whole path can be followed.
     optimizer, dtype = (("adamw", torch.float32), ("sgd", torch.float64))[number % 2]
     ranks = pool(2 if "no-shard" in layout else 4).run(training.train, layout, policies, optimizer, dtype)
     training.check_policies(ranks, layout, policies, optimizer, dtype)

@@ -59,7 +59,13 @@ def cases() -> Iterator[Case]:
 CASES = list(cases())
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+FAST = {("ddp", 2), ("fsdp", 2), ("tp-fsdp", 4), ("pp", 2)}
+
+
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(c, id=str(c), marks=[pytest.mark.fast] * ((c.layout, c.world) in FAST)) for c in CASES],
+)
 def test_training(case: Case, pytestconfig: pytest.Config) -> None:
     policies = case.policies(pytestconfig.getoption("every_policy"))
     dtype = torch.float32 if case.optimizer == "adamw" else torch.float64

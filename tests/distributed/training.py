@@ -601,6 +601,8 @@ def check_rounding(run: Run, exact: dict[str, Any], rounded: dict[str, Any]) -> 
     whole = run.join([dict(entry["params"]) for entry in run.ranks])  # asserts that copies are bitwise equal
     truth = {name: param.double().flatten() for name, param in exact["params"].items()}
     ours = {name: float((whole[name] - param).abs().max()) for name, param in truth.items()}
-    usual = max(float((rounded["params"][name].double().flatten() - param).abs().max()) for name, param in truth.items())
+    usual = max(
+        float((rounded["params"][name].double().flatten() - param).abs().max()) for name, param in truth.items()
+    )
     worst = max(ours, key=ours.__getitem__)
     assert ours[worst] <= ROUNDING_FACTOR * usual, f"{worst}: off by {ours[worst]:.1e}, a single process by {usual:.1e}"
