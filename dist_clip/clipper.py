@@ -215,7 +215,7 @@ class GradClipper:
         return self.last_report
 
     def _read(self) -> tuple[list[Tensor | None], int]:
-        """Return this rank's shards of the gradients, in the layout's order, and the number of them that are not None."""
+        """Return this rank's shards of the gradients, in the layout's order, and how many of them are not None."""
         self._partial.reduce_(self.layout.tensors)
         grads = [tensor.grad() for tensor in self.layout]
         num_grads = sum(grad is not None for grad in grads)
@@ -238,8 +238,9 @@ class GradClipper:
         return self.memory.steps
 
     def check_in_sync(self) -> None:
-        """Compare the step and the state of all ranks, under any layout. Collective over `process_group`; syncs the host.
+        """Compare the steps and states of all ranks, under any layout.
 
+        Collective over `process_group`; syncs the host.
         Call it now and then (after loading a checkpoint, every thousand steps). ``detect_desync=True`` checks the same
         at each step for free, but only where a packed vector travels: not under DDP, nor, after AdaGC's warm-up, from
         one pipeline stage to another.
