@@ -34,7 +34,7 @@ class Options:
     detect_desync: bool
 
     def checked(self) -> CheckedOptions:
-        """Check the options that need no parameters. `overrides`, `exclude` and `kernels` are checked where they are used.
+        """Check the options that need no parameters, but `overrides`, `exclude` and `kernels`, which others check.
 
         Raises:
             LayoutError, TypeError, ValueError: an argument of the wrong type or value.

@@ -121,7 +121,7 @@ def _original_reader(name: str, param: Tensor, numel: int) -> Callable[[], Tenso
 
 
 def _flat_reader(name: str, flat: Any, info: Any) -> Callable[[], Tensor | None]:
-    """Return a reader for use_orig_params=False, where this rank's piece is a range of the flat parameter's gradient."""
+    """Return a reader for use_orig_params=False, where this rank's piece is a range of the flat gradient."""
 
     def read() -> Tensor | None:
         grad = flat.grad
