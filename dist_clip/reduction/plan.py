@@ -220,7 +220,7 @@ class _Chain:
         return math.prod(self._groups[h].size() for h in after if h in self._tensor_groups[i])
 
     def _home(self, i: int, k: int) -> int | None:
-        """Return a group that gathers later anyway, along which all copies of tensor `i` outside group `k` lie, or None."""
+        """Return a group that gathers later anyway, along which all copies of tensor `i` outside `k` lie, or None."""
         latest = max(self._level[h] for h in self._tensor_groups[i])
         replica_ranks = self._layout.tensors[i].replica_ranks
         for h in self._order:
@@ -266,7 +266,7 @@ def _launch(
 
 
 def add_up(gathered: Tensor, size: int, p: float) -> Tensor:
-    """Return the ranks' vectors added in rank order, so that all ranks get the same bits (``p = inf``: their maxima)."""
+    """Return the ranks' vectors added in rank order, for the same bits on all ranks (``p = inf``: their maxima)."""
     rows = gathered.view(size, -1)
     return rows.amax(dim=0) if math.isinf(p) else rows.sum(dim=0)
 
