@@ -1,4 +1,4 @@
-"""Command-line flags in Megatron's style, and the policy that they ask for. The options come from the policy registry."""
+"""Command-line flags in Megatron's style, made from the policy registry, and the policy that they describe."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _COMMON = ("grad_clip_nonfinite", "grad_clip_exclude", "no_grad_clip_log_norm", 
 
 
 def _policy_flags() -> Iterator[tuple[type[Policy], str, Option]]:
-    """(policy class, name of the parsed argument, option) of every option but ``max_norm``, which is --clip-grad."""
+    """Yield (policy class, name of the parsed argument, option) of all options but ``max_norm``, set by --clip-grad."""
     for name, cls in registered().items():
         for option in options_of(cls):
             if option.name != "max_norm":
@@ -26,9 +26,16 @@ def _policy_flags() -> Iterator[tuple[type[Policy], str, Option]]:
 
 
 def add_clip_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Add the flags, in a group of their own; usable as Megatron-LM's ``extra_args_provider``. Returns the parser.
+    """Add the clipping flags to a parser. Usable as Megatron-LM's ``extra_args_provider``.
 
-    Each registered policy adds ``--NAME-OPTION`` for each of its hyper-parameters.
+    Each registered policy adds ``--NAME-OPTION`` for each of its hyper-parameters but ``max_norm``, which is Megatron's
+    ``--clip-grad``.
+
+    Args:
+        parser: gets the flags in their own argument group.
+
+    Returns:
+        The parser.
 
     Example:
         >>> import argparse
@@ -46,7 +53,7 @@ def add_clip_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
     add("--grad-clip-mode", choices=modes(), help="The rule. Not given: Megatron's own clipping, untouched.")
     for _, dest, option in _policy_flags():
-        # No defaults here: a flag that was not given leaves the policy's own.
+        # Flags have no defaults, so that the policy's own default holds for those that were not given.
         kwargs: dict[str, Any] = {"type": option.type, "choices": option.choices or None}
         if option.type is bool:
             kwargs = {"action": "store_const", "const": not option.default}
@@ -75,15 +82,21 @@ def add_clip_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
 
 def policy_from_args(args: argparse.Namespace, clip_grad: float) -> Policy | None:
-    """The policy of ``--grad-clip-mode``; None where it was not given.
+    """Return the policy of ``--grad-clip-mode``; None if the flag was not given.
 
     Args:
         args: parsed arguments, with the flags of `add_clip_args`.
-        clip_grad: Megatron's ``--clip-grad``, which becomes the policy's ``max_norm``: threshold of GlobalNorm and of the
-            warm-up of AdaGC and LogClip, upper bound of ZClip's norm.
+        clip_grad: Megatron's ``--clip-grad``, which becomes the policy's ``max_norm``: the threshold of GlobalNorm and
+            of the warm-up of AdaGC and LogClip, and the upper bound of ZClip's norm (0 or less: no bound).
 
     Raises:
-        ValueError: flags that contradict each other, or values that a policy refuses; each named.
+        ValueError: flags that contradict each other, or values out of range; the message names them.
+
+    Example:
+        >>> import argparse
+        >>> parser = add_clip_args(argparse.ArgumentParser())
+        >>> policy_from_args(parser.parse_args(["--grad-clip-mode", "global"]), clip_grad=0.5)
+        GlobalNorm(max_norm=0.5)
     """
     mode = getattr(args, "grad_clip_mode", None)
     given = {dest: cls for cls, dest, _ in _policy_flags() if getattr(args, dest, None) is not None}
@@ -115,10 +128,27 @@ def attach_from_args(
     clip_grad: float | None = None,
     pg_collection: Any = None,
 ) -> GradClipper | None:
-    """`attach` as the flags say; None, and nothing changed, without ``--grad-clip-mode``.
+    """Attach a clipper to a Megatron optimizer as the flags describe it.
 
     Args:
-        clip_grad: default, ``args.clip_grad``.
+        optimizer: what ``get_megatron_optimizer`` returned.
+        args: parsed arguments, with the flags of `add_clip_args`.
+        model: the model chunk, or the list of chunks, that the optimizer was made from.
+        clip_grad: the policy's ``max_norm``, as for `policy_from_args`. None: ``args.clip_grad``, or 1.0 without it.
+        pg_collection: as for `attach`.
+
+    Returns:
+        The clipper, as `attach` returns it. Without ``--grad-clip-mode`` None, and nothing is changed.
+
+    Raises:
+        ValueError: as `policy_from_args` documents.
+        LayoutError, TypeError, RuntimeError, ImportError: as `attach` documents.
+
+    Example (needs Megatron-core)::
+
+        args = dist_clip.megatron.add_clip_args(parser).parse_args()
+        optimizer = get_megatron_optimizer(optimizer_config, model_chunks)
+        clipper = dist_clip.megatron.attach_from_args(optimizer, args, model=model_chunks)
     """
     threshold = getattr(args, "clip_grad", None) if clip_grad is None else clip_grad
     policy = policy_from_args(args, 1.0 if threshold is None else float(threshold))
