@@ -20,6 +20,10 @@ _CPU = torch.device("cpu")
 class Kernels:
     """A way to measure and scale lists of tensors.
 
+    Example:
+        >>> import dist_clip
+        >>> clipper = dist_clip.GradClipper(torch.nn.Linear(2, 2), dist_clip.LogClip(), kernels="torch")
+
     Attributes:
         name: "torch" or "triton".
         why: why they were chosen, for ``explain()``.

@@ -115,7 +115,8 @@ def _without(tensors: dict[str, Mapping[str, Tensor]], *names: Iterable[str]) ->
 def _check_names(memory: Memory, loaded: Mapping[str, Any]) -> None:
     """Raise ValueError, the same on every rank, if tensors of any pipeline stage are missing or unknown."""
     everywhere = {*memory.layout.names, *memory.names_elsewhere}
-    expected = {name for name in everywhere if memory.policy_for(name).scope == "tensor"}
+    elements = {name: memory.policy_for(name).elements for name in everywhere}
+    expected = {name for name, kind in elements.items() if not (kind.one or kind.per_rank)}
     missing, unknown = sorted(expected - set(loaded)), sorted(set(loaded) - everywhere)
     if missing or unknown:
         raise ValueError(

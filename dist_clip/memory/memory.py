@@ -45,11 +45,11 @@ class PolicyGroup:
 
     @property
     def one_element(self) -> bool:
-        return self.policy.scope == "global"
+        return self.policy.elements.one
 
     @property
     def per_shard(self) -> bool:
-        return self.policy.scope == "shard"
+        return self.policy.elements.per_rank
 
     @property
     def num_elements(self) -> int:
@@ -98,14 +98,15 @@ class Memory:
         self._may_skip = may_skip
         self._known_steps = 0
         self._pending: HostCopy | None = None
+        self._needs: tuple[int, list[frozenset[Need]]] = (0, [])
         self.groups = [self._group(k, elsewhere) for k in range(len(self._rules))]
 
     def _group(self, k: int, elsewhere: Mapping[str, int]) -> PolicyGroup:
         pattern, policy = self._rules[k]
         indices = tuple(i for i, name in enumerate(self.layout.names) if rule_number(self._rules, name) == k)
         tensors = [self.layout.tensors[i] for i in indices]
-        numel = [t.shard_numel if policy.scope == "shard" else t.numel for t in tensors]
-        if policy.scope == "global":
+        numel = [t.shard_numel if policy.elements.per_rank else t.numel for t in tensors]
+        if policy.elements.one:
             numel = [sum(numel) + sum(n for name, n in elsewhere.items() if rule_number(self._rules, name) == k)]
         group = PolicyGroup(
             policy,
@@ -122,11 +123,18 @@ class Memory:
         """Return the policy of the tensor `name`, of this pipeline stage or another."""
         return self._rules[rule_number(self._rules, name)][1]
 
-    def needs(self, group: PolicyGroup) -> frozenset[Need]:
-        """Return what the next step must measure for `group`, the same on every rank."""
+    def needs(self) -> list[frozenset[Need]]:
+        """Return what the next step must measure for each policy group, the same on every rank."""
+        step, needs = self._needs
+        if step != self.calls + 1:
+            step = self.calls + 1
+            needs = [self._group_needs(group, step) for group in self.groups]
+            self._needs = (step, needs)
+        return needs
+
+    def _group_needs(self, group: PolicyGroup, step: int) -> frozenset[Need]:
         # Where steps may be skipped, the host does not know how many were, and so not whether a warm-up is over.
-        steps = (1, self.calls + 1) if self._may_skip else (self.calls + 1,)
-        needs = {need for step in steps for need in group.policy.needs(step)}
+        needs = {need for number in ({1, step} if self._may_skip else {step}) for need in group.policy.needs(number)}
         if group.one_element or self._may_skip:  # to skip together, the stages communicate anyway
             needs.add("global_norm")
         return frozenset(needs)
@@ -134,11 +142,6 @@ class Memory:
     def one_scale(self, group: PolicyGroup) -> bool:
         """Return whether all tensors of `group` get the same scale at the next step, on every rank. No host sync."""
         return group.one_element or (not self._may_skip and group.policy.one_scale(self.calls + 1))
-
-    @property
-    def needs_weights(self) -> bool:
-        """Whether the next step needs norms of the parameters."""
-        return any("weight_norms" in self.needs(group) for group in self.groups)
 
     @property
     def steps_done(self) -> int:
@@ -154,10 +157,11 @@ class Memory:
                 self._known_steps, self._pending = int(self._pending.read()), None
         return self._known_steps
 
-    @torch.no_grad()
     def advance(self, new_states: Sequence[State], skip: Tensor | None) -> None:
         """Count the step and store the new states, one a group, unless `skip`, bool 0-dim, is set."""
-        olds, news = [self.t], [self.t + 1]
+        self.t.add_(1 if skip is None else torch.logical_not(skip))
+        olds: list[Tensor] = []
+        news: list[Tensor] = []
         for group, new in zip(self.groups, new_states, strict=True):
             # The record of a warm-up that is over is dropped: the policy no longer returns that slot.
             group.state = {name: value for name, value in group.state.items() if name in new}
@@ -166,7 +170,8 @@ class Memory:
         if skip is not None:
             news = [torch.where(skip, old, new) for new, old in zip(news, olds, strict=True)]
         # Copied in place, because a captured CUDA graph needs the state at a fixed address.
-        torch._foreach_copy_(olds, news)
+        if olds:
+            torch._foreach_copy_(olds, news)
         self.calls += 1
 
     @property

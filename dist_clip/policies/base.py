@@ -13,6 +13,27 @@ from torch import Tensor
 Scope = Literal["tensor", "shard", "global"]
 """What one element of a policy is: a logical tensor, this rank's shard of one, or all tensors of the policy."""
 
+
+@dataclasses.dataclass(frozen=True)
+class Elements:
+    """The kind of elements that a scope defines.
+
+    Attributes:
+        one: whether all tensors together are one element, whose norm is the global norm.
+        per_rank: whether each rank's shards are the elements, which need no reduction and may have different scales.
+    """
+
+    one: bool = False
+    per_rank: bool = False
+
+
+ELEMENTS: dict[str, Elements] = {
+    "tensor": Elements(),
+    "shard": Elements(per_rank=True),
+    "global": Elements(one=True),
+}
+"""Scope -> the kind of its elements."""
+
 Need = Literal["global_norm", "weight_norms"]
 """A measurement that a policy must ask for, because it can cost a collective."""
 
@@ -76,6 +97,11 @@ class Policy:
     scope: Scope = "tensor"
     nan_slots: tuple[str, ...] = ()
     post_max_norm: float | None = None
+
+    @property
+    def elements(self) -> Elements:
+        """The kind of elements that `scope` defines."""
+        return ELEMENTS[self.scope]
 
     def init_state(self, n: int, device: torch.device) -> State:
         """Return the state of `n` elements before the first step: tensors of shape [n] or [k, n] on `device`.

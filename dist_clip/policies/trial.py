@@ -155,7 +155,7 @@ def _cases(policy: Policy) -> Iterator[tuple[State, StepInputs]]:
 
     The host knows the number of the last one. All steps share one state, into which the caller puts the result.
     """
-    several = [_NORMS] if policy.scope != "global" else [(norm,) for norm in _NORMS]
+    several = [(norm,) for norm in _NORMS] if policy.elements.one else [_NORMS]
     for norms in several:
         n = len(norms)
         state = dict(policy.init_state(n, _CPU))

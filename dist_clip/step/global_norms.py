@@ -99,7 +99,7 @@ class GlobalNorms:
             flag = is_nonfinite(measured.whole).any()
         if overflow is not None:
             flag = torch.logical_or(flag, overflow)  # the scaler also looks at excluded gradients
-        needs = [self._memory.needs(group) for group in groups]
+        needs = self._memory.needs()
         nothing: list[Tensor | None] = [None] * len(groups)
         if not any("global_norm" in need for need in needs):
             return Totals(nothing, nothing, flag, None)

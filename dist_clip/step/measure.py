@@ -70,12 +70,10 @@ class Meter:
         """
         local = self._kernels.power_sums(grads, 2.0, self._memory.device)
         weights = None
-        if self._memory.needs_weights:
+        if any("weight_norms" in needs for needs in self._memory.needs()):
             shards = [tensor.weight() for tensor in self._memory.layout]
             weights = self._kernels.power_sums(shards, 2.0, self._memory.device)
         whole = weight_whole = None
-        norms = local.sqrt()
-        weight_norms = None if weights is None else weights.sqrt()
         if self.reduces():
             sums = local
             if self._nonfinite.zeroes and self._any_per_shard:
@@ -83,24 +81,25 @@ class Meter:
                 sums = torch.where(self._per_shard & is_nonfinite(local), 0.0, local)
             packed = sums if weights is None else torch.stack([sums, weights], dim=1)
             added = self._channel.sum_over_shards(packed, self._memory.shared_states()).sqrt()
-            if weights is None:
-                whole = added
-            else:
-                whole, weight_whole = added.unbind(1)
-                weight_norms = self._of_elements(weight_norms, weight_whole)
-            norms = self._of_elements(norms, whole)
+            whole, weight_whole = (added, None) if weights is None else added.unbind(1)
+        norms = self._of_elements(local, whole)
+        weight_norms = None if weights is None else self._of_elements(weights, weight_whole)
         bad = is_nonfinite(norms)
         if whole is not None and self._nonfinite.zeroes:
             whole = torch.where(is_finite(whole), whole, 0.0)
         return Measured(local, whole, norms, self._nonfinite.clean(norms, bad), bad, weight_norms, weight_whole)
 
-    def _of_elements(self, local: Tensor | None, whole: Tensor) -> Tensor:
-        return torch.where(self._per_shard, local, whole) if self._any_per_shard and local is not None else whole
+    def _of_elements(self, local: Tensor, whole: Tensor | None) -> Tensor:
+        """Return the norms of the policies' elements from the shards' squared norms and the norms of whole tensors."""
+        if whole is None:
+            return local.sqrt()
+        return torch.where(self._per_shard, local.sqrt(), whole) if self._any_per_shard else whole
 
     def reduces(self) -> bool:
         """Return whether the next step computes norms of whole tensors: the same on every rank, without a host sync."""
         return (
             not self._channel.reduces_shards
             or self._every_norm
-            or any(not group.per_shard or "global_norm" in self._memory.needs(group) for group in self._memory.groups)
+            or any(not group.per_shard for group in self._memory.groups)
+            or any("global_norm" in needs for needs in self._memory.needs())
         )

@@ -324,3 +324,16 @@ def test_a_state_dict_takes_operators_for_each_slot_and_not_for_each_tensor(
         state = clipper.state_dict()
     assert len(state["tensors"]) == 2000
     assert len(operators.seen) < 50, operators.seen
+
+
+def test_a_policy_without_tensors_has_a_state_in_its_warm_up() -> None:
+    """A pipeline stage may hold nothing that an override matches; here another override took all of it."""
+    model = nn.Linear(3, 2)
+    overrides: dict[str, dist_clip.Policy] = {
+        "weight": dist_clip.GlobalNorm(),
+        "bias": dist_clip.GlobalNorm(),
+    }
+    rest = dist_clip.AdaGC(warmup_steps=5, gamma_init="median")
+    clipper = dist_clip.GradClipper(model, rest, overrides=overrides)
+    run(clipper, model, 2)
+    dist_clip.GradClipper(nn.Linear(3, 2), rest, overrides=overrides).load_state_dict(clipper.state_dict())
