@@ -18,16 +18,16 @@ _CPU = torch.device("cpu")
 
 @dataclasses.dataclass(frozen=True)
 class Kernels:
-    """A way to measure and scale lists of tensors.
-
-    Example:
-        >>> import dist_clip
-        >>> clipper = dist_clip.GradClipper(torch.nn.Linear(2, 2), dist_clip.LogClip(), kernels="torch")
+    """The functions that measure and scale lists of tensors.
 
     Attributes:
         name: "torch" or "triton".
         why: why they were chosen, for ``explain()``.
         power_sums, scale_, zero_where_: as in `dist_clip.kernels.torch_kernels`.
+
+    Example:
+        >>> import dist_clip
+        >>> clipper = dist_clip.GradClipper(torch.nn.Linear(2, 2), dist_clip.LogClip(), kernels="torch")
     """
 
     name: str

@@ -216,7 +216,7 @@ class MegatronAttachment:
     # ---------------------------------------------------------------------------------------------------- checkpoints
 
     def _state_dict(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Return the optimizer's state dict with this stage's clipping state, for the "torch" format (a file a rank)."""
+        """Return the optimizer's state dict with this stage's clipping state, for the "torch" checkpoint format."""
         state = original(*args, **kwargs)
         if self._saving:
             return state  # called by sharded_state_dict
