@@ -4,62 +4,31 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+import tyro
 
 import dist_clip
-from launch.parallel import Layout
+from dist_clip.policies import modes, options_of, parse_mode, registered
+from dist_clip.policies.command_line import COMMON, PolicyFlag, options_from_flags, policy_flags
+from launch.parallel import ParallelModel
+
+NONE = "none"
 
 
 @dataclasses.dataclass(frozen=True)
 class ClipConfig:
-    """Which rule, and its options; those that a rule does not have are ignored."""
+    """Which rule, and its options. Each registered rule has flags of its own, named after it."""
 
-    clip: Literal[
-        "none",
-        "global",
-        "adagc",
-        "adagc-shard",
-        "adagc-global",
-        "zclip",
-        "zclip-tensor",
-        "zclip-shard",
-        "logclip",
-        "logclip-shard",
-        "logclip-global",
-    ] = "adagc"
-    """none: measure only. Without a scope: adagc and logclip for each tensor, zclip for the global norm."""
+    clip: str = "logclip"
+    """The rule, and after a dash its scope where that is not the rule's own; none: measure only."""
     max_norm: float = 1.0
-    """global: the threshold. adagc, logclip: the threshold during their warm-up. zclip: upper bound of the norm."""
-    clip_warmup_steps: int | None = None
-    """adagc, logclip, zclip: steps before the adaptive rule starts. Default: the rule's own (100, 100 and 25)."""
-    lambda_rel: float = 1.04
-    """adagc: how far above its moving average a norm may go."""
-    beta: float = 0.99
-    """adagc: decay of the moving average."""
-    gamma_init: Literal["min", "median", "mean", "last"] = "min"
-    """adagc: which statistic of the warm-up's norms starts the average; min is the paper's."""
-    z_thresh: float = 2.5
-    """zclip: standard deviations above the mean that make a spike."""
-    alpha: float = 0.97
-    """zclip: decay of mean and variance."""
-    zclip_mode: Literal["zscore", "percentile"] = "zscore"
-    """zclip: how a spike is told."""
-    zclip_option: Literal["adaptive_scaling", "mean"] = "adaptive_scaling"
-    """zclip, zscore: what a spike is clipped to."""
-    zclip_factor: float = 1.0
-    """zclip: multiplies the adaptive threshold."""
-    skip_update_on_spike: bool = False
-    """zclip: leave mean and variance as they are at a spike."""
-    clip_ratio: float = 2.0
-    """logclip: how far above its level a norm may go."""
-    clip_power: float = 2.0
-    """logclip: how hard a norm above that is scaled down; 1 is to the threshold."""
-    level_rate: float = 0.03
-    """logclip: share of the log of a norm's ratio that the level moves by."""
-    patience: int = 50
-    """logclip: steps running that a tensor may be clipped before its level follows without a bound."""
-    post_max_norm: float | None = None
-    """logclip: clip the result globally at this norm; None: do not."""
+    """The rule's `max_norm`, where it has one."""
+    options: tyro.conf.Suppress[Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    """The rule's other hyper-parameters by name; the rule's own defaults for those that are not there."""
+    policy_module: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """A module that registers rules of your own, imported before the flags are made."""
     nonfinite: Literal["propagate", "zero", "skip", "raise"] = "propagate"
     """What a NaN or Inf in a gradient leads to."""
     skip_above: float | None = None
@@ -70,58 +39,73 @@ class ClipConfig:
     """Stop when ranks have clipped differently often or remember different norms; no collective more."""
 
     def policy(self) -> dist_clip.Policy:
-        warmup: dict[str, Any] = {} if self.clip_warmup_steps is None else {"warmup_steps": self.clip_warmup_steps}
-        rule, _, named = self.clip.partition("-")
-        scope: Any = named or ("global" if rule == "zclip" else "tensor")
-        match rule:
-            case "none":
-                return dist_clip.GlobalNorm(max_norm=math.inf)
-            case "global":
-                return dist_clip.GlobalNorm(max_norm=self.max_norm)
-            case "adagc":
-                return dist_clip.AdaGC(
-                    lambda_rel=self.lambda_rel,
-                    beta=self.beta,
-                    max_norm=self.max_norm,
-                    scope=scope,
-                    gamma_init=self.gamma_init,
-                    **warmup,
-                )
-            case "zclip":
-                return dist_clip.ZClip(
-                    alpha=self.alpha,
-                    z_thresh=self.z_thresh,
-                    mode=self.zclip_mode,
-                    clip_option=self.zclip_option,
-                    clip_factor=self.zclip_factor,
-                    max_norm=self.max_norm,
-                    skip_update_on_spike=self.skip_update_on_spike,
-                    scope=scope,
-                    **warmup,
-                )
-            case "logclip":
-                return dist_clip.LogClip(
-                    ratio=self.clip_ratio,
-                    power=self.clip_power,
-                    rate=self.level_rate,
-                    max_norm=self.max_norm,
-                    scope=scope,
-                    patience=self.patience,
-                    post_max_norm=self.post_max_norm,
-                    **warmup,
-                )
-            case unknown:
-                raise ValueError(f"no such rule: {unknown!r}")
+        """Make the rule.
+
+        Raises:
+            ValueError, TypeError: no such rule, or an option that it refuses.
+        """
+        if self.clip == NONE:
+            return dist_clip.GlobalNorm(max_norm=math.inf)
+        names = {option.name for option in options_of(parse_mode(self.clip)[0])}
+        common = {COMMON: self.max_norm} if COMMON in names else {}
+        return dist_clip.policy(self.clip, **{**common, **self.options})
 
 
-def build_clipper(layout: Layout, cfg: ClipConfig) -> dist_clip.GradClipper:
+def flags_class() -> type[ClipConfig]:
+    """Return a `ClipConfig` with a field for each flag of the rules that are registered now, from which tyro makes flags."""
+    thresholds = [
+        f"{rule}: {option.help}"
+        for rule, cls in registered().items()
+        for option in options_of(cls)
+        if option.name == COMMON
+    ]
+    fields: list[tuple[str, Any, Any]] = [
+        ("clip", Literal[(NONE, *modes())], ClipConfig.clip),
+        (COMMON, Annotated[float, tyro.conf.arg(help=" ".join(thresholds))], ClipConfig.max_norm),
+    ]
+    fields += [(flag.dest, *_field(flag)) for flag in policy_flags()]
+    made = dataclasses.make_dataclass("ClipFlags", fields, bases=(ClipConfig,), frozen=True)
+    made.__doc__ = ClipConfig.__doc__
+    return made
+
+
+def config_from_flags(flags: ClipConfig) -> ClipConfig:
+    """Return what an instance of `flags_class` says, with the given flags as `options`.
+
+    Raises:
+        ValueError, TypeError: a flag of another rule than the chosen one, or a value that the rule refuses.
+    """
+    values = {flag.dest: _given(flag, getattr(flags, flag.dest)) for flag in policy_flags()}
+    kept = {field.name: getattr(flags, field.name) for field in dataclasses.fields(ClipConfig)}
+    rule = None if flags.clip == NONE else parse_mode(flags.clip)[0]
+    config = ClipConfig(**kept | {"options": options_from_flags(rule, values, f"--clip {flags.clip}")})
+    config.policy()
+    return config
+
+
+def _field(flag: PolicyFlag) -> tuple[Any, Any]:
+    """Type and default of a flag. The default is the value that says that the flag was not given."""
+    option = flag.option
+    about = f"{flag.rule}: {option.help}"
+    if option.type is bool and not option.required:
+        return Annotated[bool, tyro.conf.arg(help=about)], option.default
+    kind: Any = Literal[option.choices] if option.choices else option.type
+    shown = "{" + ",".join(map(str, option.choices)) + "}" if option.choices else option.type.__name__.upper()
+    return Annotated[kind | None, tyro.conf.arg(help=about, metavar=shown, help_behavior_hint=f"({flag.hint})")], None
+
+
+def _given(flag: PolicyFlag, value: Any) -> Any:
+    return None if flag.option.type is bool and value == flag.option.default else value
+
+
+def build_clipper(parallel: ParallelModel, cfg: ClipConfig) -> dist_clip.GradClipper:
     # Under pipeline parallelism, the one thing to say is which ranks hold the other stages: a rank cannot know it.
     return dist_clip.GradClipper(
-        layout.module,
+        parallel.module,
         cfg.policy(),
-        pp_group=layout.pp_group,
+        pp_group=parallel.pp_group,
         nonfinite=cfg.nonfinite,
-        skip_above=math.inf if cfg.skip_above is None else cfg.skip_above,
+        skip_above=cfg.skip_above,
         log_global_norm=cfg.log_global_norm,
         detect_desync=cfg.detect_desync,
     )

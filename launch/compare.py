@@ -9,14 +9,14 @@ fault, and against the fault-free GlobalGC run of the same seed.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
-from launch.metrics import Run, read_run
+from dist_clip.policies import modes
+from launch.metrics import Run, read_run, rule_of
 
 RECOVERED = 0.05
 """nats per byte: a run has recovered when its loss stays within this of its twin's."""
@@ -47,9 +47,14 @@ def load_runs(folder: Path) -> dict[str, Run]:
     for name, run in runs.items():
         if run.end is None or run.end["error"] or not run.validation:
             raise ValueError(f"{folder / name} did not finish: {run.end['error'] if run.end else 'no end in its log'}")
-    scopes = ("", "-tensor", "-shard", "-global")
-    order = ("none", "global", *(rule + scope for rule in ("zclip", "adagc", "logclip") for scope in scopes))
-    return dict(sorted(runs.items(), key=lambda item: (order.index(item[1].header["config"]["clip"]["clip"]), item[0])))
+
+    def place(name: str) -> tuple[int, str]:
+        """No clipping and GlobalGC come first, then the rules in the order of their registration, then unknown ones."""
+        order = ("none", "global", *modes())
+        clip = runs[name].header["config"]["clip"]["clip"]
+        return (order.index(clip) if clip in order else len(order)), name
+
+    return {name: runs[name] for name in sorted(runs, key=place)}
 
 
 def has_fault(run: Run) -> bool:
@@ -71,31 +76,9 @@ def twin_of(run: Run, runs: dict[str, Run]) -> Run:
 
 def baseline_of(runs: dict[str, Run]) -> Run:
     for run in runs.values():
-        if not has_fault(run) and run.header["policy"]["policy"] == "GlobalNorm":
+        if not has_fault(run) and run.header["config"]["clip"]["clip"] == "global":
             return run
     raise ValueError(f"no fault-free GlobalGC run among {', '.join(runs)}")
-
-
-def rule_of(run: Run) -> str:
-    """The clipping rule, in a few words."""
-    policy = run.header["policy"]
-    match policy["policy"]:
-        case "GlobalNorm":
-            return "no clipping" if math.isinf(policy["max_norm"]) else "GlobalGC"
-        case "AdaGC":
-            return f"AdaGC{_scope(policy, 'tensor')} ({policy['gamma_init']})"
-        case "LogClip":
-            post = "" if policy["post_max_norm"] is None else f" (then GlobalGC {policy['post_max_norm']:g})"
-            return f"LogClip{_scope(policy, 'tensor')}{post}"
-        case "ZClip":
-            return f"ZClip{_scope(policy, 'global')}"
-        case other:
-            return str(other)
-
-
-def _scope(policy: dict[str, Any], usual: str) -> str:
-    scope = policy.get("scope", usual)
-    return "" if scope == usual else f"-{scope.capitalize()}"
 
 
 def excess(run: Run, other: Run) -> list[float]:

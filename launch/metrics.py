@@ -16,6 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
+from dist_clip.policies import GlobalNorm, registered
+
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
@@ -249,6 +251,23 @@ def read_run(folder: Path) -> Run:
     return Run(of("run")[0], of("step"), of("tensors"), of("validation"), next(iter(of("end")), None))
 
 
+def rule_of(run: Run) -> str:
+    """The clipping rule: its name, its scope where that is not its own, and each option that is not at its default."""
+    config = dict(run.header["policy"])
+    name = config.pop("policy")
+    if name == GlobalNorm.__name__:
+        name = "no clipping" if math.isinf(config.pop("max_norm")) else "GlobalGC"
+    known = {cls.__name__: cls for cls in registered().values()}.get(run.header["policy"]["policy"])
+    defaults = {field.name: field.default for field in dataclasses.fields(known)} if known else {}  # type: ignore[arg-type]
+    changed = {key: value for key, value in config.items() if key not in defaults or value != defaults[key]}
+    scope = changed.pop("scope", None)
+    name += f"-{scope.capitalize()}" if scope else ""
+    options = ", ".join(
+        f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}" for key, value in changed.items()
+    )
+    return f"{name} ({options})" if options else name
+
+
 def plot_run(folder: Path) -> Path:
     """Draw `folder`/plot.png: loss, gradient norm before and after clipping, and what was clipped."""
     import matplotlib
@@ -258,10 +277,9 @@ def plot_run(folder: Path) -> Path:
 
     run = read_run(folder)
     steps = run.series("step")
-    config, policy = run.header["config"], run.header["policy"]
+    config = run.header["config"]
     figure, (top, middle, bottom) = plt.subplots(3, 1, figsize=(8, 8), sharex=True, layout="constrained")
-    rule = config["clip"]["clip"] + (f", gamma_init {config['clip']['gamma_init']}" if "gamma_init" in policy else "")
-    figure.suptitle(f"{rule}; {config['parallel']['parallel']}, {run.header['ranks']} ranks")
+    figure.suptitle(f"{rule_of(run)}; {config['parallel']['parallel']}, {run.header['ranks']} ranks")
     top.plot(steps, run.series("loss"), color="C0", label="training loss", linewidth=1)
     if run.validation:
         points = [(record["step"], record["loss"]) for record in run.validation]

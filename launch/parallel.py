@@ -70,7 +70,7 @@ def process_group(kind: Device) -> Iterator[torch.device]:
 
 
 @dataclasses.dataclass(kw_only=True)
-class Layout:
+class ParallelModel:
     """The laid-out model on this rank, its share of the batch, and one pass over it."""
 
     module: GPT
@@ -105,7 +105,7 @@ class Layout:
 
 
 @dataclasses.dataclass(kw_only=True)
-class WholeDepth(Layout):
+class WholeDepth(ParallelModel):
     """DDP, FSDP2, HSDP, TP and TP + FSDP2: every rank runs all the layers."""
 
     forward: nn.Module
@@ -137,7 +137,7 @@ class WholeDepth(Layout):
 
 
 @dataclasses.dataclass(kw_only=True)
-class Pipeline(Layout):
+class Pipeline(ParallelModel):
     """PP and PP + FSDP2: each rank runs one stage; the pipeline's micro-batches are the gradient accumulation."""
 
     stage: PipelineStage
@@ -163,7 +163,7 @@ class Pipeline(Layout):
 
 def parallelize(
     model: GPT, cfg: ParallelConfig, device: torch.device, *, batch_size: int, accumulate: int, bf16: bool
-) -> Layout:
+) -> ParallelModel:
     """Lay `model` (whole, on CPU, alike on every rank) out over all ranks as `cfg` says.
 
     `batch_size` rows make a global batch, which every rank takes in `accumulate` pieces; a pipeline takes at least one

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch.optim.lr_scheduler import LambdaLR
 
 import dist_clip
-from launch.parallel import Layout
+from launch.parallel import ParallelModel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +41,7 @@ class SnapshotConfig:
 class Training:
     """All that a step changes."""
 
-    layout: Layout
+    parallel: ParallelModel
     optimizer: torch.optim.Optimizer
     schedule: LambdaLR
     clipper: dist_clip.GradClipper
@@ -58,7 +58,7 @@ class Training:
 
     def load(self, path: Path, identity: dict[str, str]) -> int:
         """Take on a saved state. Returns the step after which it was saved."""
-        saved = torch.load(path, map_location=self.layout.device, weights_only=True)
+        saved = torch.load(path, map_location=self.parallel.device, weights_only=True)
         different = {key for key in {*identity, *saved["identity"]} if identity.get(key) != saved["identity"].get(key)}
         if different:
             what = "; ".join(
@@ -71,7 +71,7 @@ class Training:
 
     def _parts(self) -> dict[str, Any]:
         return {
-            "model": self.layout.module,
+            "model": self.parallel.module,
             "optimizer": self.optimizer,
             "schedule": self.schedule,
             "clipper": self.clipper,

@@ -1,6 +1,6 @@
 """Train a small GPT on real text under any parallel layout, with any clipping rule, through a fault if you like.
 
-    torchrun --nproc-per-node 2 -m launch.train --parallel fsdp --clip adagc --gamma-init median
+    torchrun --nproc-per-node 2 -m launch.train --parallel fsdp --clip logclip --logclip-ratio 3
 
 Each neighbouring module owns one thing (model, data, parallel, optim, clipping, faults, snapshot, metrics); this one
 tells the story.
@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import platform
+import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,13 +20,14 @@ import tyro
 from torch import Tensor
 
 import dist_clip
-from launch.clipping import ClipConfig, build_clipper
+from dist_clip.policies.command_line import import_modules
+from launch.clipping import ClipConfig, build_clipper, config_from_flags, flags_class
 from launch.data import Corpus, DataConfig, load_corpus
 from launch.faults import FaultConfig, add_garbage, corrupt_batch
 from launch.metrics import LogConfig, RunLog, global_mean
 from launch.model import ModelConfig, build_model
 from launch.optim import OptimConfig, build_optimizer, build_schedule
-from launch.parallel import Device, Layout, ParallelConfig, parallelize, process_group
+from launch.parallel import Device, ParallelConfig, ParallelModel, parallelize, process_group
 from launch.snapshot import SnapshotConfig, Training
 
 
@@ -59,7 +62,7 @@ def train(cfg: Config, device: torch.device, corpus: Corpus | None = None) -> No
     names = [name for name, _ in model.named_parameters()]
     cfg.fault.check(names)
     size = sum(param.numel() for param in model.parameters())
-    layout = parallelize(
+    parallel = parallelize(
         model,
         cfg.parallel,
         device,
@@ -67,10 +70,10 @@ def train(cfg: Config, device: torch.device, corpus: Corpus | None = None) -> No
         accumulate=cfg.optim.accumulate,
         bf16=cfg.optim.bf16,
     )
-    optimizer = build_optimizer(layout.module, cfg.optim)
+    optimizer = build_optimizer(parallel.module, cfg.optim)
     schedule = build_schedule(optimizer, cfg.optim)
-    clipper = build_clipper(layout, cfg.clip)
-    training = Training(layout, optimizer, schedule, clipper)
+    clipper = build_clipper(parallel, cfg.clip)
+    training = Training(parallel, optimizer, schedule, clipper)
     done = 0
     if cfg.snapshot.from_snapshot is not None:
         done = training.load(cfg.snapshot.from_snapshot, identity(cfg, corpus))
@@ -84,9 +87,9 @@ def train(cfg: Config, device: torch.device, corpus: Corpus | None = None) -> No
             if cfg.fault.active("batch", step):
                 inputs, targets = corrupt_batch(inputs, step, cfg.seed)
 
-            loss = layout.forward_backward(layout.rows(inputs), layout.rows(targets))
+            loss = parallel.forward_backward(parallel.rows(inputs), parallel.rows(targets))
             if cfg.fault.active("grad", step):
-                add_garbage(layout.module.named_parameters(), cfg.fault, cfg.seed)
+                add_garbage(parallel.module.named_parameters(), cfg.fault, cfg.seed)
 
             # After the whole batch's gradient is there (accumulated and reduced), before the optimizer looks at it.
             report = clipper.clip_()
@@ -103,17 +106,17 @@ def train(cfg: Config, device: torch.device, corpus: Corpus | None = None) -> No
             if step == cfg.snapshot.save_at:
                 training.save(cfg.snapshot.save_to, step, identity(cfg, corpus))
             if step == cfg.optim.steps or (cfg.optim.validate_every and step % cfg.optim.validate_every == 0):
-                log.validation(step, validate(layout, corpus, cfg))
+                log.validation(step, validate(parallel, corpus, cfg))
 
 
-def validate(layout: Layout, corpus: Corpus, cfg: Config) -> Tensor:
+def validate(parallel: ParallelModel, corpus: Corpus, cfg: Config) -> Tensor:
     """Mean validation loss over all ranks, 0-dim."""
-    layout.module.eval()
+    parallel.module.eval()
     batches = corpus.validation_batches(cfg.optim.batch_size, cfg.optim.validation_batches, cfg.model.seq_len)
-    losses = [layout.evaluate(layout.rows(inputs), layout.rows(targets)) for inputs, targets in batches]
-    layout.module.train()
+    losses = [parallel.evaluate(parallel.rows(inputs), parallel.rows(targets)) for inputs, targets in batches]
+    parallel.module.train()
     known = [loss for loss in losses if loss is not None]
-    return global_mean(torch.stack(known).mean() if known else None, layout.device)
+    return global_mean(torch.stack(known).mean() if known else None, parallel.device)
 
 
 def check_same_data(corpus: Corpus) -> None:
@@ -156,8 +159,23 @@ def describe(cfg: Config, corpus: Corpus, device: torch.device, parameters: int,
     }
 
 
+def parse(arguments: Sequence[str] | None = None) -> Config:
+    """Read the options from `arguments`, default those of the command line. Exits where they are wrong."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        import_modules("--policy-module", arguments)
+        clip = flags_class()
+        fields = [("clip", clip, dataclasses.field(default_factory=clip))]
+        options = dataclasses.make_dataclass("Options", fields, bases=(Config,), frozen=True)
+        parsed: Any = tyro.cli(options, args=arguments, config=(tyro.conf.OmitArgPrefixes,), description=__doc__)
+        kept = {field.name: getattr(parsed, field.name) for field in dataclasses.fields(Config)}
+        return Config(**kept | {"clip": config_from_flags(parsed.clip)})
+    except (ImportError, ValueError, TypeError) as error:
+        raise SystemExit(f"launch.train: {error}") from error
+
+
 def main() -> None:
-    cfg = tyro.cli(Config, config=(tyro.conf.OmitArgPrefixes,), description=__doc__)
+    cfg = parse()
     with process_group(cfg.device) as device:
         train(cfg, device)
 

@@ -43,7 +43,7 @@ from scripts.simulation.layouts import (
     make_parameters,
 )
 from scripts.simulation.ranks import AnsweringLog, fake_world
-from scripts.simulation.schedules import POLICIES, PlainLog, global_norm_of, run_clipper, simulate_rank
+from scripts.simulation.schedules import MODES, PlainLog, global_norm_of, run_clipper, simulate_rank
 from scripts.simulation.shapes import MODELS, ModelShape, TensorShape, latent_moe, llama, mixtral
 from tests.harness import pool
 
@@ -83,7 +83,7 @@ def real_steps(layout: str) -> list[Any]:
     meshes = Meshes(degrees)
     stage = model.stage(meshes.coordinates.get(PP, 0), degrees.pp)
     steps = []
-    for policy in POLICIES:
+    for policy in MODES:
         named = make_parameters(stage, meshes, real=True)
         norms: list[float | None] = []
 
@@ -101,7 +101,7 @@ def real_steps(layout: str) -> list[Any]:
 def fake_steps(layout: str, rank: int) -> list[Any]:
     model, degrees = LAYOUTS[layout]
     steps, _ = simulate_rank(model, degrees, rank)
-    ours = [plain([s for s in steps if s.schedule == f"dist_clip {policy}"]) for policy in POLICIES]
+    ours = [plain([s for s in steps if s.schedule == f"dist_clip {policy}"]) for policy in MODES]
     (torch_step,) = (s for s in steps if s.schedule == "GlobalGC, torch")
     return [ours, torch_step.entries]
 
@@ -133,7 +133,7 @@ def test_a_fake_rank_sends_what_a_real_one_does(layout: str) -> None:
         assert [steps for steps, _ in real] == fake
         assert fake_torch == real_torch
         assert [
-            len(entries) for _, phase, _, entries in fake[list(POLICIES).index("AdaGC shard")] if phase == "steady"
+            len(entries) for _, phase, _, entries in fake[list(MODES).index('AdaGC scope="shard"')] if phase == "steady"
         ] == [0]
         for _, norm in real:  # the simulation itself checks that its fake ranks find this norm
             assert norm is not None
@@ -322,14 +322,14 @@ def counts(quick: dict[str, Any], family: str, schedule: str, phase: str) -> dic
 
 
 @pytest.mark.parametrize("phase", ["warm-up", "steady"])
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", MODES)
 @pytest.mark.parametrize("family", ["FSDP", "PP + TP + FSDP", "PP + TP + EP + HSDP"])
 def test_collectives_do_not_depend_on_the_ranks(quick: dict[str, Any], family: str, policy: str, phase: str) -> None:
     found = counts(quick, family, f"dist_clip {policy}", phase)
     assert {512, 65536} <= set(found)
     first, *others = found.values()
     assert all(other == first for other in others), found
-    if policy == "AdaGC shard" and phase == "steady":
+    if policy == 'AdaGC scope="shard"' and phase == "steady":
         assert first == []
     else:
         # A chain over the mesh dimensions at most, and the gather over the stages.
@@ -351,9 +351,7 @@ def test_described_rows_say_so(quick: dict[str, Any]) -> None:
     basis = {(row[0], row[2]) for layout in quick["layouts"] for row in layout["rows"]}
     described = {"GlobalGC, Megatron", "AdaGC, official"}
     assert {name for name, how in basis if how == "described"} == described
-    assert {name for name, how in basis if how == "counted"} == {f"dist_clip {p}" for p in POLICIES} | {
-        "GlobalGC, torch"
-    }
+    assert {name for name, how in basis if how == "counted"} == {f"dist_clip {p}" for p in MODES} | {"GlobalGC, torch"}
 
 
 # ---- formulas

@@ -33,12 +33,13 @@ pytest.importorskip("tomllib")
 from launch.compare import steps_to_recover
 from launch.metrics import Run, read_run
 from launch.model import ModelConfig, build_model
+from launch.train import parse
 from scripts.stability import carriers, figures, measures, runner
 from scripts.stability.grid import DEFAULT, NONE, QUICK, Family, Grid, arguments, select
 from scripts.stability.report import marked, paste, sections
 from scripts.stability.results import BASELINE, FLOORS, Results, Setting
 from scripts.stability.row import BIN, Recorded, make_row
-from scripts.stability.runner import parse, remaining, run_family
+from scripts.stability.runner import remaining, run_family
 from scripts.stability.store import Rows
 from scripts.stability.tables import tables
 
@@ -521,6 +522,22 @@ def test_committed_rows_are_small_and_of_this_grid(grid: Grid) -> None:
     rows = Rows(ROWS).read()
     assert ROWS.stat().st_size < 3e6
     assert {name: row["command"] for name, row in rows.items()} == {name: commands[name] for name in rows}
+
+
+def test_the_recorded_commands_still_make_the_recorded_policies() -> None:
+    """The flags may be called otherwise than when the rows were made, but not mean something else."""
+    recorded = {row["policy"]: row for row in Rows(ROWS).read().values()}
+    assert len(recorded) > 15
+    for name, row in recorded.items():
+        options = shlex.split(row["command"].split("launch.train ")[1])
+        made = parse(options).clip.policy().config()
+        # JSON has no infinity.
+        wanted = {
+            key: math.inf if key == "max_norm" and value is None else value
+            for key, value in row["policy_config"].items()
+        }
+        assert {key: made[key] for key in wanted} == wanted, name
+        assert made.keys() - wanted.keys() <= {"scope"}, name
 
 
 def test_every_command_of_the_grid_is_understood(grid: Grid) -> None:

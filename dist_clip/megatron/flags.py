@@ -3,39 +3,37 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Sequence
 from typing import Any, get_args
 
 from torch import nn
 
 from dist_clip.clipper import GradClipper
 from dist_clip.megatron.attach import attach
-from dist_clip.policies import Policy, modes, options_of, parse_mode, registered
-from dist_clip.policies.registry import Option
+from dist_clip.policies import Policy, modes, options_of, parse_mode, policy
+from dist_clip.policies.command_line import COMMON, flag_names, import_modules, options_from_flags, policy_flags
 from dist_clip.step import NonFinite
 
-_COMMON = ("grad_clip_nonfinite", "grad_clip_exclude", "no_grad_clip_log_norm", "grad_clip_detect_desync")
+_NOT_OF_A_POLICY = ("grad_clip_nonfinite", "grad_clip_exclude", "no_grad_clip_log_norm", "grad_clip_detect_desync")
 
 
-def _policy_flags() -> Iterator[tuple[type[Policy], str, Option]]:
-    """Yield (policy class, name of the parsed argument, option) of all options but ``max_norm``, set by --clip-grad."""
-    for name, cls in registered().items():
-        for option in options_of(cls):
-            if option.name != "max_norm":
-                yield cls, f"{name}_{option.name}", option
-
-
-def add_clip_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+def add_clip_args(parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None) -> argparse.ArgumentParser:
     """Add the clipping flags to a parser. Usable as Megatron-LM's ``extra_args_provider``.
 
     Each registered policy adds ``--NAME-OPTION`` for each of its hyper-parameters but ``max_norm``, which is Megatron's
-    ``--clip-grad``.
+    ``--clip-grad``. ``--grad-clip-module MODULE`` is read first: the module is imported, and the policies that it
+    registers have their flags, too.
 
     Args:
         parser: gets the flags in their own argument group.
+        arguments: the command line; default ``sys.argv[1:]``.
 
     Returns:
         The parser.
+
+    Raises:
+        ImportError: a module cannot be imported; the message names it.
 
     Example:
         >>> import argparse
@@ -44,21 +42,28 @@ def add_clip_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         >>> policy_from_args(args, clip_grad=1.0).ratio
         3.0
     """
+    import_modules("--grad-clip-module", sys.argv[1:] if arguments is None else arguments)
     group = parser.add_argument_group(
         "gradient clipping (dist_clip)", "In place of Megatron's own; --clip-grad stays the threshold of the warm-up."
     )
 
     def add(flag: str, **kwargs: Any) -> None:
+        # No defaults here: a flag that was not given leaves the policy's own.
         group.add_argument(flag, default=None, **kwargs)
 
     add("--grad-clip-mode", choices=modes(), help="The rule. Not given: Megatron's own clipping, untouched.")
-    for _, dest, option in _policy_flags():
-        # Flags have no defaults, so that the policy's own default holds for those that were not given.
-        kwargs: dict[str, Any] = {"type": option.type, "choices": option.choices or None}
+    add(
+        "--grad-clip-module",
+        action="append",
+        metavar="MODULE",
+        help="A module that registers policies of your own, imported before the flags are made. May be repeated.",
+    )
+    for flag in policy_flags():
+        option = flag.option
+        kind: dict[str, Any] = {"type": option.type, "choices": option.choices or None}
         if option.type is bool:
-            kwargs = {"action": "store_const", "const": not option.default}
-        shown = f"{option.help} Default: {option.default}.".replace("%", "%%")
-        add("--" + dest.replace("_", "-"), help=shown, **kwargs)
+            kind = {"action": argparse.BooleanOptionalAction}
+        add(flag_names([flag.dest]), help=f"{option.help} ({flag.hint})".replace("%", "%%"), **kind)
     add("--grad-clip-nonfinite", choices=get_args(NonFinite), help="What a NaN or Inf in a gradient leads to.")
     add(
         "--grad-clip-exclude",
@@ -99,25 +104,22 @@ def policy_from_args(args: argparse.Namespace, clip_grad: float) -> Policy | Non
         GlobalNorm(max_norm=0.5)
     """
     mode = getattr(args, "grad_clip_mode", None)
-    given = {dest: cls for cls, dest, _ in _policy_flags() if getattr(args, dest, None) is not None}
     if mode is None:
-        stray = sorted({*given, *(flag for flag in _COMMON if getattr(args, flag, None) is not None)})
+        ours = (*(flag.dest for flag in policy_flags()), *_NOT_OF_A_POLICY)
+        stray = sorted(dest for dest in ours if getattr(args, dest, None) is not None)
         if stray:
-            raise ValueError(f"{_flags(stray)} without --grad-clip-mode: give it one of {', '.join(modes())}")
+            raise ValueError(f"{flag_names(stray)} without --grad-clip-mode: give it one of {', '.join(modes())}")
         return None
-    rule, options = parse_mode(mode)
-    stray = sorted(dest for dest, cls in given.items() if cls is not rule)
-    if stray:
-        raise ValueError(f"{_flags(stray)} does not go with --grad-clip-mode {mode}")
-    options |= {option.name: getattr(args, dest) for _, dest, option in _policy_flags() if dest in given}
+    rule, _ = parse_mode(mode)
+    options = options_from_flags(rule, vars(args), f"--grad-clip-mode {mode}")
     for option in options_of(rule):
-        if option.name == "max_norm":
+        if option.name == COMMON:
             if not clip_grad > 0 and not option.optional:
                 raise ValueError(
                     f"--grad-clip-mode {mode} clips at --clip-grad, which must be above 0, got {clip_grad}"
                 )
-            options["max_norm"] = clip_grad if clip_grad > 0 else None
-    return rule(**options)
+            options[COMMON] = clip_grad if clip_grad > 0 else None
+    return policy(mode, **options)
 
 
 def attach_from_args(
@@ -151,12 +153,12 @@ def attach_from_args(
         clipper = dist_clip.megatron.attach_from_args(optimizer, args, model=model_chunks)
     """
     threshold = getattr(args, "clip_grad", None) if clip_grad is None else clip_grad
-    policy = policy_from_args(args, 1.0 if threshold is None else float(threshold))
-    if policy is None:
+    chosen = policy_from_args(args, 1.0 if threshold is None else float(threshold))
+    if chosen is None:
         return None
     return attach(
         optimizer,
-        policy,
+        chosen,
         model=model,
         nonfinite=args.grad_clip_nonfinite or "propagate",
         exclude=args.grad_clip_exclude or (),
@@ -164,7 +166,3 @@ def attach_from_args(
         detect_desync=bool(args.grad_clip_detect_desync),
         pg_collection=pg_collection,
     )
-
-
-def _flags(names: list[str]) -> str:
-    return ", ".join("--" + name.replace("_", "-") for name in names)

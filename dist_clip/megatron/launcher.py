@@ -45,22 +45,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help"):
-        print(_help())
+        print(_help(argv))
         raise SystemExit(0 if argv else 2)
     script, rest = argv[0], argv[1:]
     if not Path(script).is_file():
         raise SystemExit(f"dist_clip.megatron: no script {script!r}")
+    sys.path.insert(0, str(Path(script).resolve().parent))
     # Without abbreviations, because --zclip may be a flag of the script, and not a prefix of ours.
     parser = argparse.ArgumentParser(prog="dist_clip.megatron", add_help=False, allow_abbrev=False)
-    ours, theirs = add_clip_args(parser).parse_known_args(rest)
     try:
+        ours, theirs = add_clip_args(parser, rest).parse_known_args(rest)
         policy_from_args(ours, 1.0)  # raises for contradicting flags now, before the model is built
-    except ValueError as error:
+    except (ImportError, ValueError) as error:
         raise SystemExit(f"dist_clip.megatron: {error}") from None
     catcher = OptimizerCatcher(ours)
     catcher.install()
     sys.argv = [script, *theirs]
-    sys.path.insert(0, str(Path(script).resolve().parent))
     runpy.run_path(script, run_name="__main__")
     if ours.grad_clip_mode is not None and not catcher.caught:
         raise SystemExit(
@@ -151,11 +151,12 @@ class OptimizerCatcher(importlib.abc.MetaPathFinder):
         return added
 
 
-def _help() -> str:
+def _help(argv: Sequence[str]) -> str:
     parser = argparse.ArgumentParser(
         prog="python -m dist_clip.megatron",
-        usage=f"python -m dist_clip.megatron SCRIPT [its arguments] [--grad-clip-mode {{{','.join(modes())}}} ...]",
         description="Run an unmodified Megatron script with dist_clip's clipping. All other arguments go to the script.",
         add_help=False,
     )
-    return add_clip_args(parser).format_help()
+    add_clip_args(parser, argv)
+    parser.usage = f"{parser.prog} SCRIPT [its arguments] [--grad-clip-mode {{{','.join(modes())}}} ...]"
+    return parser.format_help()

@@ -185,7 +185,9 @@ def _listed(group: PolicyGroup, step: int) -> list[dict[str, Any]]:
         if slot not in lasting:
             column = columns.get(slot)
             n = group.num_elements
-            values[slot] = [[] for _ in range(n)] if column is None else column.reshape(n, column.shape[1:].numel()).tolist()
+            values[slot] = (
+                [[] for _ in range(n)] if column is None else column.reshape(n, column.shape[1:].numel()).tolist()
+            )
     return rows_of(values, group.num_elements)
 
 

@@ -26,8 +26,8 @@ class Option:
 
     Attributes:
         name: name of the dataclass's field.
-        type: int, float, bool or str; for ``X | None`` it is X.
-        default: the field's default.
+        type: int, float, bool or str; for ``X | None`` it is X; `object` for any other type, which no flag can set.
+        default: the field's default; `dataclasses.MISSING` where the option must be given.
         choices: the values of a Literal, else empty.
         optional: whether None is a value.
         help: the field's entry in the docstring's "Args", on one line.
@@ -36,9 +36,14 @@ class Option:
     name: str
     type: type
     default: Any
-    choices: tuple[str, ...]
+    choices: tuple[Any, ...]
     optional: bool
     help: str
+
+    @property
+    def required(self) -> bool:
+        """Whether the option must be given."""
+        return self.default is dataclasses.MISSING
 
 
 def register(name: str) -> Callable[[_P], _P]:
@@ -147,8 +152,8 @@ def options_of(cls: type[Policy]) -> tuple[Option, ...]:
     return tuple(out)
 
 
-def _resolve(hint: Any) -> tuple[type, tuple[str, ...], bool]:
-    """Return the type, the choices, and whether None is allowed, of an annotation."""
+def _resolve(hint: Any) -> tuple[type, tuple[Any, ...], bool]:
+    """The type, the choices and whether None is allowed, of an annotation."""
     optional = False
     if get_origin(hint) in (typing.Union, types.UnionType):
         members = [member for member in get_args(hint) if member is not type(None)]
@@ -156,8 +161,8 @@ def _resolve(hint: Any) -> tuple[type, tuple[str, ...], bool]:
         if len(members) == 1:
             hint = members[0]
     if get_origin(hint) is Literal:
-        return str, get_args(hint), optional
-    return (hint if isinstance(hint, type) else str), (), optional
+        return type(get_args(hint)[0]), get_args(hint), optional
+    return (hint if hint in (int, float, bool, str) else object), (), optional
 
 
 def _docstring_args(doc: str) -> dict[str, str]:

@@ -11,31 +11,23 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import dist_clip
 from scripts.benchmark.local import (
+    MODES,
     NO_LIMIT,
     TORCH,
     Gradients,
     Shapes,
-    adagc,
     clipper,
     gpt2_shapes,
-    logclip,
     package_zclip,
-    zclip_of,
+    steady,
 )
 from scripts.benchmark.timing import Section, count, peak_bytes
-
-POLICIES: dict[str, Callable[[], Any]] = {
-    "GlobalNorm": lambda: dist_clip.GlobalNorm(NO_LIMIT),
-    "ZClip": lambda: zclip_of(NO_LIMIT),
-    "AdaGC": adagc,
-    "LogClip": logclip,
-    'AdaGC scope="global"': lambda: adagc("global"),
-}
+from scripts.policies import label
 
 
 def state_bytes(made: dist_clip.GradClipper) -> int:
     """What lasts from step to step and grows with the number of tensors."""
-    return sum(value.nbytes for domain in made.domains for value in domain.state.values())
+    return sum(value.nbytes for group in made.memory.groups for value in group.state.values())
 
 
 def on_cuda(shapes: Shapes) -> dict[str, int]:
@@ -46,11 +38,11 @@ def on_cuda(shapes: Shapes) -> dict[str, int]:
         for param in params:
             param.grad = torch.empty_like(param)
         named = [(f"p{i}", param) for i, param in enumerate(params)]
-        for name, policy in POLICIES.items():
-            made = dist_clip.GradClipper(named, policy())
+        for mode in MODES:
+            made = dist_clip.GradClipper(named, steady(mode))
             for _ in range(3):
                 made.clip_()
-            counted[name] = count(made.clip_).operators
+            counted[label(mode)] = count(made.clip_).operators
         run = lambda: torch.nn.utils.clip_grad_norm_(params, NO_LIMIT, foreach=True)  # noqa: E731
         counted[TORCH] = count(run).operators
     return counted
@@ -59,7 +51,7 @@ def on_cuda(shapes: Shapes) -> dict[str, int]:
 def costs(quick: bool) -> Section:
     shapes = gpt2_shapes(layers=2, vocab=2048) if quick else gpt2_shapes()
     gradients = Gradients(shapes)
-    clippers = {name: clipper(gradients, policy()) for name, policy in POLICIES.items()}
+    clippers = {label(mode): clipper(gradients, steady(mode)) for mode in MODES}
     runs: dict[str, Callable[[], Any]] = {
         TORCH: lambda: torch.nn.utils.clip_grad_norm_(gradients.params, NO_LIMIT, foreach=True),
         "zclip package": package_zclip(gradients, NO_LIMIT),

@@ -20,6 +20,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 import dist_clip
 from scripts.benchmark.timing import Candidate, OperatorCount, Section, Timing, count, interleaved, once
+from scripts.policies import compared, label
+from scripts.policies import make as make_policy
 
 WORLD = 8
 
@@ -78,18 +80,14 @@ def measure(dims: int, tensors: int, repeats: int) -> list[dict[str, Any]]:
     params = [param for _, param in named]
     made: dict[str, dist_clip.GradClipper] = {}
 
-    def construct(name: str, policy: Any) -> None:
-        made[name] = dist_clip.GradClipper(named, policy)
+    def construct(mode: str) -> None:
+        made[label(mode)] = dist_clip.GradClipper(named, make_policy(mode, warmup_steps=1, max_norm=1e30))
 
     # The check adds up what the ranks hold, which needs the other ranks.
-    with mock.patch("dist_clip.clipper.check_cover"):
-        built = {
-            "GlobalNorm": once(lambda: construct("GlobalNorm", dist_clip.GlobalNorm(1e30))),
-            "AdaGC": once(lambda: construct("AdaGC", dist_clip.AdaGC(warmup_steps=0))),
-        }
+    with mock.patch("dist_clip.construction.draft.check_coverage"):
+        built = {label(mode): once(lambda mode=mode: construct(mode)) for mode in compared()}  # type: ignore[misc]
     runs = {
-        "GlobalNorm": made["GlobalNorm"].clip_,
-        "AdaGC": made["AdaGC"].clip_,
+        **{name: clipper.clip_ for name, clipper in made.items()},
         "dist_clip.clip_grad_norm_": lambda: dist_clip.clip_grad_norm_(params, 1e30),
         "torch clip_grad_norm_": lambda: torch.nn.utils.clip_grad_norm_(params, 1e30),
     }

@@ -14,6 +14,7 @@ device's queue takes: the host would wait in them, too.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -25,15 +26,17 @@ import zclip
 from torch import nn
 
 import dist_clip
-from dist_clip.kernels import multi_tensor
+from dist_clip.policies import registered
 from launch.model import VOCAB_SIZE, ModelConfig, build_model, next_byte_loss
-from scripts.benchmark.local import NO_LIMIT, TORCH, Gradients, Shapes, adagc, clipper, gpt2_shapes, logclip
+from scripts.benchmark.local import NO_LIMIT, TORCH, Gradients, Shapes, gpt2_shapes, shares
 from scripts.benchmark.official import OfficialSchedule, Piece
 from scripts.benchmark.timing import Section
 from scripts.benchmark.training import clips, share_table
 
 READ = "read the same bytes once"
 READ_WRITE = "read and write them once"
+KERNELS = ("triton", "torch")
+"""Of the first ones' calls CUDA graphs are timed, too."""
 BUSY_CYCLES = 60_000_000
 """Some 30 ms at 2 GHz: longer than the host takes to queue any of the calls."""
 
@@ -124,26 +127,12 @@ def captured(run: Callable[[], Any]) -> Callable[[], Any]:
     return graph.replay
 
 
-def kernels_here() -> list[str]:
-    """Kinds of kernels that can be had, Triton's first."""
-    found = ["triton", "torch"]
-    for library in multi_tensor.LIBRARIES:
-        try:
-            multi_tensor.find(library)
-        except ImportError:
-            continue
-        found.append(library)
-    return found
-
-
 def compare(title: str, shapes: Shapes, dtype: torch.dtype, rounds: int) -> Section:
     gradients = Gradients(shapes, "cuda", dtype)
     params = gradients.params
-    some, every = max(1, round(0.05 * len(shapes))), len(shapes)
 
-    def call(run: Callable[[], Any], doubled: int = 0, *, waits: bool = False, graph: bool = False) -> Call:
-        prepare = lambda: gradients.restore(doubled)  # noqa: E731
-        return Call(run, prepare, waits, captured(run) if graph else None)
+    def call(run: Callable[[], Any], spikes: int = 0, *, waits: bool = False, graph: bool = False) -> Call:
+        return Call(run, functools.partial(gradients.restore, spikes), waits, captured(run) if graph else None)
 
     calls = {TORCH: call(lambda: torch.nn.utils.clip_grad_norm_(params, NO_LIMIT, foreach=True), graph=True)}
     package = zclip.ZClip(warmup_steps=2, max_grad_norm=NO_LIMIT)
@@ -151,23 +140,15 @@ def compare(title: str, shapes: Shapes, dtype: torch.dtype, rounds: int) -> Sect
     calls["zclip package, 0 % clipped"] = call(lambda: package.step(model), waits=True)
     official = OfficialSchedule([Piece(param, sharded=False) for param in params], warmup_steps=2, max_norm=NO_LIMIT)
     calls["official AdaGC's host reads (our rewrite), 0 % clipped"] = call(official.step, waits=True)
-    for kernels in kernels_here():
-        by = f", {kernels}"
-        for name, policy in (
-            ("GlobalNorm", dist_clip.GlobalNorm(NO_LIMIT)),
-            ("ZClip", dist_clip.ZClip(warmup_steps=2, max_norm=NO_LIMIT)),
-        ):
-            if kernels in ("triton", "torch"):
-                calls[f"{name}, 0 % clipped{by}"] = call(clipper(gradients, policy, kernels).clip_)
-        for share, doubled in (("0 %", 0), ("5 %", some), ("100 %", every)):
-            run = clipper(gradients, adagc(), kernels).clip_
-            calls[f"AdaGC, {share} clipped{by}"] = call(run, doubled, graph=kernels == "triton")
-            if kernels == "triton":
-                calls[f"LogClip, {share} clipped{by}"] = call(clipper(gradients, logclip(), kernels).clip_, doubled)
+    ours = [one for kernels in KERNELS for mode in registered() for one in shares(mode, gradients, kernels)]
+    for one in ours:
+        calls[one.name] = call(one.clipper.clip_, one.spikes, graph=one.name.endswith(KERNELS[0]))
     calls["dist_clip.clip_grad_norm_"] = call(lambda: dist_clip.clip_grad_norm_(params, NO_LIMIT))
     calls[READ] = call(gradients.flat.sum)
     calls[READ_WRITE] = call(lambda: gradients.flat.mul_(1.0))
     times = timed(calls, rounds)
+    for one in ours:
+        one.check()
     rows = []
     for name, taken in times.items():
         row: dict[str, Any] = {"name": name, **{f"{kind}_us": value for kind, value in taken.items()}}

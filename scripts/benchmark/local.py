@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
 from collections.abc import Callable
 
@@ -12,10 +14,14 @@ from torch import Tensor, nn
 
 import dist_clip
 from scripts.benchmark.timing import FLOOR_COLUMN, RATIO_COLUMNS, Candidate, Section, interleaved, ratio_rows
+from scripts.policies import compared, label, make
 
 TORCH = "torch clip_grad_norm_, foreach"
 FLOOR = "read the same bytes once (sum of one flat tensor)"
 NO_LIMIT = 1e30
+SPIKE = 16.0
+"""Times its usual norm is what every rule clips."""
+MODES = compared("adagc-global")
 
 Shapes = list[tuple[int, ...]]
 
@@ -44,12 +50,12 @@ class Gradients:
         self.named = [(f"p{i}", param) for i, param in enumerate(self.params)]
         self.norm = float(torch.stack([g.double().norm() for g in self.originals]).norm())
 
-    def restore(self, doubled: int = 0) -> None:
-        """Put the original gradients back, `doubled` of them, evenly spread, times two."""
+    def restore(self, spikes: int = 0) -> None:
+        """Put the original gradients back, `spikes` of them, evenly spread, times `SPIKE`."""
         grads: list[Tensor] = [param.grad for param in self.params]  # type: ignore[misc]
         torch._foreach_copy_(grads, self.originals)
-        if doubled:
-            torch._foreach_mul_([grads[i * len(grads) // doubled] for i in range(doubled)], 2.0)
+        if spikes:
+            torch._foreach_mul_([grads[i * len(grads) // spikes] for i in range(spikes)], SPIKE)
 
 
 def clipper(gradients: Gradients, policy: dist_clip.Policy, kernels: str | None = None) -> dist_clip.GradClipper:
@@ -61,16 +67,48 @@ def clipper(gradients: Gradients, policy: dist_clip.Policy, kernels: str | None 
     return made
 
 
-def adagc(scope: str = "tensor") -> dist_clip.AdaGC:
-    return dist_clip.AdaGC(warmup_steps=2, max_norm=NO_LIMIT, scope=scope)  # type: ignore[arg-type]
+def steady(mode: str, max_norm: float = NO_LIMIT) -> dist_clip.Policy:
+    """The policy with a short warm-up, after which it clips spikes, and norms above `max_norm` if it has one."""
+    return make(mode, warmup_steps=2, max_norm=max_norm)
 
 
-def logclip() -> dist_clip.LogClip:
-    return dist_clip.LogClip(ratio=1.04, warmup_steps=2, max_norm=NO_LIMIT)
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """A policy's clipper, and gradients of which it clips a known share.
+
+    Attributes:
+        name: of the row.
+        spikes: how many gradients are raised.
+    """
+
+    name: str
+    clipper: dist_clip.GradClipper
+    spikes: int
+
+    def check(self) -> None:
+        """Raise unless the last call clipped what the name says."""
+        report = self.clipper.last_report
+        assert report is not None
+        clipped = round(float(report.clipped_fraction) * len(report.names))
+        if clipped != self.spikes:
+            raise AssertionError(f"{self.name}: {clipped} tensors were clipped, expected {self.spikes}")
 
 
-def zclip_of(max_norm: float) -> dist_clip.ZClip:
-    return dist_clip.ZClip(warmup_steps=2, max_norm=max_norm)
+def shares(mode: str, gradients: Gradients, kernels: str | None = None) -> list[Share]:
+    """Nothing clipped, 5 % of the tensors, all of them; a rule for the global norm clips all or nothing."""
+    every = len(gradients.params)
+    wanted = {"0 %": 0, "5 %": max(1, round(0.05 * every)), "100 %": every}
+    if steady(mode).scope == "global":
+        del wanted["5 %"]
+    by = "" if kernels is None else f", {kernels}"
+    return [
+        Share(
+            f"{label(mode)}, {share} clipped{by}",
+            clipper(gradients, steady(mode, 1.5 * gradients.norm), kernels),
+            spikes,
+        )
+        for share, spikes in wanted.items()
+    ]
 
 
 def package_zclip(gradients: Gradients, max_norm: float) -> Callable[[], object]:
@@ -85,47 +123,33 @@ def package_zclip(gradients: Gradients, max_norm: float) -> Callable[[], object]
 def compare(title: str, about: str, shapes: Shapes, repeats: int) -> Section:
     """The table of one list of shapes: nothing clipped, 5 % of the tensors, all of them."""
     gradients = Gradients(shapes)
-    half = gradients.norm / 2
-    some = max(1, round(0.05 * len(shapes)))
     params = gradients.params
 
     def nothing(run: Callable[[], object]) -> Candidate:
         return Candidate(run, gradients.restore)
 
-    def doubled(run: Callable[[], object], count: int) -> Candidate:
-        return Candidate(run, lambda: gradients.restore(count))
-
-    every = len(shapes)
+    ours = [share for mode in MODES for share in shares(mode, gradients)]
     candidates = {
         TORCH: nothing(lambda: torch.nn.utils.clip_grad_norm_(params, NO_LIMIT, foreach=True)),
         "torch clip_grad_norm_, one by one": nothing(
             lambda: torch.nn.utils.clip_grad_norm_(params, NO_LIMIT, foreach=False)
         ),
         "zclip package, 0 % clipped": nothing(package_zclip(gradients, NO_LIMIT)),
-        "zclip package, 100 % clipped": nothing(package_zclip(gradients, half)),
-        "GlobalNorm, 0 % clipped": nothing(clipper(gradients, dist_clip.GlobalNorm(NO_LIMIT)).clip_),
-        "GlobalNorm, 100 % clipped": nothing(clipper(gradients, dist_clip.GlobalNorm(half)).clip_),
-        "ZClip, 0 % clipped": nothing(clipper(gradients, zclip_of(NO_LIMIT)).clip_),
-        "ZClip, 100 % clipped": nothing(clipper(gradients, zclip_of(half)).clip_),
-        "AdaGC, 0 % clipped": nothing(clipper(gradients, adagc()).clip_),
-        "AdaGC, 5 % clipped": doubled(clipper(gradients, adagc()).clip_, some),
-        "AdaGC, 100 % clipped": doubled(clipper(gradients, adagc()).clip_, every),
-        "LogClip, 0 % clipped": nothing(clipper(gradients, logclip()).clip_),
-        "LogClip, 5 % clipped": doubled(clipper(gradients, logclip()).clip_, some),
-        "LogClip, 100 % clipped": doubled(clipper(gradients, logclip()).clip_, every),
-        'AdaGC scope="global", 0 % clipped': nothing(clipper(gradients, adagc("global")).clip_),
-        'AdaGC scope="global", 100 % clipped': doubled(clipper(gradients, adagc("global")).clip_, every),
+        "zclip package, 100 % clipped": nothing(package_zclip(gradients, gradients.norm / 2)),
+        **{one.name: Candidate(one.clipper.clip_, functools.partial(gradients.restore, one.spikes)) for one in ours},
         "dist_clip.clip_grad_norm_": nothing(lambda: dist_clip.clip_grad_norm_(params, NO_LIMIT)),
         FLOOR: nothing(gradients.flat.sum),
     }
     rows = ratio_rows(interleaved(candidates, repeats), TORCH, FLOOR)
+    for one in ours:
+        one.check()
     facts = {"tensors": len(shapes), "elements": gradients.flat.numel(), "repeats": repeats}
     return Section(title, about, RATIO_COLUMNS | FLOOR_COLUMN, rows, facts)
 
 
 ABOUT = (
-    "torch scales every gradient on every call, also by 1, so what it is given does not change its time. GlobalNorm, ZClip "
-    "and AdaGC of scope global clip all tensors or none."
+    "torch scales every gradient on every call, also by 1, so what it is given does not change its time. Rules for the "
+    "global norm clip all tensors or none."
 )
 
 
@@ -160,7 +184,7 @@ def optimizer(quick: bool) -> Section:
     package = PackageAdaGC(fresh(), warmup_steps=2, lambda_abs=NO_LIMIT, weight_decay=0.0)
     params = fresh()
     adam = torch.optim.Adam(params, foreach=True)
-    clip = dist_clip.GradClipper([(f"p{i}", p) for i, p in enumerate(params)], adagc())
+    clip = dist_clip.GradClipper([(f"p{i}", p) for i, p in enumerate(params)], steady("adagc"))
     for _ in range(3):
         package.step()
         clip.clip_()

@@ -7,6 +7,8 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+from scripts.policies import compared, label
+
 BEGIN, END = "<!-- scripts/bench.py: begin -->", "<!-- scripts/bench.py: end -->"
 MARKERS = {
     "cpu": (BEGIN, END),
@@ -100,8 +102,9 @@ def plot(results: dict[str, Any], folder: Path) -> list[Path]:
         for axis, key, title in ((axes[0], "first_cpu_ms", "first call"), (axes[1], "cpu_ms", "steady step")):
             for k, name in enumerate(names):
                 heights = [row[key] for row in rows if row["name"] == name]
-                axis.bar([i + 0.2 * k for i in range(len(meshes))], heights, width=0.2, label=name)
-            axis.set_xticks([i + 0.3 for i in range(len(meshes))], meshes, fontsize=8)
+                width = 0.8 / len(names)
+                axis.bar([i + width * k for i in range(len(meshes))], heights, width=width, label=name)
+            axis.set_xticks([i + 0.4 - width / 2 for i in range(len(meshes))], meshes, fontsize=8)
             axis.set_yscale("log")
             axis.set_ylabel("CPU time, ms (log)")
             axis.set_title(f"{sections['dtensor']['title']}, {title}", fontsize=10)
@@ -120,7 +123,7 @@ def plot(results: dict[str, Any], folder: Path) -> list[Path]:
 
 
 def _ours(name: str) -> bool:
-    return name.startswith(("GlobalNorm", "ZClip", "AdaGC", "LogClip", "dist_clip"))
+    return name.startswith(("dist_clip", *map(label, compared())))
 
 
 def _save(figure: Any, path: Path) -> Path:

@@ -20,6 +20,7 @@ from torch.multiprocessing.spawn import spawn as start
 import dist_clip
 from scripts.benchmark.official import OfficialSchedule, Piece
 from scripts.benchmark.timing import Section, Timing, count
+from scripts.policies import compared, label, make
 
 DIM = 256
 OFFICIAL = "official AdaGC's schedule (our rewrite)"
@@ -89,14 +90,10 @@ def _tensor_parallel(tensors: int, repeats: int) -> list[dict[str, Any]]:
         plain.grad = _local(param.grad)
         pieces.append(Piece(plain, sharded=True))
     official = OfficialSchedule(pieces, warmup_steps=1, max_norm=1e30)
-    adagc = dist_clip.GradClipper(named, dist_clip.AdaGC(warmup_steps=1, max_norm=1e30))
-    shard = dist_clip.GradClipper(named, dist_clip.AdaGC(warmup_steps=1, max_norm=1e30, scope="shard"))
-    norm = dist_clip.GradClipper(named, dist_clip.GlobalNorm(1e30))
+    policies = {label(mode): make(mode, warmup_steps=1, max_norm=1e30) for mode in compared("adagc-shard")}
     candidates: dict[str, Callable[[], Any]] = {
         OFFICIAL: official.step,
-        "AdaGC": adagc.clip_,
-        'AdaGC scope="shard"': shard.clip_,
-        "GlobalNorm": norm.clip_,
+        **{name: dist_clip.GradClipper(named, policy).clip_ for name, policy in policies.items()},
         "torch clip_grad_norm_ (global norm only)": lambda: torch.nn.utils.clip_grad_norm_(params, 1e30),
     }
     for run in candidates.values():  # past every warm-up and first call

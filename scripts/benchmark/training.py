@@ -13,6 +13,7 @@ from torch import nn
 import dist_clip
 from launch.model import VOCAB_SIZE, ModelConfig, build_model, next_byte_loss
 from scripts.benchmark.timing import Section
+from scripts.policies import compared, label, make
 
 PHASES = ("forward_backward", "clip", "optimizer")
 
@@ -56,13 +57,7 @@ def end_to_end(quick: bool) -> Section:
 
 def clips(model: nn.Module) -> dict[str, Callable[[], Any]]:
     """A clip by each policy, past its warm-up from the second step on."""
-    policies = {
-        "GlobalNorm": dist_clip.GlobalNorm(),
-        "ZClip": dist_clip.ZClip(warmup_steps=1),
-        "AdaGC": dist_clip.AdaGC(warmup_steps=1),
-        "LogClip": dist_clip.LogClip(warmup_steps=1),
-    }
-    return {name: dist_clip.GradClipper(model, policy).clip_ for name, policy in policies.items()}
+    return {label(mode): dist_clip.GradClipper(model, make(mode, warmup_steps=1)).clip_ for mode in compared()}
 
 
 def share_table(about: str, milliseconds: dict[str, list[float]], model: nn.Module, rounds: int) -> Section:

@@ -11,7 +11,7 @@ import torch._dynamo  # noqa: F401  (DTensor imports it when first used, which t
 
 from scripts.simulation.layouts import Degrees
 from scripts.simulation.network import Network
-from scripts.simulation.schedules import POLICIES, Step, simulate_rank
+from scripts.simulation.schedules import MODES, Step, simulate_rank
 from scripts.simulation.shapes import ModelShape
 
 
@@ -110,7 +110,7 @@ def simulate(
     network: Network,
     *,
     positions: Sequence[int] | None = None,
-    policies: Sequence[str] = tuple(POLICIES),
+    policies: Sequence[str] = tuple(MODES),
     torch_too: bool = True,
 ) -> Cell:
     """Simulate some ranks, each in a process of its own: of the first, of a middle and of the last stage."""

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 
 import dist_clip
 from dist_clip.kernels import Kernels
-from dist_clip.policies.base import Policy
+from scripts.policies import compared, label, make
 from scripts.simulation.counting import Collective, CollectiveLog, logging_objects
 from scripts.simulation.layouts import FSDP, PP, TP, Degrees, Meshes, make_parameters, splits
 from scripts.simulation.ranks import ONES, AnsweringLog, fake_world
@@ -24,12 +24,8 @@ from scripts.simulation.shapes import ModelShape
 WARMUP = 2
 """Warm-up steps of the policies here; steps 2 (within) and 4 (after) are the ones shown."""
 
-POLICIES: dict[str, Callable[[], Policy]] = {
-    "GlobalNorm": lambda: dist_clip.GlobalNorm(),
-    "ZClip": lambda: dist_clip.ZClip(warmup_steps=WARMUP),
-    "AdaGC": lambda: dist_clip.AdaGC(warmup_steps=WARMUP),
-    "AdaGC shard": lambda: dist_clip.AdaGC(warmup_steps=WARMUP, scope="shard"),
-}
+MODES = {label(mode): mode for mode in compared("adagc-shard")}
+"""What is simulated: name in the results -> mode."""
 
 Basis = Literal["counted", "described"]
 
@@ -58,7 +54,7 @@ class Step:
 
 
 def simulate_rank(
-    model: ModelShape, degrees: Degrees, rank: int, policies: Sequence[str] = tuple(POLICIES), torch_too: bool = True
+    model: ModelShape, degrees: Degrees, rank: int, policies: Sequence[str] = tuple(MODES), torch_too: bool = True
 ) -> tuple[list[Step], dict[tuple[int, ...], str]]:
     """Construct real clippers on rank `rank` of a fake world, run real steps, and list what they and the others send.
 
@@ -114,7 +110,9 @@ def run_clipper(
     """
     sent: dict[str, tuple[Collective, ...]] = {}
     with log.logged() as entries:
-        clipper = dist_clip.GradClipper(list(named), POLICIES[name](), pp_group=meshes.pp_group, kernels=kernels)
+        clipper = dist_clip.GradClipper(
+            list(named), make(MODES[name], warmup_steps=WARMUP), pp_group=meshes.pp_group, kernels=kernels
+        )
     sent["construction"] = tuple(entries)
     for step in range(1, WARMUP + 3):
         with log.logged() as entries:

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from launch.model import build_model, next_byte_loss
-from launch.train import Config
+from launch.train import Config, parse
 from scripts.stability.grid import AXES, NONE, Grid, Spec
 from scripts.stability.results import Setting
-from scripts.stability.runner import cached_corpus, parse, quiet_worker, start
+from scripts.stability.runner import cached_corpus, quiet_worker, start
 from scripts.stability.store import Row, Rows
 from scripts.stability.tables import table
 

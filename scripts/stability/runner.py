@@ -20,25 +20,19 @@ from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 import torch
-import tyro
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from launch.data import Corpus, DataConfig, load_corpus
 from launch.metrics import Run, read_run
 from launch.parallel import process_group
-from launch.train import Config, train
+from launch.train import parse, train
 from scripts.stability.grid import AXES, NONE, Family, Grid, Spec
 from scripts.stability.row import Recorded, make_row
 from scripts.stability.store import Rows
 
 QUIET = ("--no-tensorboard", "--no-plot", "--no-progress", "--tensors-every", "10")
 """How a run is logged here; none of it changes a number."""
-
-
-def parse(options: Sequence[str]) -> Config:
-    """The options of a row, read by the parser of launch/train.py."""
-    return tyro.cli(Config, args=list(options), config=(tyro.conf.OmitArgPrefixes,))
 
 
 def check(families: Sequence[Family]) -> None:

@@ -178,7 +178,7 @@ def load_other_model(path: str) -> None:
     common = dist_checkpointing.load_common_state_dict(path)
     from dist_clip.megatron import checkpoint
 
-    checkpoint.load(clipper, common["optimizer"][checkpoint.KEY])
+    checkpoint.load(clipper.memory, common["optimizer"][checkpoint.KEY])
 
 
 def torch_format(config: Config) -> list[bool]:

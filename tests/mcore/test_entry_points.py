@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import subprocess
 import sys
@@ -16,16 +17,25 @@ import torch
 import dist_clip
 from dist_clip import megatron as clipping
 from dist_clip.megatron import launcher
+from dist_clip.policies import modes, registered
 from launch.metrics import read_run
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = Path(__file__).parent / "scripts" / "pretrain_small.py"
 
 
-def torchrun(ranks: int, *arguments: Any, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+def torchrun(
+    ranks: int, *arguments: Any, timeout: float = 240, environment: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks, *arguments]
     return subprocess.run(
-        list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False
+        list(map(str, command)),
+        cwd=ROOT,
+        env={**os.environ, **(environment or {})},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
     )
 
 
@@ -69,6 +79,7 @@ def test_without_the_mode_nothing_is_changed() -> None:
         ([str(SCRIPT), "--adagc-beta", "0.9"], "--adagc-beta without --grad-clip-mode"),
         ([str(SCRIPT), "--grad-clip-mode", "adagc", "--adagc-beta", "1.5"], "beta must be .* got 1.5"),
         ([str(SCRIPT), "--grad-clip-mode", "median"], "invalid choice: 'median'"),
+        ([str(SCRIPT), "--grad-clip-module", "nowhere"], "--grad-clip-module nowhere: cannot be imported"),
     ],
 )
 def test_what_is_wrong_is_told_before_anything_runs(
@@ -122,6 +133,59 @@ def test_megatron_lms_own_parser_gets_the_flags(tmp_path: Path) -> None:
     assert done.stdout.split() == ["0.5", "adagc", "0.98", "True"], done.stderr
 
 
+OWN = """
+import dataclasses, dist_clip
+@dist_clip.register("halve")
+@dataclasses.dataclass(frozen=True)
+class Halve(dist_clip.Policy):
+    \"\"\"Scale by a half.
+
+    Args:
+        strength: how hard.
+    \"\"\"
+    strength: float = 0.5
+
+    def step(self, state, inputs):
+        return inputs.norms * 0 + self.strength, state
+"""
+
+
+def test_a_policy_of_ones_own_beside_the_script(tmp_path: Path) -> None:
+    """The module is found beside the script, its flags are taken off, and what is left is the script's."""
+    (tmp_path / "my_rules.py").write_text(OWN)
+    script = tmp_path / "idle.py"
+    script.write_text("import sys; print('argv', sys.argv[1:])")
+    command = [sys.executable, "-m", "dist_clip.megatron", str(script), "--grad-clip-module", "my_rules"]
+
+    def launched(*flags: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([*command, *flags], cwd=ROOT, capture_output=True, text=True, check=False)
+
+    done = launched("--grad-clip-mode", "halve", "--mine", "1", "--halve-strength", "0.25")
+    assert "argv ['--mine', '1']" in done.stdout
+    assert "made no optimizer" in done.stderr  # so far it came
+    assert "--halve-strength does not go with --grad-clip-mode adagc" in launched(
+        "--grad-clip-mode", "adagc", "--halve-strength", "1"
+    ).stderr  # fmt: skip
+
+
+def test_a_policy_of_ones_own_clips_an_unmodified_script(tmp_path: Path) -> None:
+    (tmp_path / "my_rules.py").write_text(OWN)
+    flags = [
+        "--grad-clip-module",
+        "my_rules",
+        "--grad-clip-mode",
+        "halve",
+        "--halve-strength",
+        "0.25",
+        "--save",
+        tmp_path,
+    ]
+    done = torchrun(1, "-m", "dist_clip.megatron", SCRIPT, *flags, environment={"PYTHONPATH": str(tmp_path)})
+    assert done.returncode == 0, done.stderr
+    state = torch.load(tmp_path / "rank0.pt", weights_only=False)["dist_clip"]
+    assert json.loads(state["policies"][0]) == {"pattern": "*", "policy": "Halve", "strength": 0.25}
+
+
 # ---- flags -----------------------------------------------------------------------------------------------------------
 
 
@@ -143,8 +207,8 @@ def parsed(*flags: str) -> argparse.Namespace:
         (["--grad-clip-mode", "zclip"], dist_clip.ZClip(max_norm=0.5)),
         (
             ["--grad-clip-mode", "zclip", "--zclip-alpha", "0.9", "--zclip-z-thresh", "3", "--zclip-warmup-steps", "9",
-             "--zclip-mode", "percentile", "--zclip-option", "mean", "--zclip-factor", "0.7", "--zclip-skip-update-on-spike",
-             "--zclip-eps", "1e-5"],
+             "--zclip-mode", "percentile", "--zclip-clip-option", "mean", "--zclip-clip-factor", "0.7",
+             "--zclip-skip-update-on-spike", "--zclip-eps", "1e-5"],
             dist_clip.ZClip(0.9, 3.0, 9, "percentile", "mean", 0.7, 0.5, True, 1e-5),
         ),
         (["--grad-clip-mode", "zclip-shard"], dist_clip.ZClip(max_norm=0.5, scope="shard")),
@@ -163,11 +227,18 @@ def test_flags_make_the_policy(flags: list[str], policy: dist_clip.Policy) -> No
 
 
 def test_every_option_of_a_policy_has_a_flag() -> None:
-    from dist_clip.megatron import flags
-
-    for rule in (dist_clip.AdaGC, dist_clip.LogClip, dist_clip.ZClip):
-        assert set(flags._FLAGS[rule].values()) == set(rule.__dataclass_fields__) - {"scope", "max_norm"}
-        assert {scope for kind, scope in flags._SCOPED.values() if kind is rule} == {"tensor", "shard", "global"}
+    args = vars(parsed())
+    for name, rule in registered().items():
+        flags = {dest.removeprefix(f"{name}_") for dest in args if dest.startswith(f"{name}_")}
+        assert flags == set(rule.__dataclass_fields__) - {"scope", "max_norm"}
+        own = [
+            clipping.policy_from_args(parsed("--grad-clip-mode", mode), 1.0)
+            for mode in modes()
+            if mode.startswith(name)
+        ]
+        assert {type(policy) for policy in own} == {rule}
+        scopes = {policy.scope for policy in own if policy is not None}
+        assert scopes == ({"tensor", "shard", "global"} if "scope" in rule.__dataclass_fields__ else {"global"})
 
 
 def test_clip_grad_zero() -> None:
