@@ -22,8 +22,8 @@ def add_clip_args(parser: argparse.ArgumentParser, arguments: Sequence[str] | No
     """Add the clipping flags to a parser. Usable as Megatron-LM's ``extra_args_provider``.
 
     Each registered policy adds ``--NAME-OPTION`` for each of its hyper-parameters but ``max_norm``, which is Megatron's
-    ``--clip-grad``. ``--grad-clip-module MODULE`` is read first: the module is imported, and the policies that it
-    registers have their flags, too.
+    ``--clip-grad``. ``--grad-clip-module MODULE`` is read and imported first, so that the policies that the module
+    registers get flags as well.
 
     Args:
         parser: gets the flags in their own argument group.
@@ -48,7 +48,7 @@ def add_clip_args(parser: argparse.ArgumentParser, arguments: Sequence[str] | No
     )
 
     def add(flag: str, **kwargs: Any) -> None:
-        # No defaults here: a flag that was not given leaves the policy's own.
+        # Flags have no defaults, so that the policy's own default holds for those that were not given.
         group.add_argument(flag, default=None, **kwargs)
 
     add("--grad-clip-mode", choices=modes(), help="The rule. Not given: Megatron's own clipping, untouched.")

@@ -153,7 +153,7 @@ def options_of(cls: type[Policy]) -> tuple[Option, ...]:
 
 
 def _resolve(hint: Any) -> tuple[type, tuple[Any, ...], bool]:
-    """The type, the choices and whether None is allowed, of an annotation."""
+    """Return the type, the choices, and whether None is allowed, of an annotation."""
     optional = False
     if get_origin(hint) in (typing.Union, types.UnionType):
         members = [member for member in get_args(hint) if member is not type(None)]
