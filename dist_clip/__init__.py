@@ -1,4 +1,4 @@
-"""dist_clip: gradient clipping for distributed training that knows how the gradients are sharded."""
+"""Gradient clipping for distributed training that knows how the gradients are sharded."""
 
 from typing import Any
 
@@ -27,7 +27,7 @@ __version__ = "0.2.0.dev0"
 
 
 def __getattr__(name: str) -> Any:
-    """``dist_clip.megatron``, imported when it is first used: it needs megatron-core, the rest does not."""
+    """Import ``dist_clip.megatron`` at its first use, because only that part needs megatron-core."""
     if name == "megatron":
         import importlib
 

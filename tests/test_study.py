@@ -263,6 +263,9 @@ def test_two_writers_do_not_write_over_each_other(tmp_path: Path) -> None:
 # ---- runs ------------------------------------------------------------------------------------------------------------
 
 
+RECORD = Grid.load(QUICK).raw["record"]
+
+
 def quick_family(policy: str = "adagc-median") -> Family:
     return next(f for f in Grid.load(QUICK).families() if f.branches and f.twin.policy == policy)
 
@@ -286,7 +289,7 @@ def run_and_die(path: Path, work: Path, at: int) -> None:
         real(cfg, *args)
 
     runner.train = train
-    run_family(quick_family(), {}, path, work)
+    run_family(quick_family(), RECORD, path, work)
 
 
 def run_and_count(path: Path, work: Path) -> tuple[int, int]:
@@ -299,7 +302,7 @@ def run_and_count(path: Path, work: Path) -> tuple[int, int]:
         real(*args)
 
     runner.train = train
-    return run_family(quick_family(), {}, path, work), count
+    return run_family(quick_family(), RECORD, path, work), count
 
 
 def comparable(rows: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The memory as a snapshot: for each element, the slots that decide anything from here on. Checked before it is loaded."""
+"""The snapshot of a memory: for each element, the slots that later steps depend on. Checked before it is loaded."""
 
 from __future__ import annotations
 
@@ -17,40 +17,48 @@ from dist_clip.policies.base import Policy, State
 
 FORMAT_VERSION = 2
 _READABLE = (1, 2)
-"""Version 1 differs in Megatron's checkpoints (`dist_clip.megatron.checkpoint`), and knew fewer hyper-parameters."""
+"""Version 1 differs in Megatron's checkpoints (`dist_clip.megatron.checkpoint`), and has fewer hyper-parameters."""
 
 OnMismatch = Callable[[str], None]
-"""What is done about a state that does not fit: raise, or warn."""
+"""Called with a message if a state does not fit; raises or warns."""
 
 
 def snapshot(memory: Memory) -> dict[str, Any]:
-    """Return ``{"format_version", "step", "policies", "tensors": {fqn: {slot: tensor}}, "global": {pattern: {slot:
-    tensor}}, "shards": {fqn: "k of n"}}``, the last for tensors under scope "shard", whose state belongs to one shard."""
+    """Return the memory as a snapshot, with copies of the states on the CPU. Syncs the host.
+
+    Returns:
+        ``{"format_version", "step", "policies", "tensors": {fqn: {slot: tensor}}, "global": {pattern: {slot: tensor}},
+        "shards": {fqn: "k of n"}}``. "shards" has the tensors under scope "shard", whose state belongs to one shard.
+    """
     step = memory.steps
     return _assembled(memory, step, lambda group: rows_of(_unbound(columns_of(group, step)), group.num_elements))
 
 
 def restore(memory: Memory, loaded: Mapping[str, Any]) -> None:
-    """Load a snapshot of the same policies. Check everything, then copy: one that does not fit changes nothing."""
+    """Load a snapshot of the same policies. One that does not fit changes nothing.
+
+    Raises:
+        ValueError: the snapshot does not fit; the message says where.
+    """
     policies_fit(memory, list(loaded["policies"]), _mismatch)
     take_over(memory, loaded)
 
 
 def cleared(policy: Policy, step: int) -> dict[str, Tensor]:
-    """Return the state of one element of which nothing was observed, at any step."""
+    """Return the state of one element without observations, as a snapshot has it after `step` steps."""
     state = policy.init_state(1, torch.device("cpu"))
     return {slot: state[slot][..., 0] for slot in policy.slots_after(step)}
 
 
 def fresh(memory: Memory, step: int) -> dict[str, Any]:
-    """Return the snapshot of a clipper that has observed nothing, at any step."""
+    """Return the snapshot of a clipper without observations after `step` steps."""
     return _assembled(memory, step, lambda group: [cleared(group.policy, step)] * group.num_elements)
 
 
 def _assembled(
     memory: Memory, step: int, elements: Callable[[PolicyGroup], Sequence[Mapping[str, Tensor]]]
 ) -> dict[str, Any]:
-    """Return the snapshot whose elements, group by group, are what `elements` says."""
+    """Return the snapshot whose elements are those that `elements` returns for each group."""
     tensors: dict[str, Mapping[str, Tensor]] = {}
     shared: dict[str, Mapping[str, Tensor]] = {}
     shards: dict[str, str] = {}
@@ -68,6 +76,11 @@ def _assembled(
 
 
 def take_over(memory: Memory, loaded: Mapping[str, Any]) -> None:
+    """Check the states of a snapshot, whose policies must fit, and copy them into `memory`.
+
+    Raises:
+        ValueError: the states do not fit; then nothing has changed.
+    """
     step = checked_step(loaded)
     states: list[State] = []
     expected: set[str] = set()
@@ -79,16 +92,16 @@ def take_over(memory: Memory, loaded: Mapping[str, Any]) -> None:
             tensors = [memory.layout.tensors[i] for i in group.indices]
             expected |= {tensor.name for tensor in tensors}
             if not expected <= set(loaded["tensors"]):
-                continue  # the error below names all that are missing
+                continue  # the error below names all missing tensors
             found = {repr(tensor.name): loaded["tensors"][tensor.name] for tensor in tensors}
             if group.per_shard:
                 _check_shards(tensors, loaded["shards"])
-        # From scratch, for the clipper may have dropped the record of its warm-up, which the loaded state may have.
+        # A fresh state, because the clipper may have dropped its warm-up's record, which the loaded state may have.
         state = group.fresh_state()
         _fill(group.policy, state, slots, found)
         states.append(state)
     missing = sorted(expected - set(loaded["tensors"]))
-    # Under pipeline parallelism the state of the whole model is welcome: each stage takes its part.
+    # Under pipeline parallelism the snapshot may hold the whole model, of which each stage loads its part.
     unknown = sorted(set(loaded["tensors"]) - expected - memory.names_elsewhere)
     if missing or unknown:
         raise ValueError(f"the state does not fit this model: missing {missing}, unknown {unknown}")
@@ -110,10 +123,13 @@ def _check_shards(tensors: Sequence[LogicalTensor], shards: Mapping[str, str]) -
 
 
 def policies_fit(memory: Memory, saved: Sequence[Mapping[str, Any]], on_mismatch: OnMismatch) -> bool:
-    """Whether the state is of the same rules for the same patterns; changed hyper-parameters are a mismatch that fits."""
+    """Return whether the saved policies have the same rules, patterns and scopes as those of `memory`.
+
+    Calls `on_mismatch` if they have not, and if only hyper-parameters differ, which counts as fitting.
+    """
     mine = policies(memory)
     if len(saved) == len(mine):
-        # A hyper-parameter that the policy did not have yet had the effect of its default.
+        # A hyper-parameter that is newer than the saved policy had the effect of its default.
         saved = [
             {**_defaults(group.policy), **old} if old.get("policy") == new["policy"] else old
             for group, old, new in zip(memory.groups, saved, mine, strict=True)
@@ -148,6 +164,11 @@ def _mismatch(message: str) -> None:
 
 
 def checked_step(loaded: Mapping[str, Any]) -> int:
+    """Return the snapshot's step.
+
+    Raises:
+        ValueError: an unknown format version, or a step that is no int of at least 0.
+    """
     if loaded["format_version"] not in _READABLE:
         raise ValueError(
             f"the state has format version {loaded['format_version']!r}; this dist_clip reads versions "
@@ -160,18 +181,22 @@ def checked_step(loaded: Mapping[str, Any]) -> int:
 
 
 def policies(memory: Memory) -> list[dict[str, Any]]:
+    """Return the pattern and the config of each policy group."""
     return [{"pattern": group.pattern, **group.policy.config()} for group in memory.groups]
 
 
 def shard_of(tensor: LogicalTensor) -> str:
-    """Which piece of the tensor this rank holds."""
+    """Return which piece of the tensor this rank holds, as "k of n", k from 0."""
     ranks = sorted(tensor.replica_ranks)
     position = ranks.index(current_rank()) if len(ranks) > 1 else 0
     return f"{position} of {len(ranks)}"
 
 
 def columns_of(group: PolicyGroup, step: int) -> dict[str, Tensor]:
-    """The slots that matter after `step` steps, element by row, copied to the CPU: a few operators a slot."""
+    """Return the slots that a checkpoint needs after `step` steps, copied to the CPU, with one row an element.
+
+    This takes a few operators a slot, whatever the number of elements.
+    """
     return {
         slot: group.state[slot].detach().movedim(-1, 0).to("cpu", copy=True, memory_format=torch.contiguous_format)
         for slot in group.policy.slots_after(step)
@@ -183,12 +208,12 @@ def _unbound(columns: Mapping[str, Tensor]) -> dict[str, Sequence[Tensor]]:
 
 
 def rows_of(values: Mapping[str, Sequence[Any]], n: int) -> list[dict[str, Any]]:
-    """[{slot: value}] of the n elements, from {slot: [value of each element]}."""
+    """Return [{slot: value}] for n elements from {slot: [value of each element]}."""
     return [{slot: column[k] for slot, column in values.items()} for k in range(n)]
 
 
 def storable(policy: Policy, slot: str, value: Tensor) -> bool:
-    """Whether all of `value` may stand in a checkpoint: anything finite, and NaN in the slots that the policy names."""
+    """Return whether `value` may be in a checkpoint: it is finite, but for NaN in the policy's `nan_slots`."""
     if not value.is_floating_point():
         return True
     fine = value.isfinite() | value.isnan() if slot in policy.nan_slots else value.isfinite()
@@ -196,7 +221,11 @@ def storable(policy: Policy, slot: str, value: Tensor) -> bool:
 
 
 def _fill(policy: Policy, state: State, slots: Sequence[str], elements: Mapping[str, Any]) -> None:
-    """Check `elements`, {where: {slot: tensor}}, and copy them into the columns of `state`."""
+    """Copy `elements`, {where: {slot: tensor}}, into the columns of `state`.
+
+    Raises:
+        ValueError: wrong slots, shapes or values; the message says where.
+    """
     for where, element in elements.items():
         if not isinstance(element, Mapping) or set(element) != set(slots):
             has = sorted(element) if isinstance(element, Mapping) else element

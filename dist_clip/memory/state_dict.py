@@ -1,8 +1,8 @@
-"""The memory as a state dict, which users save: keyed by FQN, free of the layout, checked before anything is loaded.
+"""The state dict of a memory, which users save: keyed by FQN, independent of the layout, checked before it is loaded.
 
-It has what a snapshot has (`dist_clip.memory.snapshot`), under keys that do not depend on the step:
-`torch.distributed.checkpoint` loads into the keys that the clipper has at that time, which may be at another step than the
-one that was saved.
+It holds what a snapshot holds (`dist_clip.memory.snapshot`), but its keys do not depend on the step. This is needed
+because `torch.distributed.checkpoint` loads into the keys that the clipper has when it loads, which may be at another
+step.
 """
 
 from __future__ import annotations
@@ -32,16 +32,20 @@ from dist_clip.memory.snapshot import (
 from dist_clip.policies.base import Policy
 
 _LAYOUT = "layout"
-"""Key, beside a tensor's shards, of how the tensor was cut into them."""
+"""Key, beside a tensor's shards, of the placement that cut the tensor into them."""
 
 
 def state_dict(memory: Memory) -> dict[str, Any]:
-    """Return ``{"format_version", "step", "policies", "names", "tensors": {fqn: {slot: value}}, "global": {pattern:
-    {slot: value}}, "shards": {fqn: {"layout": text, "k of n": {slot: value}}}}``.
+    """Return the state of this rank's pipeline stage. Syncs the host.
 
-    `policies` are lines of JSON, one a rule; `names` are the FQNs of the whole model, those of other pipeline stages
-    included. `shards` is for scope "shard". A value is a 0-dim CPU tensor, or, for what only a warm-up records, a list of
-    numbers, empty once the warm-up is over.
+    Warns if a state has a NaN or Inf that loading would refuse.
+
+    Returns:
+        ``{"format_version", "step", "policies", "names", "tensors": {fqn: {slot: value}}, "global": {pattern: {slot:
+        value}}, "shards": {fqn: {"layout": text, "k of n": {slot: value}}}}``. "policies" has one line of JSON a rule.
+        "names" has the FQNs of the whole model, including those of other pipeline stages. "shards" is for scope
+        "shard". A value is a 0-dim CPU tensor or, for a slot that only a warm-up records, a list of numbers, empty once
+        the warm-up is over.
     """
     step = memory.steps
     tensors: dict[str, dict[str, Any]] = {}
@@ -70,7 +74,14 @@ def state_dict(memory: Memory) -> dict[str, Any]:
 
 
 def load_state_dict(memory: Memory, loaded: Mapping[str, Any], *, strict: bool = True) -> None:
-    """Load what `state_dict` made, under this layout or another. Nothing changes unless all of it fits."""
+    """Load what `state_dict` returned, under this layout or another. Nothing changes unless all of it fits.
+
+    Args:
+        strict: False warns of missing and unknown tensors and of changed policies, and loads what fits.
+
+    Raises:
+        ValueError: the state is damaged or does not fit; the message says where.
+    """
     if not isinstance(loaded, Mapping):
         raise ValueError(f"not a state of GradClipper: {type(loaded).__name__}")
     kinds = {"policies": list, "names": list, "tensors": Mapping, "global": Mapping, "shards": Mapping}
@@ -94,7 +105,7 @@ def load_state_dict(memory: Memory, loaded: Mapping[str, Any], *, strict: bool =
 
 
 def _chosen(memory: Memory, step: int, sections: Mapping[str, Mapping[str, Any]], names: set[str]) -> dict[str, Any]:
-    """Return this rank's part of a state dict as a snapshot, with a fresh state for what the state dict lacks."""
+    """Return this rank's part of a state dict as a snapshot, with fresh states for the elements that it lacks."""
     chosen = fresh(memory, step)
     recut = []
     for tensor in memory.layout:
@@ -136,7 +147,7 @@ def _check_names(
     memory: Memory, names: list[str], sections: Mapping[str, Mapping[str, Any]], on_mismatch: OnMismatch
 ) -> None:
     mine = {*memory.layout.names, *memory.names_elsewhere}
-    # The names decide: a partial load leaves entries that were in the clipper before it.
+    # "names" decides which tensors were saved, because a partial load keeps the clipper's own entries for the others.
     unknown = sorted({*names, *sections["tensors"], *sections["shards"]} - mine)
     lost = {group.pattern for group in memory.groups if group.one_element} - set(sections["global"])
     for group in memory.groups:
@@ -157,12 +168,15 @@ def _warn(message: str) -> None:
 
 
 def _lasting(policy: Policy) -> tuple[str, ...]:
-    """Slots of every step, also of those after a warm-up."""
+    """Return the slots that a checkpoint needs at every step, also after a warm-up."""
     return policy.slots_after(2**62)
 
 
 def _listed(group: PolicyGroup, step: int) -> list[dict[str, Any]]:
-    """Each element's slots under keys that do not depend on the step: what only a warm-up records is a list of numbers."""
+    """Return each element's slots under keys that do not depend on the step.
+
+    Slots that only a warm-up records become lists of numbers, which are empty after it.
+    """
     columns = columns_of(group, step)
     _warn_of_nonfinite(group, columns)
     lasting = _lasting(group.policy)
@@ -171,20 +185,26 @@ def _listed(group: PolicyGroup, step: int) -> list[dict[str, Any]]:
         if slot not in lasting:
             column = columns.get(slot)
             n = group.num_elements
-            values[slot] = [[] for _ in range(n)] if column is None else column.reshape(n, column.shape[1:].numel()).tolist()
+            values[slot] = (
+                [[] for _ in range(n)] if column is None else column.reshape(n, column.shape[1:].numel()).tolist()
+            )
     return rows_of(values, group.num_elements)
 
 
 def _unlisted(entry: Any, policy: Policy, unobserved: Mapping[str, Tensor]) -> Any:
-    """The inverse of `_listed` for one element; `unobserved` has the slots that are needed. The snapshot checks the rest."""
+    """Return the slots of one element, as before `_listed`; `unobserved` has the slots that are needed, empty.
+
+    Raises:
+        ValueError: a record is no list of numbers. `take_over` checks everything else.
+    """
     if not isinstance(entry, Mapping):
         return entry
-    # A record that this clipper has no use for, because its warm-up is over, is dropped.
+    # The record of a warm-up that is over is dropped.
     out = {slot: value for slot, value in entry.items() if slot in unobserved or not isinstance(value, list)}
     for slot, empty in unobserved.items():
         record = entry.get(slot, None if slot in _lasting(policy) else [])
         if isinstance(record, list):
-            # Also of a warm-up of another length or kind, or over: as much of it as there is.
+            # The record may be of a warm-up of another length or kind, or of none, so as much of it is loaded as fits.
             if not all(isinstance(value, (int, float)) for value in record):
                 raise ValueError(f"the state is damaged: {slot} must be a list of numbers, got {record}")
             rows = torch.tensor(record[: empty.numel()], dtype=empty.dtype)

@@ -1,4 +1,4 @@
-"""The clipping rules: pure maths from norms to scales, one file a rule."""
+"""The clipping rules, pure maths from norms to scales, one file a rule."""
 
 from dist_clip.policies.adagc import AdaGC
 from dist_clip.policies.base import Need, Policy, Scope, State, StepInputs, observed

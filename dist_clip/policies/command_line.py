@@ -12,7 +12,7 @@ from dist_clip.policies.base import Policy
 from dist_clip.policies.registry import Option, options_of, registered
 
 COMMON = "max_norm"
-"""The option for which a launcher has one flag, whatever the rule."""
+"""The option that every launcher sets by one flag for all rules."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +34,7 @@ class PolicyFlag:
 
     @property
     def hint(self) -> str:
-        """What a help text says of the default."""
+        """The text about the default in a help text."""
         return "required" if self.option.required else f"default: {self.option.default}"
 
 
@@ -49,15 +49,15 @@ def policy_flags() -> tuple[PolicyFlag, ...]:
 
 
 def options_from_flags(rule: type[Policy] | None, values: Mapping[str, Any], chosen: str) -> dict[str, Any]:
-    """Return the options of a policy that were given as flags, by name.
+    """Return {name: value} of the options of a policy that were given as flags.
 
     Args:
-        rule: the policy's class; None where none is chosen, so that no flag goes with it.
+        rule: the policy's class; None if the command line chooses none, so that every policy flag is an error.
         values: parsed arguments by `PolicyFlag.dest`, None where the flag was not given. Other arguments are ignored.
-        chosen: what the command line says to choose `rule`, for the errors.
+        chosen: the part of the command line that chooses `rule`, for the errors.
 
     Raises:
-        ValueError: a flag of another policy, or a required one that was not given; each named.
+        ValueError: a flag of another policy, or a required flag that was not given; the message names them.
     """
     given = {flag.dest: flag for flag in policy_flags() if values.get(flag.dest) is not None}
     own = {flag.dest: flag for flag in policy_flags() if registered()[flag.rule] is rule}
@@ -71,17 +71,17 @@ def options_from_flags(rule: type[Policy] | None, values: Mapping[str, Any], cho
 
 
 def flag_names(dests: Iterable[str]) -> str:
-    """Return the flags of parsed arguments, for a message."""
+    """Return the flags of parsed arguments as text, for a message."""
     return ", ".join("--" + dest.replace("_", "-") for dest in dests)
 
 
 def import_modules(flag: str, arguments: Sequence[str]) -> None:
-    """Import the modules that `flag` names among `arguments`, so that the policies they register have flags, too.
+    """Import the modules that `flag` names among `arguments`, so that the policies they register get flags as well.
 
-    Call it before the parser is built; the flag may be repeated.
+    Call it before the parser is built. The flag may be repeated.
 
     Raises:
-        ImportError: a module that cannot be imported, named.
+        ImportError: a module cannot be imported; the message names it.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument(flag, action="append", default=[], dest="modules")

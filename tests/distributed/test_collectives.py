@@ -25,11 +25,20 @@ from tests.harness import pool
 
 from . import training
 from .counting import Collective, CollectiveLog
-from .layouts import CASES, LAYOUTS
+from .layouts import CASES, LAYOUTS, Setup
 from .model import Config, make_net
 
-WARMUP = training.WARMUP
-SHORT = {"warmup_steps": 1}
+WARMUP = 2
+
+
+def clipper_of(setup: Setup, policy: str) -> Any:
+    """With a short warm-up: a longer one sends the same on each of its steps."""
+    ours = training.POLICIES[policy].ours()
+    if hasattr(ours, "warmup_steps"):
+        ours = dataclasses.replace(ours, warmup_steps=WARMUP)
+    return training.make_clipper(setup, ours)
+
+
 SHARDED = [(name, world) for name, world in CASES if not name.startswith(("ddp", "pp", "dtensor-dp"))]
 
 
@@ -39,7 +48,7 @@ def count_steps(layout: str, policies: tuple[str, ...], drop_on_last: bool = Fal
     The policies clip the same gradients, one after the other.
     """
     setup = training.build(layout, torch.float32)
-    clippers = {policy: training.make_clipper(setup, training.POLICIES[policy].ours()) for policy in policies}
+    clippers = {policy: clipper_of(setup, policy) for policy in policies}
     out: dict[str, Any] = {policy: {"logs": [], "counts": [], "global_norms": []} for policy in policies}
     pp_ranks = tuple(dist.get_process_group_ranks(setup.pp_group)) if setup.pp_group is not None else None
     for policy in policies:
@@ -54,7 +63,7 @@ def count_steps(layout: str, policies: tuple[str, ...], drop_on_last: bool = Fal
         restore = training.remember_gradients(setup.modules)
         for policy, clipper in clippers.items():
             restore()
-            if step not in (2, WARMUP + 2):
+            if step not in (WARMUP, WARMUP + 2):
                 clipper.clip_()
                 continue
             # Entered outside the counted block, CommDebugMode does not see the log's own calls, nor the log its.
@@ -215,15 +224,14 @@ def count_with_depth(layout: str, policies: tuple[str, ...], depth: int) -> dict
     setup = chosen.build(make_net(config), config)
     logs: dict[str, list[list[Collective]]] = {policy: [] for policy in policies}
     for policy in policies:
-        # One step of warm-up will do: a longer one sends the same on each of its steps.
-        ours = dataclasses.replace(training.POLICIES[policy].ours(), **({} if policy == "global_norm" else SHORT))
-        clipper = training.make_clipper(setup, ours)
-        for _ in range(3):
+        clipper = clipper_of(setup, policy)
+        for step in range(1, WARMUP + 3):
             for _, param in setup.named:
                 made_up_grad(param)
             with CollectiveLog() as log:
                 clipper.clip_()
-            logs[policy].append(log.entries)
+            if step in (WARMUP, WARMUP + 2):
+                logs[policy].append(log.entries)
     return logs
 
 
