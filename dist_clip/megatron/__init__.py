@@ -1,8 +1,8 @@
 """Megatron-core: clipping for its optimizers, by a call, by flags, or by a launcher for an unmodified script.
 
-    clipper = dist_clip.megatron.attach(optimizer, dist_clip.AdaGC(), model=model_chunks)
+    clipper = dist_clip.megatron.attach(optimizer, dist_clip.LogClip(), model=model_chunks)
     pretrain(..., extra_args_provider=dist_clip.megatron.add_clip_args)      # then attach_from_args
-    python -m dist_clip.megatron pretrain_gpt.py --grad-clip-mode adagc ...
+    python -m dist_clip.megatron pretrain_gpt.py --grad-clip-mode logclip ...
 
 See docs/megatron.md.
 """

@@ -44,7 +44,7 @@ def attach(
 
     Args:
         optimizer: what ``get_megatron_optimizer`` returned (chained, distributed, layer-wise, mixed-precision or fp32).
-        policy: `GlobalNorm`, `AdaGC`, `LogClip` or `ZClip`.
+        policy: any policy, such as `LogClip()`.
         model: the model chunk, or the list of chunks, that the optimizer was made from.
         nonfinite, overrides, exclude: as for `GradClipper`; patterns match global names, as ``explain()`` lists them. With
             "skip" the step reports itself unsuccessful, as Megatron's own skipped steps do.
