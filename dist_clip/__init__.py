@@ -1,4 +1,4 @@
-"""dist_clip: gradient clipping for distributed training that knows how the gradients are sharded."""
+"""Gradient clipping for distributed training that knows how the gradients are sharded."""
 
 from typing import Any
 
@@ -6,10 +6,12 @@ from dist_clip.attachment import Attachment
 from dist_clip.clipper import GradClipper
 from dist_clip.errors import DesyncError, LayoutError, NonFiniteGradError
 from dist_clip.functional import clip_grad_norm_
+from dist_clip.kernels import Kernels
 from dist_clip.policies import (
     AdaGC,
     GlobalNorm,
     LogClip,
+    Need,
     Policy,
     Scope,
     State,
@@ -21,11 +23,11 @@ from dist_clip.policies import (
 )
 from dist_clip.step import ClipReport, NonFinite
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 
 def __getattr__(name: str) -> Any:
-    """``dist_clip.megatron``, imported when it is first used: it needs megatron-core, the rest does not."""
+    """Import ``dist_clip.megatron`` at its first use, because only that part needs megatron-core."""
     if name == "megatron":
         import importlib
 
@@ -40,8 +42,10 @@ __all__ = [
     "DesyncError",
     "GlobalNorm",
     "GradClipper",
+    "Kernels",
     "LayoutError",
     "LogClip",
+    "Need",
     "NonFinite",
     "NonFiniteGradError",
     "Policy",

@@ -1,4 +1,4 @@
-"""Clipping in an optimizer's step pre-hook."""
+"""Clipping in a pre-hook of ``optimizer.step``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dist_clip.step.grad_scaler import check_unscaled
 
 
 class Detachable(Protocol):
-    """What ``clipper.attachment`` is: the way to take the clipper off again."""
+    """The protocol of ``clipper.attachment``, which detaches the clipper again."""
 
     @property
     def attached(self) -> bool:
@@ -25,16 +25,38 @@ class Detachable(Protocol):
         ...
 
     def remove(self) -> None:
-        """Take the clipper off."""
+        """Detach the clipper."""
         ...
 
 
 class Attachment:
-    """Step pre-hooks on one or more optimizers, clipping once a round. ``remove()`` takes them off.
+    """Step pre-hooks on one or more optimizers, which clip once a round. `GradClipper.attach` makes it.
 
     A round is one clip and the steps of the attached optimizers that follow it. It ends when all of them have stepped,
-    when one steps again, or when one steps whose gradients are not those of the last clip: optimizers may take turns, or
-    a GradScaler may leave one out.
+    when one steps again, or when one steps whose gradients changed since the last clip. Optimizers may therefore take
+    turns, and a GradScaler may leave one out.
+
+    Args:
+        optimizers: torch optimizers, at least one, each once.
+        clip_: clips all gradients and returns the report.
+        layout: the logical tensors that are clipped.
+        known: ids of all parameters of the clipper's target, excluded ones included.
+        may_skip: whether a report may ask for its step to be skipped.
+        scaler: the GradScaler, whose optimizers must all be unscaled before a clip; None without one.
+
+    Raises:
+        TypeError: no optimizer, or an object that is none.
+        RuntimeError: the same optimizer twice.
+        LayoutError: an optimizer holds a parameter that is not in `known`.
+
+    Example:
+        >>> import dist_clip
+        >>> model = torch.nn.Linear(2, 2)
+        >>> optimizer = torch.optim.AdamW(model.parameters())
+        >>> attachment = dist_clip.GradClipper(model, dist_clip.LogClip()).attach(optimizer)
+        >>> attachment.remove()
+        >>> attachment.attached
+        False
     """
 
     def __init__(
@@ -74,7 +96,7 @@ class Attachment:
         return bool(self._handles)
 
     def remove(self) -> None:
-        """Detach from the optimizers."""
+        """Remove the hooks from the optimizers."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -106,8 +128,8 @@ class Attachment:
             )
         if [len(group["params"]) for group in optimizer.param_groups] != self._sizes[id(optimizer)]:
             self._check_parameters(optimizer)  # parameters were added since
-        # The order of steps is the same on every rank; gradients are a second reason to clip, never one not to: a rank
-        # that has none of them goes by the order alone.
+        # The order of steps is the same on every rank, so it alone starts a round on a rank without gradients. New
+        # gradients are a second reason to start one; their absence is never a reason not to.
         if not self._stepped or id(optimizer) in self._stepped or self._has_new_gradients(optimizer):
             if self._scaler is not None:
                 for other in self._optimizers:
@@ -123,23 +145,23 @@ class Attachment:
             self._make_skip(optimizer)
 
     def _has_new_gradients(self, optimizer: torch.optim.Optimizer) -> bool:
-        """Whether a gradient of `optimizer` is another one, or has been written to, since the last clip."""
+        """Return whether a gradient of `optimizer` was replaced or written to since the last clip."""
         covered = {id(tensor.param) for tensor in self._layout}
         params = [param for group in optimizer.param_groups for param in group["params"]]
         return any(id(param) in covered and self._clipped.is_new(param) for param in params)
 
     def _make_skip(self, optimizer: torch.optim.Optimizer) -> None:
-        """Make the step change nothing if the round's clip says so."""
+        """Make the step of `optimizer` change nothing if the round's report says to skip it."""
         assert self._report is not None
         skip = self._report.skip
         if getattr(optimizer, "_step_supports_amp_scaling", False) and not _holds_dtensors(optimizer):
-            # A fused optimizer looks at a flag on the device. A GradScaler may have put one of its own there.
+            # A fused optimizer reads this flag on the device. A GradScaler may have set its own flag already.
             before = getattr(optimizer, "found_inf", None)
             self._found_inf[id(optimizer)] = before
             flag = skip.float()  # 0 or 1: the kernels compare it with exactly 1
             optimizer.found_inf = flag if before is None else torch.maximum(before, flag)  # type: ignore[attr-defined]
         elif bool(skip):
-            # Optimizers pass over parameters without a gradient: the step does nothing, on every rank alike.
+            # Optimizers ignore parameters without a gradient, so the step does nothing, on every rank alike.
             for group in optimizer.param_groups:
                 for param in group["params"]:
                     param.grad = None

@@ -1,4 +1,4 @@
-"""GradClipper: reads gradients, measures them, lets the policies decide, scales, and reports."""
+"""GradClipper, which reads the gradients, measures them, asks the policies for scales, scales, and reports."""
 
 from __future__ import annotations
 
@@ -28,46 +28,50 @@ class GradClipper:
     """Clips gradients in place, knowing how they are sharded.
 
     Construct it where you construct the optimizer, after the model was parallelised. Construction is collective: every
-    rank of `process_group` takes part, and layouts that differ are an error on all of them.
+    rank of `process_group` takes part, and layouts that differ raise on all of them.
 
     Args:
         target: the model, a list of modules (pipeline chunks), (name, parameter) pairs, parameters, optimizer
-            param_groups or an optimizer. Names key the state: with modules they are the same under every layout.
+            param_groups or an optimizer. Names key the state; those of modules are the same under every layout.
         policy: `LogClip`, `GlobalNorm`, `AdaGC`, `ZClip`, or a policy of your own (docs/policies.md).
         pp_group: the process group, or the 1-D device mesh, across pipeline stages, if there are any. A tensor that
             several stages hold under one name (tied embeddings) counts once in the global norm.
-        process_group: the ranks that train this model, every rank of its device meshes among them; default all.
+        process_group: the process group, or the 1-D device mesh, of all ranks that train this model. It must contain
+            all ranks of the model's device meshes. None: all ranks.
         nonfinite: what a NaN or Inf norm does to gradients (it never enters the state). "propagate": what the formulas
-            give, as in torch. "zero": that tensor's gradient becomes 0. "skip": nothing is clipped or remembered and
-            ``report.skip`` tells every rank that the step is to be skipped. "raise": `NonFiniteGradError` on every
-            rank, before anything is touched; shares and reads the flag, so it costs a scalar all-reduce and a host sync.
-        overrides: {FQN pattern: policy}; the first match wins, the rest go to `policy`. Each has a global norm of its own.
+            give, as in torch. "zero": that tensor's gradient becomes 0. "skip": nothing is clipped or remembered, and
+            ``report.skip`` is set on every rank, so that all skip the step. "raise": raises `NonFiniteGradError` on
+            every rank, before anything is changed, at the cost of a scalar all-reduce and a host sync a step.
+        overrides: {FQN pattern: policy}; the first match wins, and `policy` clips the rest. Each policy has its own
+            global norm.
         exclude: FQN patterns (`fnmatch`) of tensors that are neither measured nor clipped.
-        log_global_norm: reduce the global norm for the report also where the policy has no need of it. It is on its way
-            while the optimizer steps: only reading it waits.
-        skip_above: a step whose global norm exceeds this is to be skipped, as with ``nonfinite="skip"``; None: none is.
-        kernels: what measures and scales CUDA tensors: "triton" or "torch" (docs/kernels.md); default, the environment
-            variable DIST_CLIP_KERNELS, else Triton if it works, else torch. The same on all ranks.
-        scaler: the GradScaler of fp16 training, if there is one. Clipping before ``scaler.unscale_`` is then an error, and a
-            step that the scaler skips leaves the state as it was: as with ``nonfinite="skip"``, which this implies. The
-            scaler learns what other ranks found, so that all of them skip; with `attach` under tensor or pipeline
-            parallelism that comes too late, so clip by hand there.
-        detect_desync: look, at each step that reduces anything, whether all ranks have clipped equally often and share
-            one state. It travels with the packed vector and is no collective more; see `check_in_sync`.
+        log_global_norm: reduce the global norm for the report also where no policy needs it. The reduction overlaps
+            with the optimizer step; only reading the norm waits for it.
+        skip_above: skip steps whose global norm exceeds this, above 0 and finite, as ``nonfinite="skip"`` does. None:
+            do not skip for that.
+        kernels: what measures and scales CUDA tensors, "triton" or "torch" (docs/kernels.md), the same on all ranks.
+            None: the environment variable DIST_CLIP_KERNELS, else Triton if it works, else torch.
+        scaler: the GradScaler of fp16 training, if there is one. Clipping before ``scaler.unscale_`` then raises. It
+            implies ``nonfinite="skip"``: a step that the scaler skips leaves the state as it was. The clipper shares
+            the overflow with the scalers of all ranks, so that all of them skip. With `attach` under tensor or pipeline
+            parallelism that comes too late, so call `clip_` yourself there.
+        detect_desync: check, at each step that reduces anything, that all ranks have clipped equally often and share
+            one state. The check travels with the packed vector and costs no collective; see `check_in_sync`.
 
     Attributes:
         policy: the policy of all tensors that no override matches.
-        last_report: what the last `clip_` returned.
-        attachment: what `attach` returned last.
+        last_report: what the last `clip_` returned; None before it.
+        attachment: what `attach` returned last; None before it.
         layout: the logical tensors, in the report's order.
         memory: the policies with their tensors and states.
 
     Raises:
         LayoutError: no parameters, all frozen, duplicate names, complex or sparse gradients, a wrong process group,
-            patterns that match nothing, ranks that differ. The same on every rank.
-        TypeError, ValueError: arguments of the wrong type or value, a policy that does not keep its contract, on one rank
-            or on all; the same on every rank.
-        ImportError: kernels that were asked for by name are not installed or do not work, on one rank or on all.
+            patterns that match nothing, ranks that differ.
+        TypeError, ValueError: an argument of the wrong type or value, or a policy that breaks its contract.
+        ImportError: kernels that were asked for by name are not installed or do not work.
+
+        Each of them is raised on every rank, also where only one rank is at fault.
 
     Example:
         >>> import dist_clip
@@ -108,7 +112,7 @@ class GradClipper:
         self.policy = policy
         self.last_report: ClipReport | None = None
         self.attachment: Detachable | None = None
-        # The state is updated in place, which autograd's inference mode would forbid ever after.
+        # The state is updated in place, which torch forbids for tensors that were made in inference mode.
         with torch.inference_mode(False), torch.no_grad():
             self._build(target, policy, options)
 
@@ -137,7 +141,7 @@ class GradClipper:
             may_skip=checked.may_skip,
             every_norm=checked.log_global_norm,
         )
-        # With "zero" a faulty tensor has a scale of its own, 0.
+        # With "zero" a faulty tensor has its own scale, 0.
         self._uniform = (
             len(self.memory.groups) == 1 and self.memory.groups[0].one_element and not checked.nonfinite.zeroes
         )
@@ -168,11 +172,21 @@ class GradClipper:
             The report, also kept as ``last_report``.
 
         Raises:
-            RuntimeError: with ``scaler``: the gradients are not unscaled yet.
-            DesyncError: with ``detect_desync``: ranks are out of step. On the CPU before anything is clipped; elsewhere at
-                the call after, so that the host need not wait.
-            NonFiniteGradError: with ``nonfinite="raise"``.
-            LayoutError: parameters were replaced since the construction.
+            RuntimeError: a gradient is not ready to be clipped: still scaled by the ``scaler``, sparse, not yet
+                reduced, or not laid out like its parameter.
+            DesyncError: with ``detect_desync``: ranks are out of step. Raised on the CPU before anything is clipped,
+                and elsewhere at the next call, so that the host need not wait.
+            NonFiniteGradError: with ``nonfinite="raise"``: a gradient is NaN or Inf.
+            LayoutError: the module's parameters were replaced since the construction. Checked at the first call and at
+                calls without gradients.
+
+        Example:
+            >>> import dist_clip
+            >>> model = torch.nn.Linear(2, 2)
+            >>> clipper = dist_clip.GradClipper(model, dist_clip.GlobalNorm(1.0))
+            >>> model(torch.ones(1, 2)).sum().backward()
+            >>> clipper.clip_().global_norm
+            tensor(2.4495)
         """
         scaler, nonfinite = self._options.scaler, self._options.nonfinite
         overflow = None if scaler is None else found_inf(scaler, self._made.device)
@@ -201,7 +215,7 @@ class GradClipper:
         return self.last_report
 
     def _read(self) -> tuple[list[Tensor | None], int]:
-        """This rank's shards of the gradients, and how many there are."""
+        """Return this rank's shards of the gradients, in the layout's order, and how many of them are not None."""
         self._partial.reduce_(self.layout.tensors)
         grads = [tensor.grad() for tensor in self.layout]
         num_grads = sum(grad is not None for grad in grads)
@@ -215,23 +229,30 @@ class GradClipper:
 
     @property
     def may_skip(self) -> bool:
-        """Whether ``report.skip`` may ever be set: whoever clips by hand must then look at it before the step."""
+        """Whether ``report.skip`` may ever be set. Code that calls `clip_` itself must then read it before the step."""
         return self._options.may_skip
 
     @property
     def steps(self) -> int:
-        """Steps taken (with ``nonfinite="skip"``: that were not skipped). Reads a device tensor."""
+        """Number of steps taken, without those that were skipped. Syncs the host."""
         return self.memory.steps
 
     def check_in_sync(self) -> None:
-        """Compare all ranks' step and state, whatever the layout. Collective over `process_group`; reads the state.
+        """Compare the steps and states of all ranks, under any layout.
 
-        For now and then (after loading a checkpoint, every thousand steps). ``detect_desync=True`` does the same at
-        each step and for free, but only where there is a packed vector to travel with: not under DDP, nor, after
-        AdaGC's warm-up, from one pipeline stage to another.
+        Collective over `process_group`; syncs the host.
+        Call it now and then (after loading a checkpoint, every thousand steps). ``detect_desync=True`` checks the same
+        at each step for free, but only where a packed vector travels: not under DDP, nor, after AdaGC's warm-up, from
+        one pipeline stage to another.
 
         Raises:
-            DesyncError: the same on every rank, naming the ranks and the first tensor whose state differs.
+            DesyncError: ranks differ. The same on every rank, naming the ranks and the first tensor whose state
+                differs.
+
+        Example:
+            >>> import dist_clip
+            >>> clipper = dist_clip.GradClipper(torch.nn.Linear(2, 2), dist_clip.LogClip())
+            >>> clipper.check_in_sync()  # a single process is always in sync
         """
         if distributed():
             self._detector.compare(self._options.process_group)
@@ -241,17 +262,22 @@ class GradClipper:
     def attach(self, *optimizers: torch.optim.Optimizer) -> Attachment:
         """Clip in a pre-hook of ``optimizer.step``, so that the training loop stays as it is.
 
-        With several optimizers (Muon and AdamW) gradients are clipped once a round, before the first of them steps; an
-        optimizer whose gradients have changed since the last clip starts a new round. Where steps may be skipped
-        (``nonfinite="skip"``, ``skip_above``) a fused optimizer gets the flag as its ``found_inf``; for others the flag is
-        read on the host and the gradients are dropped, so that their step does nothing.
+        With several optimizers (Muon and AdamW) gradients are clipped once a round, before the first of them steps. An
+        optimizer whose gradients changed since the last clip starts a new round. Where steps may be skipped
+        (``nonfinite="skip"``, ``skip_above``) a fused optimizer gets the flag as its ``found_inf``. For other
+        optimizers the host reads the flag and drops the gradients, so that their step does nothing.
+
+        Args:
+            optimizers: torch optimizers that step parameters of the clipper's target, each once.
 
         Returns:
             A handle; ``handle.remove()`` detaches. (``dist_clip.<framework>.attach`` makes a clipper and returns it.)
 
         Raises:
-            LayoutError: an optimizer holds parameters this clipper does not know.
-            RuntimeError: already attached. At a step: a closure, or gradients that are still scaled by a GradScaler.
+            LayoutError: an optimizer holds a parameter that this clipper does not know.
+            TypeError: no optimizer, or an object that is none.
+            RuntimeError: already attached, or the same optimizer twice. At a step: a closure, or gradients that a
+                GradScaler has not unscaled yet.
 
         Example:
             >>> import dist_clip
@@ -273,7 +299,10 @@ class GradClipper:
         return attachment
 
     def explain(self) -> str:
-        """Return a table: tensor, shape, placement, norm groups, collectives, policy; then what a step costs.
+        """Return a table of the tensors, how each is reduced and clipped, followed by what a step costs.
+
+        The columns: tensor, shape, placement, norm groups, reduction, policy, and whether this pipeline stage counts
+        the tensor in the global norm.
 
         Example:
             >>> import dist_clip
@@ -289,10 +318,14 @@ class GradClipper:
         return explain_table(self.memory, self._channel, self._made.kernels, self._made.counted)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state by FQN, with the policies' configuration: what this rank's stage knows.
+        """Return the state of this rank's pipeline stage by FQN, with the policies' configuration.
 
-        For ``torch.save``. A clipper is also a Stateful of `torch.distributed.checkpoint`: put it into what is saved and
-        loaded, beside model and optimizer. `dist_clip.memory.state_dict` describes the entries.
+        The result can be saved with ``torch.save``. A clipper is also a Stateful of `torch.distributed.checkpoint`: put
+        it beside model and optimizer into the dict that is saved and loaded. `dist_clip.memory.state_dict` describes
+        the entries.
+
+        Returns:
+            A dict of numbers, strings, lists, CPU tensors, and dicts of them.
 
         Example:
             >>> import dist_clip
@@ -306,8 +339,10 @@ class GradClipper:
         """Load what `state_dict` returned, under this layout or another. Nothing changes unless all of it fits.
 
         Args:
-            strict: with False, missing and unknown tensors and changed hyper-parameters are a warning that names them: what
-                fits is loaded, the rest starts afresh. With other rules than those that made the state, all of it does.
+            state: what `state_dict` returned.
+            strict: False turns missing tensors, unknown tensors and changed hyper-parameters into a warning that names
+                them: what fits is loaded, and the rest starts afresh. If other rules made the state, all of it starts
+                afresh.
 
         Raises:
             ValueError: another format, other policies, missing or unknown tensors, each named.

@@ -1,13 +1,13 @@
-"""The errors a user may want to catch."""
+"""The errors that users may want to catch."""
 
 
 class LayoutError(ValueError):
-    """The parameters cannot be clipped as they are laid out: raised at construction, on every rank alike."""
+    """The parameters cannot be clipped as they are laid out. Raised at construction, the same on every rank."""
 
 
 class NonFiniteGradError(RuntimeError):
-    """A gradient norm is NaN or Inf and ``nonfinite="raise"`` (or ``error_if_nonfinite``) was asked for."""
+    """A gradient norm is NaN or Inf, and ``nonfinite="raise"`` or ``error_if_nonfinite=True`` was passed."""
 
 
 class DesyncError(RuntimeError):
-    """Ranks are out of step: one has clipped more often than others, or remembers something else. See docs/faults.md."""
+    """Ranks are out of step: they differ in the number of clips or in the policies' state. See docs/faults.md."""

@@ -1,4 +1,4 @@
-"""The table that tells what the clipper does with each tensor."""
+"""The table of what the clipper does with each tensor."""
 
 from __future__ import annotations
 
@@ -12,7 +12,11 @@ from dist_clip.reduction import Channel
 
 
 def explain_table(memory: Memory, channel: Channel, kernels: Kernels, counted: Sequence[bool]) -> str:
-    """Return one row a tensor, then what a step costs in collectives."""
+    """Return one row a tensor, followed by the collectives that a step costs.
+
+    Args:
+        counted: [n], whether this pipeline stage counts the tensor in the global norm.
+    """
     plan = channel.plan
     header = ("tensor", "shape", "placement", "norm groups", "reduction", "policy", "counts")
     labels = {i: f"{type(g.policy).__name__}[{g.policy.scope}]" for g in memory.groups for i in g.indices}

@@ -1,4 +1,4 @@
-"""clip_grad_norm_: stateless global-norm clipping with torch's signature, right where torch raises or is wrong."""
+"""Stateless global-norm clipping with torch's signature, correct where torch raises or gives a wrong norm."""
 
 from __future__ import annotations
 
@@ -34,24 +34,36 @@ def clip_grad_norm_(
 ) -> Tensor:
     r"""Clip the norm of all gradients together, in place: :func:`torch.nn.utils.clip_grad_norm_` for sharded models.
 
-    Each gradient is multiplied by ``min(1, max_norm / (N + 1e-6))``. Parameters may be plain tensors and DTensors of any
-    meshes mixed (TP + FSDP2, EP + FSDP2). Every rank that holds a piece must call it with the same parameters.
+    Each gradient is multiplied by ``min(1, max_norm / (N + 1e-6))``, where N is the total norm. Plain tensors and
+    DTensors of different meshes may be mixed (TP + FSDP2, EP + FSDP2). Every rank that holds a piece must pass the same
+    parameters.
 
     Args:
-        parameters: a tensor or an iterable of tensors, whose ``.grad`` is clipped.
+        parameters: a tensor or an iterable of tensors, whose ``.grad`` is clipped; warns if there are none.
         max_norm: threshold, at least 0.
         norm_type: order of the norm, positive, possibly ``inf``.
         error_if_nonfinite: raise if the total norm is NaN or Inf, before anything is scaled; syncs the host.
-        foreach: False takes the tensors one by one, as in torch; the result is the same.
-        pp_group: process group, or 1-D device mesh, across pipeline stages. Tensors have no names here, so one that two
-            stages hold a copy of counts twice; `GradClipper` counts it once.
+        foreach: False uses no fused kernels on accelerators; the result is the same up to rounding.
+        pp_group: process group, or 1-D device mesh, across pipeline stages. Tensors have no names here, so a tensor of
+            which two stages hold a copy counts twice; `GradClipper` counts it once.
 
     Returns:
-        The total norm before clipping, a plain fp32 0-dim tensor (float64 if all gradients are), the same on every rank.
+        The total norm before clipping, a plain fp32 0-dim tensor (float64 if all gradients are), the same on every
+        rank.
 
     Raises:
-        NonFiniteGradError: a RuntimeError, see ``error_if_nonfinite``.
+        NonFiniteGradError: a RuntimeError: the total norm is NaN or Inf and ``error_if_nonfinite`` is True.
+        LayoutError: a ValueError: the parameters cannot be clipped as they are laid out, or ``pp_group`` is not usable.
         TypeError, ValueError: a bad argument, shown in the message.
+
+    Example:
+        >>> import dist_clip
+        >>> model = torch.nn.Linear(2, 2)
+        >>> model(torch.ones(1, 2)).sum().backward()
+        >>> dist_clip.clip_grad_norm_(model.parameters(), 1.0)
+        tensor(2.4495)
+
+    Reference: Pascanu et al. 2013, arXiv 1211.5063; the formula of ``torch.nn.utils.clip_grad_norm_``.
     """
     max_norm, p = _checked(max_norm, norm_type)
     if not isinstance(error_if_nonfinite, bool):
@@ -67,7 +79,7 @@ def clip_grad_norm_(
         if not isinstance(param, Tensor):
             raise TypeError(f"parameters must be tensors, number {i} is {type(param).__name__}: {param!r}")
 
-    # A tensor passed twice (tied weights under two names) has one gradient: counted once, scaled once.
+    # A tensor that is passed twice (tied weights) has one gradient, which is counted once and scaled once.
     unique = {id(param): (f"parameters[{i}]", param) for i, param in reversed(list(enumerate(params)))}
     layout = layout_of_parameters(list(reversed(unique.values())))
     stages = 1 if stage_group is None else stage_group.size()
@@ -92,8 +104,8 @@ def clip_grad_norm_(
     return norm if dtypes == {torch.float64} else norm.float()
 
 
-# What was found out about a list of parameters, by the first of them. Weak, and holding no parameter: a model that
-# nobody else needs goes away.
+# What `_prepare` found for a list of parameters, by the first of them. Keys and values hold parameters weakly, so that
+# a model can be freed.
 _prepared: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
@@ -117,8 +129,11 @@ class _Prepared:
 
 
 def _prepare(layout: Layout, stages: int, device: torch.device) -> _Prepared:
-    """What is found out at the first call for a list of parameters: the plan sends positions to the device, which gradients
-    are Partial is learned with an exchange on the host, and kernels are tried before they are used."""
+    """Return the plan, reducer and kernels for a list of parameters, made at the first call with it.
+
+    They are kept because making them is slow: the plan sends positions to the device, the reducer exchanges on the host
+    which gradients are Partial, and kernels are tried out before they are used.
+    """
     first = layout.tensors[0].param if len(layout) else None
     found: _Prepared | None = _prepared.get(first) if first is not None else None  # type: ignore[no-untyped-call]
     if found is not None and found.fits(layout, stages):

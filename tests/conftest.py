@@ -1,4 +1,4 @@
-"""Options of the test suite."""
+"""The command-line options of the test suite."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """Owns the gloo worker processes of the multi-process tests: pools that outlive a test, with timeouts instead of hangs.
 
 `pool(4).run(fn, *args)` calls `fn(*args)` in four processes that share one default process group, and returns the four
-results in rank order. A pool is kept for the following tests, so that starting processes is paid for once per world
-size. When a rank raises, or a rank is still busy at the deadline, every rank's error (or the stack it hangs in) is put
-into one `WorkerError`, and the pool is thrown away: its collectives may no longer be in step.
+results in rank order. A pool is kept for the following tests, so that processes start once per world size. If a rank
+raises, or is still busy at the deadline, one `WorkerError` shows every rank's error or the stack in which it hangs. The
+pool is then closed, because its collectives may be out of step.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ import torch
 import torch.distributed as dist
 
 TIMEOUT = 120.0
-"""Seconds a call may take; generous, for the ranks share few cores with other tests."""
+"""Seconds that a call may take; many, because the ranks share few cores with other tests."""
 GRACE = 10.0
-"""Seconds that the other ranks get to finish once one rank has raised; they may be waiting for it in a collective."""
+"""Seconds that the other ranks get to finish once one rank has raised, for which they may wait in a collective."""
 
 _PRELOAD = [
     "torch",
@@ -45,7 +45,7 @@ _PRELOAD = [
 
 
 class WorkerError(AssertionError):
-    """What went wrong on which rank; `.timed_out` says that some rank had to be killed."""
+    """The errors of all ranks in one message; `timed_out`: whether some rank was still busy and had to be killed."""
 
     def __init__(self, message: str, *, timed_out: bool = False) -> None:
         super().__init__(message)
@@ -55,9 +55,9 @@ class WorkerError(AssertionError):
 class _OneLoopGloo(dist.ProcessGroupGloo):
     """A gloo group on this process's one event loop.
 
-    torch gives every group a loop of its own, which wakes up a hundred times a second: a few hundred groups, as the
-    layouts of Megatron make them, would leave a small machine little time for the tests. And whoever makes a group
-    without a word about its timeout (device meshes do) would get half an hour, here it is at most `longest`.
+    torch gives every group its own loop, which wakes up a hundred times a second. The few hundred groups of Megatron's
+    layouts would leave a small machine little time for the tests. Groups that are made without a timeout (those of
+    device meshes) would wait half an hour; here every group waits at most `longest`.
     """
 
     longest = datetime.timedelta(seconds=TIMEOUT / 2)
@@ -78,7 +78,7 @@ def _worker(
     rank: int, world_size: int, port: int, path: list[str], stacks: str, patience: float, pipe: Connection
 ) -> None:
     """Serve calls until the parent closes the pipe."""
-    os.setsid()  # a process group of its own, with whatever children the tests make: it ends as a whole
+    os.setsid()  # its own process group, so that it can be killed with the children that tests make
     sys.path[:] = path
     torch.set_num_threads(1)
     with open(stacks, "w") as stack_file:
@@ -97,14 +97,14 @@ def _worker(
             except BaseException:
                 reply = pickle.dumps((False, traceback.format_exc()))
             pipe.send_bytes(reply)
-    os.killpg(0, signal.SIGKILL)  # destroying gloo groups whose peers have gone can take until their timeout
+    os.killpg(0, signal.SIGKILL)  # destroying gloo groups whose peers have ended can take until their timeout
 
 
 class Pool:
     """`world_size` processes in one gloo process group that run functions on demand.
 
-    `patience`: seconds that a collective waits for a rank that does not join it. Shorter than the parent's timeout, so
-    that one which nobody joins says where it was called.
+    `patience`: seconds that a collective waits for a rank that does not join it. It is shorter than the parent's
+    timeout, so that such a collective raises where it was called.
     """
 
     def __init__(self, world_size: int, patience: float = TIMEOUT / 2) -> None:
@@ -115,7 +115,7 @@ class Pool:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         self.world_size = world_size
         self._stacks = tempfile.TemporaryDirectory(prefix="dist_clip_stacks_")
-        # Port 0 and the store's server in this process: no port is ever guessed, so parallel runs cannot collide.
+        # With port 0 and the store's server in this process no port is guessed, so parallel runs cannot collide.
         self._store = dist.TCPStore("127.0.0.1", 0, world_size + 1, is_master=True, wait_for_workers=False)
         self._pipes: list[Connection] = []
         self._processes = []
@@ -123,7 +123,7 @@ class Pool:
             ours, theirs = context.Pipe()
             where = (list(sys.path), str(self._stack_file(rank)))
             arguments = (rank, world_size, self._store.port, *where, patience, theirs)
-            # Not daemons, which may have no children: Megatron writes checkpoints in some.
+            # Not daemons, which may not have children: Megatron writes checkpoints in child processes.
             process = context.Process(target=_worker, args=arguments)
             process.start()
             theirs.close()
@@ -170,7 +170,7 @@ class Pool:
         raise WorkerError(f"{function.__name__} failed (fine on ranks {fine})\n{text}", timed_out=bool(pending))
 
     def _stack_of(self, rank: int) -> str:
-        """The Python stacks of a worker that does not answer."""
+        """Return the Python stacks of a worker that does not answer."""
         process = self._processes[rank]
         if process.pid is None or not process.is_alive():
             return f"a dead process (exit code {process.exitcode})"
@@ -200,9 +200,9 @@ _pools: dict[tuple[int, str, float], Pool] = {}
 
 
 def pool(world_size: int, kind: str = "", patience: float = TIMEOUT / 2) -> Pool:
-    """The pool of that world size, started now if there is none or if the last test broke it.
+    """Return the pool of that world size, started now if there is none or if the last test broke it.
 
-    `kind`: pools of different kinds share no processes. For tests that change torch for the whole process.
+    `kind`: pools of different kinds share no processes, for tests that change torch for the whole process.
     `patience`: seconds that a collective waits for a rank that does not join it.
     """
     key = (world_size, kind, patience)

@@ -1,9 +1,8 @@
-"""Single-process reference of the clipping rules, in plain Python floats; reads like the algorithms' description.
+"""The single-process reference of the clipping rules, in plain Python floats, written like the algorithms' description.
 
 A rule turns a dict of norms into a dict of scales and keeps its state in plain attributes. `clip` measures whole
-tensors, asks the rule, and scales them. For AdaGC-Shard the tensors handed in are the pieces that the ranks hold, each
-distinct piece once, under whatever keys. Nothing here knows of ranks, nothing here is fast, nothing is shared with
-dist_clip.
+tensors, calls the rule, and scales them. For AdaGC-Shard the tensors are the pieces that the ranks hold, each distinct
+piece once, under any keys. Nothing here knows of ranks, is fast, or shares code with dist_clip.
 """
 
 from __future__ import annotations
@@ -21,27 +20,27 @@ Scales = dict[Hashable, float]
 
 
 def l2_norm(tensor: torch.Tensor) -> float:
-    """L2 norm of a whole tensor, in float64."""
+    """Return the L2 norm of a whole tensor, computed in float64."""
     return math.sqrt(float(tensor.detach().double().square().sum()))
 
 
 def total_norm(norms: Norms) -> float:
-    """N = sqrt(sum_i n_i^2)."""
+    """Return N = sqrt(sum_i n_i^2)."""
     return math.sqrt(sum(norm * norm for norm in norms.values()))
 
 
 def at_most_one(value: float) -> float:
-    """min(1, value), except that NaN stays NaN, as with torch.clamp."""
+    """Return min(1, value), except that NaN stays NaN, as with torch.clamp."""
     return value if math.isnan(value) else min(1.0, value)
 
 
 def observable(norm: float) -> bool:
-    """Zero and non-finite norms say nothing about a tensor's usual norm: they never enter a rule's state."""
+    """Return whether a norm may enter a rule's state: zero and non-finite norms say nothing about the usual norm."""
     return math.isfinite(norm) and norm > 0
 
 
 def fp32(value: float) -> float:
-    """Rounded to float32, the dtype of AdaGC's state; beyond its range 0 or Inf."""
+    """Return the value rounded to float32, the dtype of AdaGC's state; 0 or Inf beyond its range."""
     return float(torch.tensor(value, dtype=torch.float64).float())
 
 
@@ -49,7 +48,7 @@ class Rule(Protocol):
     def scales(self, norms: Norms) -> Scales: ...
 
     def memory(self, name: Hashable) -> dict[str, float]:
-        """What the rule remembers of a tensor (a global rule: of N, whatever the name); zeros before it has seen it."""
+        """Return the rule's state of a tensor (of N for a global rule, with any name); zeros before its first norm."""
         ...
 
 
@@ -68,7 +67,7 @@ class GlobalGC:
 
 
 class OnceToN:
-    """Before a rule: applies it once, to N."""
+    """A mix-in that precedes a rule and applies it once, to N."""
 
     def scales(self, norms: Norms) -> Scales:
         scale = super().scales({"N": total_norm(norms)})["N"]
@@ -82,9 +81,9 @@ GAMMA_INITS = {"min": min, "median": statistics.median, "mean": statistics.fmean
 
 
 class AdaGC:
-    """AdaGC over the tensors handed in: whole tensors (scope "tensor"), or the ranks' pieces (scope "shard").
+    """AdaGC over the given tensors: whole tensors (scope "tensor"), or the ranks' pieces (scope "shard").
 
-    gamma_i is one float32 scalar: a norm that float32 cannot tell from 0 or Inf is no observation.
+    gamma_i is one float32 scalar, so a norm that is 0 or Inf in float32 is no observation.
     """
 
     def __init__(
@@ -109,7 +108,7 @@ class AdaGC:
         return {name: self._scale(name, norm) for name, norm in norms.items()}
 
     def _warmup(self, norms: Norms) -> Scales:
-        """GlobalGC; gamma_i summarises the norms that it lets through."""
+        """Apply GlobalGC; gamma_i is a statistic of the norms after it."""
         scales = GlobalGC(self.max_norm).scales(norms)
         for name, norm in norms.items():
             after = norm * scales[name]
@@ -119,7 +118,7 @@ class AdaGC:
         return scales
 
     def _scale(self, name: Hashable, norm: float) -> float:
-        """h_i = min(1, lambda_rel * gamma_i / (n_i + eps)) with gamma_i from before this step; then gamma_i moves."""
+        """Return h_i = min(1, lambda_rel * gamma_i / (n_i + eps)) with gamma_i before this step, and move gamma_i."""
         if norm == 0:
             return 1.0
         if name not in self.gamma:  # first seen after the warm-up: unclipped, whatever the norm
@@ -142,9 +141,9 @@ class AdaGCGlobal(OnceToN, AdaGC):
 
 
 class LogClip:
-    """LogClip over the tensors handed in: whole tensors (scope "tensor"), or the ranks' pieces (scope "shard").
+    """LogClip over the given tensors: whole tensors (scope "tensor"), or the ranks' pieces (scope "shard").
 
-    The level is one float32 scalar: a norm that float32 cannot tell from 0 or Inf is no observation.
+    The level is one float32 scalar, so a norm that is 0 or Inf in float32 is no observation.
     """
 
     def __init__(
@@ -179,7 +178,7 @@ class LogClip:
         return {name: scale * factor for name, scale in scales.items()}
 
     def _warmup(self, norms: Norms) -> Scales:
-        """GlobalGC; the level is the geometric mean of the norms that it lets through."""
+        """Apply GlobalGC; the level observes the norms after it."""
         scales = GlobalGC(self.max_norm).scales(norms)
         for name, norm in norms.items():
             x = norm * scales[name]
@@ -188,7 +187,7 @@ class LogClip:
         return scales
 
     def _scale(self, name: Hashable, norm: float) -> float:
-        """min(1, ratio / r) ** power with the level from before this step; then the level moves."""
+        """Return min(1, ratio / r) ** power with the level from before this step, and move the level."""
         if norm == 0:
             return 1.0
         if name not in self.level:  # first seen after the warm-up: unclipped, whatever the norm
@@ -209,7 +208,7 @@ class LogClip:
         return scale
 
     def _observe(self, name: Hashable, x: float, bound: float, streak: int = 0) -> None:
-        """The first norm is the level; another moves it by a share of its log, within the bound."""
+        """Set the level to its first norm, or move it by a share of the norm's log, within the bound."""
         moved = x
         if name in self.level:
             r = min(max(x / self.level[name], 1 / bound), bound)
@@ -257,7 +256,7 @@ class ZClip:
         return dict.fromkeys(norms, scale)
 
     def _scale(self, norm: float) -> float:
-        if len(self.record) < self.warmup_steps:  # a norm that says nothing is not recorded and prolongs the warm-up
+        if len(self.record) < self.warmup_steps:  # an unobservable norm is not recorded and so prolongs the warm-up
             if observable(norm):
                 self.record.append(norm)
                 self.mean, self.var = statistics.fmean(self.record), statistics.pvariance(self.record)
@@ -276,7 +275,7 @@ class ZClip:
         return scale
 
     def _threshold(self, norm: float) -> float | None:
-        """The norm to clip to, or None when this norm is no spike."""
+        """Return the norm to clip to, or None if this norm is no spike."""
         std = math.sqrt(self.var)
         if self.mode == "percentile":
             limit = self.mean + self.z_thresh * std
@@ -295,7 +294,7 @@ class ZClip:
 
 
 class ZClipEach:
-    """ZClip for each tensor (or piece) handed in, as if it were the whole model."""
+    """ZClip for each given tensor (or piece), as if it were the whole model."""
 
     def __init__(self, **settings: Any) -> None:
         self.settings = settings
@@ -313,7 +312,7 @@ class ZClipEach:
 
 @dataclass
 class Outcome:
-    """What one clipping did: norms before it, scales, the scaled gradients (same dtypes as before), and N."""
+    """The result of one clip: norms before it, scales, the scaled gradients (same dtypes as before), and N."""
 
     norms: dict[Hashable, float]
     scales: Scales
@@ -324,7 +323,7 @@ class Outcome:
 
 
 def clip(rule: Rule, grads: Mapping[Hashable, torch.Tensor | None], nonfinite: str = "propagate") -> Outcome:
-    """Clip whole gradients by `rule`; a gradient that is None takes no part. The inputs are left as they are."""
+    """Clip whole gradients by `rule`. Gradients that are None are ignored, and the inputs are not changed."""
     present = {name: grad for name, grad in grads.items() if grad is not None}
     norms: dict[Hashable, float] = {name: l2_norm(grad) for name, grad in present.items()}
     bad = {name for name, norm in norms.items() if not math.isfinite(norm)}
@@ -333,7 +332,7 @@ def clip(rule: Rule, grads: Mapping[Hashable, torch.Tensor | None], nonfinite: s
     if bad and nonfinite == "skip":
         ones = dict.fromkeys(norms, 1.0)
         return Outcome(norms, ones, dict(present), total_norm(norms), nonfinite=True, skipped=True)
-    # A tensor whose gradient is set to zero is an absent one to the rule: out of N, and no observation.
+    # The rule does not see a tensor whose gradient is set to zero: it is not in N, and no observation.
     measured = {name: norm for name, norm in norms.items() if not (nonfinite == "zero" and name in bad)}
     scales = rule.scales(measured)
     clipped: dict[Hashable, torch.Tensor] = {}

@@ -34,7 +34,7 @@ from launch.compare import steps_to_recover
 from launch.metrics import Run, read_run
 from launch.model import ModelConfig, build_model
 from launch.train import parse
-from scripts.stability import carriers, measures, runner
+from scripts.stability import carriers, figures, measures, runner
 from scripts.stability.grid import DEFAULT, NONE, QUICK, Family, Grid, arguments, select
 from scripts.stability.report import marked, paste, sections
 from scripts.stability.results import BASELINE, FLOORS, Results, Setting
@@ -47,6 +47,7 @@ ROOT = Path(__file__).parents[1]
 ROWS = ROOT / "docs/data/study/rows.jsonl"
 CARRIERS = ROOT / "docs/data/study/carriers.jsonl"
 PAGE = ROOT / "docs/stability.md"
+README = ROOT / "README.md"
 IMAGES = ROOT / "docs/images"
 FIGURES = ("excursions-batch", "excursions-grad", "price", "course", "clipping", "tracking")
 
@@ -488,9 +489,32 @@ def test_the_page_says_what_the_rows_say(grid: Grid) -> None:
         assert found[2] == section, f"{name}: run `python -m scripts.study report`"
 
 
-def test_the_pages_figures_are_there() -> None:
-    for name in re.findall(r"\]\(images/([^)]+)\)", PAGE.read_text(encoding="utf-8")):
+@pytest.mark.parametrize("page", [PAGE, README], ids=["stability", "README"])
+def test_the_pages_figures_are_there(page: Path) -> None:
+    names = re.findall(r"\]\((?:docs/)?images/([^)]+)\)", page.read_text(encoding="utf-8"))
+    assert names
+    for name in names:
         assert (IMAGES / name).read_bytes().startswith(b"\x89PNG"), name
+
+
+def test_the_readmes_figure_shows_the_rows(grid: Grid) -> None:
+    results = Results(grid, Rows(ROWS).read())
+    figure = figures.fault_courses(results)
+    for axes, fault in zip(figure.axes, results.faults(), strict=True):
+        shown = [line for line in axes.get_lines() if len(line.get_ydata()) > 2]  # without the line at 0
+        words = " ".join(text.get_text() for text in axes.texts)
+        assert len(shown) == len(figures.README_RULES)
+        for policy, (label, colour) in figures.README_RULES.items():
+            row = next(row for row in results.of(figures.README_SETTING, policy, fault) if row["seed"] == 0)
+            line = next(line for line in shown if line.get_color() == colour)
+            steps = list(line.get_xdata())
+            assert steps == list(range(row["compared_from"], figures.README_STEPS))
+            assert list(line.get_ydata()) == row["series"]["excess"][: len(steps)]
+            assert max(row["series"]["excess"]) == max(line.get_ydata())  # nothing larger is left out
+            largest = results.excursions(figures.README_SETTING, policy, fault).values()
+            assert f"{label}: largest {row['excursion']:.2f}\n" in words
+            assert f"(mean of {len(largest)} seeds: {sum(largest) / len(largest):.2f})" in words
+    figures.plt.close(figure)
 
 
 def test_committed_rows_are_small_and_of_this_grid(grid: Grid) -> None:

@@ -1,4 +1,4 @@
-"""Construction: arguments checked, ranks agreed, elements counted."""
+"""Construction of a clipper: checks its arguments, makes ranks agree, and counts the elements that the plan covers."""
 
 from dist_clip.construction.draft import Construction, construct
 from dist_clip.construction.options import Options

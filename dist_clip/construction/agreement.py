@@ -1,4 +1,4 @@
-"""What ranks must agree on before the first step: checked once, so that a mismatch is an error and not a hang."""
+"""Agreement of the ranks before the first step, checked once so that a mismatch raises instead of hanging."""
 
 from __future__ import annotations
 
@@ -17,7 +17,18 @@ _KINDS = (LayoutError, ValueError, TypeError, ImportError)
 
 @dataclasses.dataclass(frozen=True)
 class RankConfig:
-    """What one rank sends to the others: its own failure, or its stage, tensors, configuration and pattern matches."""
+    """What one rank sends to the others: its error, or its stage, tensors, configuration and pattern matches.
+
+    Attributes:
+        error: what went wrong on this rank, in the form that `sendable` returns; None if nothing did.
+        stage: this rank's pipeline stage.
+        tensors: a description of each tensor, the same on all ranks of the stage.
+        options: a description of the clipper's options, the same on all ranks.
+        patterns: the FQN patterns that were passed.
+        matched: the patterns that match a tensor on this rank.
+        names: FQNs of the tensors.
+        shapes: shapes of the whole tensors.
+    """
 
     error: Exception | None
     stage: int
@@ -32,18 +43,24 @@ class RankConfig:
 def agree(
     mine: RankConfig, process_group: dist.ProcessGroup | None, pp_group: dist.ProcessGroup | None
 ) -> dict[int, RankConfig]:
-    """Exchange configurations over `process_group` and raise the same `LayoutError` on all of its ranks if any differs.
+    """Exchange configurations over `process_group`, and raise the same error on all of its ranks if any differs.
 
-    Ranks of one pipeline stage must hold the same tensors in the same order with the same placements; all ranks must be
-    configured alike, and each pattern must match somewhere. Returns one configuration a stage by the global rank
-    it came from.
+    Ranks of one pipeline stage must hold the same tensors in the same order with the same placements. All ranks must be
+    configured alike, and each pattern must match on some rank.
 
-    Ranks first compare digests. Names travel only where they are needed: between the stages of a pipeline, and between
-    all ranks to say what differs.
+    Ranks first compare digests. Names are sent only where they are needed: between the stages of a pipeline, and
+    between all ranks to name what differs.
+
+    Returns:
+        One configuration of each pipeline stage, by the global rank that sent it.
+
+    Raises:
+        LayoutError: ranks differ, or a pattern matches nothing.
+        LayoutError, ValueError, TypeError, ImportError: the error of the first rank that has one.
     """
     brief = list(gather((mine.error is None, mine.stage, mine.options, _digest(mine)), process_group).values())
     stages = {stage for _, stage, _, _ in brief}
-    # Which exchange follows may only depend on what all ranks have just seen, or some would wait for the others.
+    # Which exchange follows may only depend on what all ranks have received, or some ranks would wait for ever.
     failed = not all(fine for fine, _, _, _ in brief)
     if failed or len({options for _, _, options, _ in brief}) > 1 or len(set(brief)) > len(stages):
         everyone = gather(mine, process_group)
@@ -56,7 +73,7 @@ def agree(
 
 
 def sendable(error: Exception) -> Exception:
-    """`error` in a form that can be sent to other ranks."""
+    """Return `error` in a form that can be pickled: a `LayoutError` unless its class is one of `_KINDS`."""
     known = next((k for k in _KINDS if isinstance(error, k)), None)
     return known(str(error)) if known else LayoutError(f"{type(error).__name__}: {error}")
 
@@ -71,7 +88,7 @@ def _check(everyone: list[tuple[int, RankConfig]]) -> None:
     if failed:
         rank, error = failed[0]
         others = f" (ranks {[r for r, _ in failed]} report an error)" if len(failed) > 1 else ""
-        # The same class everywhere, that of the first failure where it is one that a bad argument or layout raises.
+        # All ranks raise the class of the first error if it is in _KINDS.
         kind = next((k for k in _KINDS if isinstance(error, k)), LayoutError)
         where = "" if len(everyone) == 1 or str(error).startswith("rank ") else f"on rank {rank}: "
         raise kind(f"{where}{error}{others}") from error

@@ -1,4 +1,4 @@
-"""A check at construction that the reduction finds every element of every tensor exactly once."""
+"""The check at construction that the reduction counts every element of every tensor exactly once."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ class _Miscount:
 
 
 def check_coverage(layout: Layout, plan: ReductionPlan, process_group: dist.ProcessGroup | None) -> None:
-    """Reduce the shards' numbers of elements as if they were squared norms: each tensor must come out whole.
+    """Reduce the shards' numbers of elements like squared norms, and check that they add up to those of the tensors.
 
-    Whatever would make a norm silently wrong (a shard missed or counted twice, the wrong process group) shows here as a
-    wrong number of elements. Collective over the norm groups and `process_group`.
+    Whatever would make a norm silently wrong (a shard missed or counted twice, the wrong process group) gives a wrong
+    number of elements here. Collective over the norm groups and `process_group`.
 
     Raises:
-        LayoutError: naming the tensors and what was found, the same on every rank.
+        LayoutError: a tensor is not covered. The same on every rank, naming the first such tensor and both numbers.
     """
     if not distributed():
         return

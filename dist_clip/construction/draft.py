@@ -1,4 +1,4 @@
-"""From a clipper's arguments, checked, to a layout that all ranks have agreed on."""
+"""The way from a clipper's arguments to a layout that all ranks have agreed on."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ from dist_clip.reduction import ReductionPlan
 
 @dataclasses.dataclass(frozen=True)
 class Construction:
-    """What a clipper is made of, the same on every rank of a pipeline stage.
+    """The parts of a clipper, the same on every rank of a pipeline stage.
 
     Attributes:
-        options: the user's, checked.
+        options: the user's options, checked.
         layout: the logical tensors.
         rules: (pattern, policy) pairs in order, the default last.
         device: where norms, scales and state live.
         kernels: what measures and scales.
         plan: reduces over the norm groups; its coverage is checked.
-        target: the modules that were passed, which can be asked for their parameters again; None where none were.
+        target: the modules that were passed, whose parameters can be read again; None if no modules were passed.
         known: ids of all parameters of the target, excluded ones included.
         counted: whether this stage's copy of each tensor counts in the global norm.
         elsewhere: number of elements of each tensor that only other pipeline stages hold.
@@ -52,7 +52,11 @@ class Construction:
     elsewhere: Mapping[str, int]
 
     def check_not_stale(self) -> None:
-        """Raise if the module's parameters are no longer those of the construction: they would not be clipped."""
+        """Check that the modules still have the parameters of the construction, since others would not be clipped.
+
+        Raises:
+            LayoutError: a parameter was replaced.
+        """
         if self.target is None:
             return
         for name, param in named_parameters(self.target):
@@ -65,10 +69,10 @@ class Construction:
 
 
 def construct(target: Any, policy: object, options: Options) -> Construction:
-    """Check, read, and agree with the other ranks: what is wrong on one rank is the same error on all of them.
+    """Check the arguments, read the layout, and agree with the other ranks.
 
     Raises:
-        LayoutError, TypeError, ValueError, ImportError: as `GradClipper` documents.
+        LayoutError, TypeError, ValueError, ImportError: as `GradClipper` documents; the same on every rank.
     """
     draft = _Draft(target, policy, options)
     mine = draft.rank_config()
@@ -115,7 +119,7 @@ def _plan(layout: Layout, options: CheckedOptions, shared: Iterable[str]) -> Red
 
 
 class _Draft:
-    """A construction that may yet fail."""
+    """The part of a construction that one rank does alone, and that may fail there."""
 
     def __init__(self, target: Any, policy: object, options: Options) -> None:
         self.target, self.policy, self.options = target, policy, options
@@ -129,10 +133,10 @@ class _Draft:
         self._excluded: set[str] = set()
 
     def rank_config(self) -> RankConfig:
-        """Do all that this rank can do alone. A failure becomes part of what it sends to the others, so that all raise."""
+        """Return what this rank sends to the others. It includes an error, so that all ranks raise it."""
         try:
             return self._rank_config()
-        except Exception as error:  # whatever it is, the others wait for this rank to say so
+        except Exception as error:  # any error at all, because the other ranks wait for this one
             return RankConfig(error=sendable(error), stage=0)
 
     def _rank_config(self) -> RankConfig:
@@ -170,7 +174,7 @@ class _Draft:
         return layout
 
     def _excludes(self, name: str) -> bool:
-        """Whether `name` is excluded; notes the patterns that matched."""
+        """Return whether `name` is excluded, and record the patterns that match it."""
         hits = {pattern for pattern in self.options.exclude if fnmatch.fnmatchcase(name, pattern)}
         self._excluded |= hits
         return bool(hits)

@@ -1,4 +1,4 @@
-"""The clipper's options: what the user passed, and the same checked."""
+"""The clipper's options, as the user passed them and as a step uses them."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Options:
     detect_desync: bool
 
     def checked(self) -> CheckedOptions:
-        """Check all that needs no parameters. `overrides` and `kernels` are checked where they are used.
+        """Check the options that need no parameters, but `overrides`, `exclude` and `kernels`, which others check.
 
         Raises:
             LayoutError, TypeError, ValueError: an argument of the wrong type or value.
@@ -65,7 +65,7 @@ class Options:
 
 @dataclasses.dataclass(frozen=True)
 class CheckedOptions:
-    """`Options` as a step uses them. With a scaler `nonfinite` is "skip"."""
+    """`Options`, checked, as a step uses them. With a scaler, `nonfinite` is "skip"."""
 
     pp_group: dist.ProcessGroup | None = None
     process_group: dist.ProcessGroup | None = None
@@ -81,7 +81,7 @@ class CheckedOptions:
         return self.nonfinite.skips or self.skip_above is not None
 
     def describe(self) -> str:
-        """What must be the same on all ranks."""
+        """Return a description of the options, which must be the same on all ranks."""
         return (
             f"nonfinite={self.nonfinite.name!r}, log_global_norm={self.log_global_norm}, skip_above={self.skip_above}, "
             f"pp_group={'given' if self.pp_group is not None else None}, detect_desync={self.detect_desync}, "

@@ -1,4 +1,4 @@
-"""Norms and scales of many tensors at once. `torch_kernels` is the reference every other backend is tested against."""
+"""Norms and scales of many tensors at once. `torch_kernels` is the reference that tests compare other kernels with."""
 
 from dist_clip.kernels.choice import TORCH, Kernels, choose
 

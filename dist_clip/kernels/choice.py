@@ -1,4 +1,4 @@
-"""Which kernels do the work: an explicit argument, else the environment, else the best that is installed."""
+"""The choice of the kernels: by an explicit argument, else by the environment, else the best that are installed."""
 
 from __future__ import annotations
 
@@ -20,9 +20,13 @@ _CPU = torch.device("cpu")
 class Kernels:
     """A way to measure and scale lists of tensors.
 
+    Example:
+        >>> import dist_clip
+        >>> clipper = dist_clip.GradClipper(torch.nn.Linear(2, 2), dist_clip.LogClip(), kernels="torch")
+
     Attributes:
         name: "torch" or "triton".
-        why: how it came to be chosen, for people.
+        why: why they were chosen, for ``explain()``.
         power_sums, scale_, zero_where_: as in `dist_clip.kernels.torch_kernels`.
     """
 
@@ -37,15 +41,17 @@ TORCH = Kernels("torch", "the default", torch_kernels.power_sums, torch_kernels.
 
 
 def choose(wanted: str | Kernels | None = None, device: torch.device = _CPU) -> Kernels:
-    """Return the kernels named `wanted`, else by the environment variable DIST_CLIP_KERNELS, else Triton's where they work.
+    """Return the kernels that `wanted` names, else the environment variable DIST_CLIP_KERNELS, else the default.
+
+    The default is Triton's kernels on CUDA devices where they work, else torch's.
 
     Args:
-        wanted: a name. Kernels are returned as they are.
-        device: where the gradients are. Triton's are for CUDA devices, and not chosen elsewhere.
+        wanted: "triton", "torch" or None. `Kernels` are returned as they are.
+        device: where the gradients are.
 
     Raises:
         TypeError, ValueError: no such kernels.
-        ImportError: named explicitly, but not installed, or not able to run on `device`.
+        ImportError: kernels that were asked for by name are not installed or do not work on `device`.
     """
     if isinstance(wanted, Kernels):
         return wanted
@@ -79,6 +85,6 @@ def _triton(why: str, device: torch.device) -> Kernels:
     kernels = TritonKernels()
     try:
         kernels.try_on(device)
-    except Exception as error:  # Triton's own or the driver's: no C compiler, a GPU or a driver that is too old
+    except Exception as error:  # Triton and the driver raise many classes: no C compiler, a GPU or driver too old, ...
         raise ImportError(f"kernels='triton': installed, but fails on {device} ({error})") from error
     return Kernels("triton", why, kernels.power_sums, kernels.scale_, kernels.zero_where_)

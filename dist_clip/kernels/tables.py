@@ -1,18 +1,18 @@
-"""Tables that tell one launch where many tensors are, and their way to the device without a host sync.
+"""Tables from which one launch finds many tensors, sent to the device without a host sync.
 
-What follows from the tensors' sizes is worked out once (`Plan`) and stays on the device. Where the tensors are may change
-every step; the addresses are sent only when they have.
+A `Plan` holds what follows from the tensors' sizes; it is computed once and stays on the device. The tensors' addresses
+may change every step, and are sent only when they have changed.
 
-**Sending.** A copy from pageable memory waits for the stream. One from pinned memory does not, but the memory must be left
-alone until the copy has happened: every list of addresses gets a buffer of its own from torch's caching host allocator,
-which gives a block out again only when the stream has passed the copy. The rest of a plan never changes.
+**Sending.** A copy from pageable memory waits for the stream. A copy from pinned memory does not, but the memory must
+not change until the copy has happened. Each list of addresses therefore gets its own buffer from torch's caching host
+allocator, which reuses a block only when the stream has passed the copy. The rest of a plan never changes.
 
-**CUDA graphs.** A captured copy happens again at every replay, from the same pinned memory. So a capture gets tables and a
-buffer of its own, and they are kept for good, for nobody tells when a graph is gone: 8 bytes a tensor and a chunk for each
-capture. Pinning memory is not allowed during a capture, so a plan has some buffers in reserve, made on a step outside of
-one (a kernel must have run before it can be captured, too).
+**CUDA graphs.** A captured copy happens again at every replay, from the same pinned memory. Each capture therefore gets
+its own tables and buffer. They are kept for good, because nothing signals the end of a graph: 8 bytes a tensor and a
+chunk for each capture. Pinning memory is not allowed during a capture, so a plan holds some buffers in reserve, made at
+a step outside of a capture (where a kernel must run before it can be captured anyway).
 
-**Streams.** Each stream has its own tables: what one stream sends another does not wait for.
+**Streams.** Each stream has its own tables, because one stream does not wait for what another one sends.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from torch import Tensor, nn
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-# Lists of sizes remembered: one for each set of gradients that are None.
+# Number of lists of sizes that are kept: one for each set of gradients that are None.
 _READINGS = 32
-# Captures of one plan in a row, with no step outside of a capture between them.
+# Number of captures of one plan in a row, without a step outside of a capture between them.
 _RESERVE = 16
 
 Kind: TypeAlias = "tuple[torch.device, torch.dtype, int] | bool | None"
-"""What the kernels serve, by device, dtype and elements; False for what is torch's; None for nothing at all."""
+"""Device, dtype and number of elements of a tensor for the kernels; False: a tensor for torch; None: nothing to do."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,10 +51,10 @@ class OnDevice:
     """A plan on its device.
 
     Attributes:
-        meta: the plan's, int64 [3m + 1 + chunks].
-        addresses: where the tensors begin.
+        meta: the plan's ``meta``, int64 [3m + 1 + chunks], on the device.
+        addresses: the addresses of the m tensors' first elements.
         table: the same, int64 [m], on the device.
-        buffer: pinned memory that ``table`` was sent from, and in a CUDA graph is sent from again.
+        buffer: the pinned memory from which ``table`` was sent; replays of a CUDA graph send it again.
     """
 
     meta: Tensor
@@ -65,13 +65,13 @@ class OnDevice:
 
 @dataclasses.dataclass(eq=False)
 class Plan:
-    """The tensors of one device that the kernels serve, those of one dtype side by side.
+    """The tensors of one device that the kernels serve, sorted by dtype.
 
     Attributes:
         device: where they are.
-        positions: int [m], which of the caller's tensors they are.
+        positions: the m tensors' positions in the caller's list.
         launches: one for each dtype that occurs.
-        chunks: of all of them.
+        chunks: number of chunks of all tensors.
         meta: pinned int64 [3m + 1 + chunks], the table that `triton_jit` describes.
         reserve: pinned int64 [m] tensors for the addresses of captures.
         streams: the tables of each stream.
@@ -88,34 +88,34 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
-    """A list of tensors, divided: a plan for each device, and the positions of those that are torch's."""
+    """A list of tensors, divided into a plan for each device and the positions, `rest`, of the tensors for torch."""
 
     plans: list[Plan]
     rest: frozenset[int]
 
     def left(self, shards: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """The list with only torch's tensors in it."""
+        """Return the list with None for all tensors but those for torch."""
         return [shard if i in self.rest else None for i, shard in enumerate(shards)]
 
 
 class Tables:
-    """The tables of one user of the kernels."""
+    """The tables of one `TritonKernels`."""
 
-    # Subclasses may have no memory of their own (a FakeTensor) or not yet their values: they are torch's.
+    # Other subclasses are left to torch, because they may have no memory (a FakeTensor) or no values yet.
     _served: tuple[type, ...] = (Tensor, nn.Parameter)
 
     def __init__(self, device_type: str, chunk: int) -> None:
-        """``device_type``: whose tensors are served. ``chunk``: elements in a chunk."""
+        """Make tables for the tensors of ``device_type``, with ``chunk`` elements in a chunk."""
         self._device_type = device_type
         self._chunk = chunk
         self._readings: OrderedDict[tuple[Kind, ...], Reading] = OrderedDict()
         self._captured: list[tuple[Plan, int, OnDevice]] = []
 
     def read(self, shards: Sequence[Tensor | None]) -> Reading:
-        """Divide the tensors between the kernels and torch. Worked out once for a list of devices, dtypes and sizes.
+        """Divide the tensors between the kernels and torch. Done once for a list of devices, dtypes and sizes.
 
         Raises:
-            RuntimeError: for the first time, and during a capture.
+            RuntimeError: the list is new, and a CUDA graph is being captured.
         """
         kinds = tuple([self._kind(shard) for shard in shards])
         reading = self._readings.get(kinds)
@@ -126,14 +126,14 @@ class Tables:
         return reading
 
     def on_device(self, plan: Plan, shards: Sequence[Tensor | None], *, first: bool) -> OnDevice:
-        """The plan on its device, with the addresses of these tensors. Sends nothing where they have not changed.
+        """Return the plan on its device, with the addresses of these tensors, which are sent if they have changed.
 
         Args:
-            first: this is the first call of a step. In a capture that one sends, and the others of the step use what it
-                sent: a graph must not rely on what another one sends.
+            first: whether this is the first call of a step. In a capture the first call always sends, and the other
+                calls of the step use what it sent, because a graph must not rely on what another graph sends.
 
         Raises:
-            RuntimeError: too many captures since the last step outside of one.
+            RuntimeError: too many captures since the last step outside of a capture.
         """
         addresses = [self._address(shards[i]) for i in plan.positions]
         stream, capturing = self._stream(plan.device)
@@ -204,7 +204,7 @@ class Tables:
         return shard.data_ptr()
 
     def _stream(self, device: torch.device) -> tuple[int, bool]:
-        """The current stream, and whether a CUDA graph is being captured on it."""
+        """Return the current stream, and whether a CUDA graph is being captured on it."""
         if device.type != "cuda":
             return 0, False
         with torch.cuda.device(device):
@@ -225,7 +225,7 @@ def _too_early(tensors: Sequence[object]) -> RuntimeError:
 
 
 def _fills_its_memory(tensor: Tensor) -> bool:
-    """Whether the elements, in some order, lie side by side and each at an address of its own."""
+    """Return whether the elements, in some order, are contiguous and do not overlap."""
     expected = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size != 1:

@@ -1,4 +1,4 @@
-"""Local power sums of many tensors and their in-place scaling, with torch operators only."""
+"""Local power sums and in-place scaling of many tensors, with torch operators only."""
 
 from __future__ import annotations
 
@@ -11,41 +11,43 @@ from torch import Tensor
 
 _CPU = torch.device("cpu")
 
-# `_foreach_copy_` stands in for `Tensor.copy_`, whose Python binding needs a CUDA build even for fake CUDA tensors, with
-# which the tests prove that no step syncs the host.
+# `_foreach_copy_` replaces `Tensor.copy_`, whose Python binding needs a CUDA build even for fake CUDA tensors. The
+# tests use fake CUDA tensors to prove that no step syncs the host.
 
-# torch's fp32 norm on CPU accumulates serially: off by 1e-5 at 1M elements and 2.7e-3 at 39M, and by 2e-6 already at 2048
-# equal elements, whose roundings do not average out. Rows of this length are off by at most 3e-7 in that worst case; the
-# rows are then added in float64.
+# torch's fp32 norm on CPU accumulates serially: it is off by 1e-5 at 1M elements and 2.7e-3 at 39M, and by 2e-6 already
+# at 2048 equal elements, whose roundings do not average out. Rows of this length are off by at most 3e-7 in that worst
+# case; the rows are then added in float64.
 _BLOCK = 256
-# Up to this many elements a torch call costs more than they do: tensors of one shape are stacked, then measured together.
+# Up to this many elements a torch call costs more than its work, so tensors of one shape are stacked and measured
+# together.
 _SMALL = 4096
-# From this many on a tensor is read as several streams, which takes a few calls more.
+# From this many elements on, a tensor is read as several streams, which takes a few more calls.
 _LARGE = 1_000_000
-# Elements that are stacked, or widened to fp32, at a time: scratch that does not grow with the model and stays in cache.
-# Widening piece by piece is five times as fast as asking vector_norm to do it (measured on 39M bf16 elements).
+# Elements that are stacked, or widened to fp32, at a time: scratch that does not grow with the model and stays in
+# cache. Widening piece by piece is five times as fast as vector_norm's own widening (measured on 39M bf16 elements).
 _CHUNK = 512 * _BLOCK
-# fp32 is read where it is: only the rows' norms need a place, one for every _BLOCK elements.
+# fp32 is read in place: only the rows' norms need scratch, one number for every _BLOCK elements.
 _CHUNK_IN_PLACE = 128 * _CHUNK
-# Parts of a large tensor that are read in turn, row by row, so that several loads from memory are under way at once: a
-# seventh off the time of reading it from end to end (2 parts do not help, 8 hurt; measured over the tensors of GPT-2).
+# Parts of a large tensor that are read in turn, row by row, so that several loads from memory are under way at once.
+# That takes a seventh less time than reading it from end to end (2 parts do not help, 8 hurt; measured on GPT-2's
+# tensors).
 _STREAMS = 4
-# Below this L2 norm fp32 squares may have underflowed; above it whatever underflowed is less than 1e-7 of the norm.
+# Below this L2 norm fp32 squares may have underflowed; above it, what underflowed is less than 1e-7 of the norm.
 _TINY = 1e-10
 
 
 def power_sums(shards: Sequence[Tensor | None], p: float, device: torch.device, foreach: bool | None = None) -> Tensor:
-    """``sum(|x|**p)`` of each tensor (``max(|x|)`` for ``p = inf``).
+    """Return ``sum(|x|**p)`` of each tensor (``max(|x|)`` for ``p = inf``).
 
     Args:
         shards: n real floating tensors of any shape, dtype and device; ``None`` and empty tensors give 0.
         p: order of the norm, positive, possibly ``inf``.
         device: where the result lives.
-        foreach: ``False`` takes the tensors one by one, as ``torch.nn.utils.clip_grad_norm_`` does.
+        foreach: ``False`` measures accelerator tensors one by one, as ``torch.nn.utils.clip_grad_norm_`` does.
 
     Returns:
         float64 tensor [n] on ``device``. Accumulation is blocked on CPU and in float64 elsewhere, so neither the number
-        of elements nor squares outside fp32's range cost accuracy. No host sync for accelerator tensors.
+        of elements nor squares outside fp32's range cost accuracy. Accelerator tensors cause no host sync.
     """
     entries: list[Tensor | None] = [None] * len(shards)
     for shard_device, present in _by_device(shards).items():
@@ -61,15 +63,15 @@ def power_sums(shards: Sequence[Tensor | None], p: float, device: torch.device, 
             return sums
         for i, entry in zip(indices, sums.unbind(), strict=True):
             entries[i] = entry
-    # Stacked, not written at an index: sending positions to an accelerator is a blocking copy.
+    # Stacked rather than written at an index, because sending positions to an accelerator is a blocking copy.
     zero = torch.zeros((), dtype=torch.float64, device=device)
     return torch.stack([zero if entry is None else entry for entry in entries]) if entries else zero.new_empty(0)
 
 
 def _by_device(shards: Sequence[Tensor | None]) -> dict[torch.device, list[tuple[int, Tensor]]]:
-    """The non-empty tensors with their positions, by device."""
+    """Return the non-empty tensors with their positions, by device."""
     present = [(i, shard) for i, shard in enumerate(shards) if shard is not None and shard.numel() > 0]
-    if all(shard.is_cpu for _, shard in present):  # asking each for its device takes longer than all else here
+    if all(shard.is_cpu for _, shard in present):  # reading each tensor's device takes longer than all else here
         return {_CPU: present} if present else {}
     by_device: dict[torch.device, list[tuple[int, Tensor]]] = defaultdict(list)
     for i, shard in present:
@@ -78,7 +80,7 @@ def _by_device(shards: Sequence[Tensor | None]) -> dict[torch.device, list[tuple
 
 
 def _norms_cpu(tensors: Sequence[Tensor], p: float) -> Tensor:
-    """float64 [n] norms of CPU tensors. Which other tensors are in the list does not change a norm's bits."""
+    """Return the norms of CPU tensors, float64 [n]. A norm's bits do not depend on the other tensors in the list."""
     alike: dict[tuple[torch.Size, torch.dtype], list[int]] = defaultdict(list)
     for i, tensor in enumerate(tensors):
         alike[tensor.shape, tensor.dtype].append(i)
@@ -99,7 +101,7 @@ def _norms_cpu(tensors: Sequence[Tensor], p: float) -> Tensor:
             parts.append(measure([tensors[i] for i in chosen], p, scratch))
     norms = torch.empty(len(tensors), dtype=torch.float64, device="cpu")
     norms.index_copy_(0, torch.tensor(order, device="cpu"), torch.cat(parts))
-    # A norm outside the range in which fp32 powers are safe is measured again in float64. CPU data: no sync.
+    # Norms outside the range in which fp32 powers are safe are measured again in float64. On the CPU that is no sync.
     suspect = torch.logical_not((norms >= _TINY) & (norms < math.inf))
     if not math.isinf(p) and bool(suspect.any()):
         for i in suspect.nonzero().flatten().tolist():
@@ -108,22 +110,23 @@ def _norms_cpu(tensors: Sequence[Tensor], p: float) -> Tensor:
     return norms
 
 
-# The following take tensors of one shape and dtype and return their norms, float64 [k]. `scratch` is theirs to write to.
+# The following functions take tensors of one shape and dtype, and return their norms, float64 [k]. They overwrite
+# `scratch`.
 
 
 def _norms_of_stack(tensors: Sequence[Tensor], p: float, scratch: Tensor) -> Tensor:
-    """Small tensors, and float64 ones of any size."""
+    """Return the norms of small tensors, or of float64 tensors of any size."""
     first = tensors[0]
     if first.dtype == torch.float64:
         stacked = torch.stack(list(tensors))
-    else:  # widens, too
+    else:  # writing to `out` also widens to fp32
         place = scratch[: len(tensors) * first.numel()].view(len(tensors), *first.shape)
         stacked = torch.stack(list(tensors), out=place)
     return _add_rows(_row_norms(stacked.reshape(len(tensors), -1), p), p)
 
 
 def _norms_in_place(tensors: Sequence[Tensor], p: float, scratch: Tensor) -> Tensor:
-    """Tensors whose elements are worth a call each, but no more."""
+    """Return the norms of tensors that are large enough for one call each, but too small for several streams."""
     if tensors[0].dtype != torch.float32:
         return torch.cat([_norm_of_large([t], p, scratch) for t in tensors])
     if tensors[0].numel() % _BLOCK == 0 and all(t.is_contiguous() for t in tensors):  # the same with fewer calls
@@ -132,7 +135,7 @@ def _norms_in_place(tensors: Sequence[Tensor], p: float, scratch: Tensor) -> Ten
 
 
 def _norm_of_large(tensors: Sequence[Tensor], p: float, scratch: Tensor) -> Tensor:
-    """One tensor of many elements, in chunks."""
+    """Return the norm of one large tensor, read in chunks."""
     (tensor,) = tensors
     if tensor.dtype == torch.float32:
         chunks = torch.split(_flat(tensor), _CHUNK_IN_PLACE)
@@ -145,13 +148,13 @@ def _norm_of_large(tensors: Sequence[Tensor], p: float, scratch: Tensor) -> Tens
 
 
 def _streamed_norms(flat: Tensor, p: float) -> list[Tensor]:
-    """Norms, float64 [1] each, of the parts of a contiguous fp32 vector that make up the whole."""
-    # An odd number of rows: streams a multiple of 4 KiB apart would compete for the same sets of the cache.
+    """Return the norms, float64 [1] each, of parts that make up a contiguous fp32 vector."""
+    # The number of rows is odd, because streams a multiple of 4 KiB apart would compete for the same sets of the cache.
     rows = (flat.numel() // (_STREAMS * _BLOCK) - 1) | 1
     end = _STREAMS * rows * _BLOCK
     parts = []
     if rows > 0:
-        # torch walks in the order of the output's strides: one row of each stream, then the next of each.
+        # torch iterates in the order of the output's strides: one row of each stream, then the next row of each.
         norms = flat.new_empty(rows, _STREAMS)
         torch.linalg.vector_norm(flat[:end].view(_STREAMS, rows, _BLOCK).transpose(0, 1), p, dim=2, out=norms)
         parts.append(_add_rows(norms.view(1, -1), p))
@@ -162,7 +165,7 @@ def _streamed_norms(flat: Tensor, p: float) -> list[Tensor]:
 
 
 def _flat(tensor: Tensor) -> Tensor:
-    """The elements in memory order, without a copy when they fill their memory (a norm does not care for the order)."""
+    """Return the elements in memory order, which a norm may use, without a copy if they fill their memory."""
     if tensor.is_contiguous():
         return tensor.view(-1)
     order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
@@ -170,7 +173,7 @@ def _flat(tensor: Tensor) -> Tensor:
 
 
 def _row_norms(vectors: Tensor, p: float) -> Tensor:
-    """[k, r]: norms of the rows of `_BLOCK` elements that each of the vectors, [k, m], is made of, the last one shorter."""
+    """Return the norms, [k, r], of the rows of `_BLOCK` elements of each vector, [k, m]; the last may be shorter."""
     k, m = vectors.shape
     whole = m // _BLOCK * _BLOCK
     if whole == m:
@@ -182,7 +185,7 @@ def _row_norms(vectors: Tensor, p: float) -> Tensor:
 
 
 def _add_rows(norms: Tensor, p: float) -> Tensor:
-    """float64 [k]: norms of vectors, from those of their rows, [k, r]. Each by itself: k does not change the bits."""
+    """Return the norms of vectors, float64 [k], from those of their rows, [k, r]. A norm's bits do not depend on k."""
     return torch.linalg.vector_norm(norms.double(), p, dim=1)
 
 
@@ -192,14 +195,14 @@ def scale_(
     """Multiply each tensor in place by its scale; a tensor whose scale is 1 keeps its bits.
 
     Args:
-        shards: n tensors (``None`` and empty ones are passed over).
-        scales: float64 tensor [n]. float64 gradients are multiplied by it as it is, all others by its fp32 value; those
-            of lower precision are multiplied in fp32 and rounded once.
+        shards: n tensors (``None`` and empty ones are ignored).
+        scales: float64 tensor [n]. float64 gradients are multiplied by the scale itself, all others by its fp32 value;
+            those of lower precision are multiplied in fp32 and rounded once.
         uniform: all entries of ``scales`` are equal, which lets an accelerator use one fused launch.
+        foreach: ``False`` does not use that launch.
     """
     if scales.device.type == "cpu":
-        # Only tensors with a scale other than 1 are looked at: `!=` also lets a NaN through, for a non-finite norm
-        # propagates as it does in torch.
+        # A scale of 1 needs no work. A NaN does not equal 1, so a non-finite norm propagates as in torch.
         values: list[float] = scales.tolist()
         shards = [None if value == 1.0 else shard for shard, value in zip(shards, values, strict=True)]
     for device, present in _by_device(shards).items():
@@ -223,8 +226,8 @@ def scale_(
 
 
 def _scale_cpu(present: Sequence[tuple[int, Tensor]], scales: Tensor, uniform: bool) -> None:
-    # 0-dim tensors, not Python floats, of which torch would make tensors one by one. Gradients below float64 are computed
-    # with in fp32, and so with the fp32 value of the scale, bf16 and fp16 included.
+    # The factors are 0-dim tensors, because torch would make a tensor of each Python float. Gradients below float64,
+    # including bf16 and fp16, are multiplied in fp32, by the fp32 value of the scale.
     double = [(i, shard) for i, shard in present if shard.dtype == torch.float64]
     single = [(i, shard) for i, shard in present if shard.dtype != torch.float64] if double else present
     for entries, factors in ((double, scales), (single, scales.float())):
@@ -239,7 +242,7 @@ def _scale_cpu(present: Sequence[tuple[int, Tensor]], scales: Tensor, uniform: b
 
 
 def zero_where_(shards: Sequence[Tensor | None], flags: Tensor) -> None:
-    """Set a tensor to exactly 0 where its flag (bool [n]) is set; multiplying by 0 would keep NaN and Inf as NaN."""
+    """Set each tensor whose flag (bool [n]) is set to exactly 0; a product with 0 would turn NaN and Inf into NaN."""
     for device, present in _by_device(shards).items():
         local_flags = flags.to(device, non_blocking=True).unbind()
         for i, shard in present:

@@ -1,6 +1,6 @@
-"""Norms and scales by the kernels of `triton_jit`: a number of launches that does not depend on the number of tensors.
+"""Norms and scales by the kernels of `triton_jit`, in a number of launches that does not depend on that of tensors.
 
-Importing this module needs Triton, which CUDA builds of torch bring along on Linux.
+Importing this module needs Triton, which CUDA builds of torch install on Linux.
 """
 
 from __future__ import annotations
@@ -20,28 +20,31 @@ _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16
 
 
 class TritonKernels:
-    """`power_sums`, `scale_` and `zero_where_` of `torch_kernels`, with Triton where it serves.
+    """`power_sums`, `scale_` and `zero_where_` of `torch_kernels`, with Triton for the tensors that it can serve.
 
-    It serves fp32, bf16 and fp16 tensors of any alignment that fill their memory (contiguous, or a permutation of it) on
-    ``device_type``. Everything else goes to torch: CPU tensors, float64, other strides, tensor subclasses, other norms
-    than that of order 2, ``foreach=False``.
+    Triton serves fp32, bf16 and fp16 tensors of any alignment that fill their memory (contiguous, or a permutation of
+    it) on ``device_type``. Torch does everything else: tensors of other devices, float64, other strides, tensor
+    subclasses, norms of another order than 2, ``foreach=False``.
 
-    Launches: a call has one for each dtype, `power_sums` one more, whatever the number of tensors. No host sync, and safe
-    to capture in a CUDA graph once a step has run outside of one; `tables` says how. Two calls with the same tensors give
-    the bitwise same result, on any rank with the same kind of GPU and the same Triton.
+    A call launches one kernel for each device and dtype, whatever the number of tensors, and `power_sums` one more for
+    each device. There is no host sync, and a CUDA graph can capture a call once a step has run outside of a capture
+    (see `tables`). Two calls with the same tensors give the bitwise same result, on any rank with the same kind of GPU
+    and the same Triton.
     """
 
     def __init__(self, device_type: str = "cuda") -> None:
         self._tables = Tables(device_type, triton_jit.CHUNK)
 
     def try_on(self, device: torch.device) -> None:
-        """Launch every kernel there and compare with torch's, so that what does not work fails now and not in a run.
+        """Launch every kernel on `device` and compare with torch's, so that kernels that do not work fail now. Syncs.
 
-        Syncs the host. Raises what Triton raises; ArithmeticError: a result is another than torch's.
+        Raises:
+            ArithmeticError: a result differs from torch's.
+            Exception: what Triton or the driver raises.
         """
         if device.type == "cuda" and not torch.cuda.is_available():
             return  # a fake device
-        # Sizes below, at and above a chunk, one of them at an address that is not a multiple of 16.
+        # Sizes below, at and above a chunk; every second tensor is at an address that is not a multiple of 16.
         sizes = (1, 1000, triton_jit.CHUNK, 2 * triton_jit.CHUNK + 7)
         generator = torch.Generator().manual_seed(0)
         memory = [torch.randn(size + 1, generator=generator).to(device, dtype) for dtype in _DTYPES for size in sizes]
@@ -65,10 +68,10 @@ class TritonKernels:
     def power_sums(
         self, shards: Sequence[Tensor | None], p: float, device: torch.device, foreach: bool | None = None
     ) -> Tensor:
-        """As `torch_kernels.power_sums`: float64 [n] on ``device``.
+        """Return the power sums, float64 [n] on ``device``, as `torch_kernels.power_sums` does.
 
-        Squares are added in fp32, eight at a time, and in float64 from there: off by at most 2.4e-7 of the norm, also where
-        squares overflow or underflow fp32.
+        Squares are added in fp32, eight at a time, then in float64. The result is off by at most 2.4e-7 of the norm,
+        also where squares overflow or underflow fp32.
         """
         if p != 2.0 or foreach is False:
             return torch_kernels.power_sums(shards, p, device, foreach)
@@ -89,13 +92,16 @@ class TritonKernels:
             parts.append(torch_kernels.power_sums(reading.left(shards), p, device, foreach))
         total = parts[0]
         for part in parts[1:]:
-            total = total + part  # at each position all but one of them are 0
+            total = total + part  # at each position all parts but one are 0
         return total
 
     def scale_(
         self, shards: Sequence[Tensor | None], scales: Tensor, *, uniform: bool = False, foreach: bool | None = None
     ) -> None:
-        """As `torch_kernels.scale_`: times the fp32 value of the scale, in fp32, rounded once; nothing where it is 1."""
+        """Multiply each tensor in place by the fp32 value of its scale, in fp32, rounded once; no work where it is 1.
+
+        Other tensors than those that Triton serves are scaled by `torch_kernels.scale_`.
+        """
         if foreach is False:
             return torch_kernels.scale_(shards, scales, uniform=uniform, foreach=foreach)
         rest = self._write(triton_jit.scale_chunks, shards, scales, torch.float32)
@@ -104,7 +110,7 @@ class TritonKernels:
         return None
 
     def zero_where_(self, shards: Sequence[Tensor | None], flags: Tensor) -> None:
-        """As `torch_kernels.zero_where_`."""
+        """Set each tensor whose flag (bool [n]) is set to exactly 0, as `torch_kernels.zero_where_` does."""
         rest = self._write(triton_jit.zero_chunks, shards, flags, torch.uint8)
         if rest is not None:
             torch_kernels.zero_where_(rest, flags)
@@ -112,7 +118,7 @@ class TritonKernels:
     def _write(
         self, kernel: Any, shards: Sequence[Tensor | None], values: Tensor, dtype: torch.dtype
     ) -> list[Tensor | None] | None:
-        """Launch a kernel that writes to the tensors, by one value [n] each, of `dtype`. Returns what is left for torch."""
+        """Launch a kernel that writes to the tensors, with one value of `dtype` each; return the tensors for torch."""
         reading = self._tables.read(shards)
         for plan in reading.plans:
             tables = self._tables.on_device(plan, shards, first=False)

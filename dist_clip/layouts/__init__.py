@@ -1,4 +1,4 @@
-"""How to read a layout off what users have: modules, parameters, optimizers; plain tensors and DTensors."""
+"""Layouts, read from modules, parameters or optimizers with plain tensors, DTensors or FSDP1's flat parameters."""
 
 from dist_clip.layouts.layout import Layout, LayoutReader, LogicalTensor
 from dist_clip.layouts.naming import modules_of, named_parameters

@@ -1,4 +1,4 @@
-"""DTensor parameters: FSDP2, HSDP, tensor and expert parallelism."""
+"""The reader of DTensor parameters: FSDP2, HSDP, tensor and expert parallelism."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from dist_clip.layouts.process_groups import current_device
 
 @dataclasses.dataclass(frozen=True)
 class _Spread:
-    """What tensors with one mesh and one placement have in common; the fields are those of `LogicalTensor`."""
+    """The fields of `LogicalTensor` that all tensors with one mesh and one placement share."""
 
     norm_groups: tuple[dist.ProcessGroup, ...]
     replica_ranks: frozenset[int]
@@ -29,7 +29,7 @@ class _Spread:
 
 
 class MeshGroups:
-    """Process groups and copies of device meshes, looked up once a mesh and placement and not once a tensor."""
+    """Process groups and replica ranks of device meshes, kept because looking them up once a tensor is slow."""
 
     def __init__(self) -> None:
         self._groups: dict[tuple[int, int], dist.ProcessGroup] = {}
@@ -45,7 +45,7 @@ class MeshGroups:
         return self._groups[key]
 
     def replica_ranks(self, mesh: Any, sharded: tuple[int, ...]) -> frozenset[int]:
-        """Global ranks that differ from this one only along the mesh dims `sharded`."""
+        """Return the global ranks that differ from this one only along the mesh dims `sharded`."""
         key = (id(mesh), sharded)
         if key not in self._replica_ranks:
             self._meshes.append(mesh)
@@ -55,7 +55,7 @@ class MeshGroups:
         return self._replica_ranks[key]
 
     def spread(self, name: str, mesh: Any, placements: tuple[Any, ...]) -> _Spread:
-        """How a parameter with these placements lies on the mesh; `name` is for errors."""
+        """Return how a parameter with these placements lies on the mesh; `name` is for errors."""
         key = (id(mesh), placements)
         if key not in self._spreads:
             self._meshes.append(mesh)
@@ -64,7 +64,12 @@ class MeshGroups:
 
 
 def read_dtensor(name: str, param: DTensor, groups: MeshGroups) -> LogicalTensor:
-    """The logical tensor of a DTensor parameter: one norm group per mesh dim along which it is sharded."""
+    """Return the logical tensor of a DTensor parameter, with one norm group per mesh dim along which it is sharded.
+
+    Raises:
+        LayoutError: this rank is not on the mesh, the placement is neither sharded nor replicated, or a process group
+            of the mesh cannot be used.
+    """
     spread = groups.spread(name, param.device_mesh, param.placements)
     return LogicalTensor(
         name=name,
@@ -110,7 +115,7 @@ def _spread(name: str, mesh: Any, placements: tuple[Any, ...], groups: MeshGroup
         norm_groups=norm_groups,
         replica_ranks=groups.replica_ranks(mesh, tuple(sharded)),
         mesh_ranks=groups.replica_ranks(mesh, tuple(range(mesh.ndim))),
-        # A CPU-offloaded shard is measured on the CPU, but a mesh of accelerators reduces on accelerators.
+        # The mesh's device, not the shard's: a CPU-offloaded shard is reduced on the accelerators of its mesh.
         device=current_device(mesh.device_type),
         placement=f"{placements} on a mesh {tuple(mesh.shape)}, norm groups of {sizes}",
     )
@@ -134,9 +139,9 @@ def _grad_reader(name: str, param: DTensor) -> Callable[[], Tensor | None]:
                 "parameter's placements"
             )
         if grad.placements != placements:
-            # Bring the gradient to where the optimizer needs it anyway. What is Partial along a replicated dimension was
-            # reduced before, packed; what is left is for DTensor to do, tensor by tensor: a Partial gradient of a parameter
-            # that plain DTensor (not FSDP2) shards, or a gradient that is whole.
+            # The optimizer needs the parameter's placements anyway. PartialReducer has already reduced what was Partial
+            # along a replicated dimension, packed. DTensor redistributes the rest tensor by tensor: a Partial gradient
+            # of a parameter that plain DTensor (not FSDP2) shards, or a gradient that is whole.
             grad = param.grad = grad.redistribute(param.device_mesh, placements)
         return wait(grad.to_local())
 
@@ -144,5 +149,5 @@ def _grad_reader(name: str, param: DTensor) -> Callable[[], Tensor | None]:
 
 
 def wait(local: Tensor) -> Tensor:
-    """The tensor behind a collective that may still be under way: in-place work must reach the real storage."""
+    """Return the tensor behind a collective that may still be under way, so that in-place work reaches its storage."""
     return local.wait() if isinstance(local, AsyncCollectiveTensor) else local

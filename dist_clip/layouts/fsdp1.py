@@ -1,8 +1,9 @@
-"""FSDP1 (FullyShardedDataParallel): original tensors inside flat parameters, each rank holding a range of the concatenation.
+"""The reader of FSDP1 (FullyShardedDataParallel), whose flat parameters concatenate the original tensors.
 
-Read off the handles, whose attributes are private but have been stable since torch 2.1: `flat_param._fqns`,
-`_shard_param_infos` (which range of each original tensor is where in this rank's shard) and, with use_orig_params=True,
-`flat_param._params` (the parameters that the user's optimizer has, empty where this rank holds nothing).
+Each rank holds a range of the concatenation. The reader uses the handles' attributes, which are private but have been
+stable since torch 2.1: `flat_param._fqns`, `_shard_param_infos` (which range of each original tensor is where in this
+rank's shard) and, with use_orig_params=True, `flat_param._params` (the parameters that the user's optimizer has, empty
+where this rank holds nothing).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from dist_clip.layouts.naming import without_wrappers
 
 
 class FlatParameters:
-    """The flat parameters of all FSDP1 modules among `modules`, and the original parameters that came from them."""
+    """The flat parameters of all FSDP1 modules among `modules`, and the original parameters inside them."""
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         self._units: dict[int, _Unit] = {}  # by id(flat parameter)
@@ -33,7 +34,11 @@ class FlatParameters:
                 self._originals[id(param)] = (unit, position)
 
     def read(self, name: str, param: Tensor) -> list[LogicalTensor] | None:
-        """The logical tensors behind the parameter of that name, or None where it is none of FSDP1's."""
+        """Return the logical tensors behind the parameter `name`, or None if it does not belong to FSDP1.
+
+        Raises:
+            LayoutError: the parameter belongs to an FSDP1 module that was not passed, or is a DTensor inside FSDP1.
+        """
         if id(param) in self._originals:
             unit, position = self._originals[id(param)]
             return [unit.read(position, name, param)]
@@ -53,12 +58,12 @@ class FlatParameters:
 
 
 def is_flat(param: Tensor | None) -> bool:
-    """Whether several tensors are in it (use_orig_params=False)."""
+    """Return whether `param` is a flat parameter, which holds several tensors (use_orig_params=False)."""
     return getattr(param, "_is_flat_param", False)
 
 
 class _Unit:
-    """One flat parameter and what its tensors have in common."""
+    """One flat parameter, and what its tensors share."""
 
     def __init__(self, handle: Any) -> None:
         self.flat = handle.flat_param
@@ -69,7 +74,11 @@ class _Unit:
         self._starts = [start for (start, _), padding in offsets if not padding]
 
     def read(self, position: int, name: str, param: Tensor) -> LogicalTensor:
-        """Tensor number `position`, whose gradient `param` has: the tensor itself, or the flat parameter."""
+        """Return tensor number `position`. `param` holds its gradient: the original or the flat parameter.
+
+        Raises:
+            LayoutError: the tensor is a DTensor inside FSDP1.
+        """
         flat, group = self.flat, self._handle.process_group
         if any(extension is not None for extension in flat._param_extensions):
             raise LayoutError(
@@ -90,15 +99,16 @@ class _Unit:
             mesh_ranks=self._ranks,
             grad=_flat_reader(name, flat, info) if param is flat else _original_reader(name, param, numel),
             weight=lambda: _flat_range(flat.detach(), info) if param is flat else param.detach(),
-            # Gradients may be offloaded to the CPU, but the group reduces where the model computes.
+            # The model's device, because gradients may be offloaded to the CPU but the group reduces on this device.
             device=self._handle.device,
-            # Where it is in the flat parameter decides how it is cut.
+            # The tensor's offset in the flat parameter belongs to its placement, because it decides where the tensor is
+            # cut.
             placement=f"{strategy} (FSDP1) over {group.size()} ranks, from {self._starts[position]} of {whole}",
         )
 
 
 def _original_reader(name: str, param: Tensor, numel: int) -> Callable[[], Tensor | None]:
-    """use_orig_params=True: the parameter's own gradient is this rank's piece."""
+    """Return a reader for use_orig_params=True, where the parameter's own gradient is this rank's piece."""
 
     def read() -> Tensor | None:
         grad = param.grad
@@ -111,7 +121,7 @@ def _original_reader(name: str, param: Tensor, numel: int) -> Callable[[], Tenso
 
 
 def _flat_reader(name: str, flat: Any, info: Any) -> Callable[[], Tensor | None]:
-    """use_orig_params=False: a range of the flat parameter's gradient."""
+    """Return a reader for use_orig_params=False, where this rank's piece is a range of the flat gradient."""
 
     def read() -> Tensor | None:
         grad = flat.grad
@@ -124,7 +134,7 @@ def _flat_reader(name: str, flat: Any, info: Any) -> Callable[[], Tensor | None]
 
 
 def _flat_range(flat: Tensor, info: Any) -> Tensor:
-    """The part of this rank's flat shard that belongs to one tensor."""
+    """Return the part of this rank's flat shard that belongs to one tensor."""
     start, numel = (info.offset_in_shard, info.numel_in_shard) if info.in_shard else (0, 0)
     return flat[start : start + numel]
 

@@ -1,4 +1,4 @@
-"""The layout: which logical tensors this rank takes part in, its shard of each, and the ranks that hold the rest."""
+"""The layout: the logical tensors that this rank takes part in, its shard of each, and the ranks that hold the rest."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ class LogicalTensor:
     Attributes:
         name: fully qualified name, the same on every rank and under every layout.
         shape: shape of the whole tensor.
-        dtype: of the parameter.
+        dtype: dtype of the parameter.
         param: the parameter whose gradient is clipped; None where this rank holds no piece of the tensor.
-        shard_numel: elements of this rank's shard.
+        shard_numel: number of elements of this rank's shard.
         norm_groups: the process groups over which squared norms of shards are added; empty for a whole tensor.
-        replica_ranks: global ranks that together hold one copy of the tensor, this rank's copy (product of the norm
-            groups); empty where this rank holds none.
+        replica_ranks: global ranks that together hold this rank's copy of the tensor (product of the norm groups);
+            empty where this rank holds none.
         mesh_ranks: global ranks of the device mesh or groups that the tensor is laid out over.
         grad: returns this rank's shard of the gradient, or None where there is no gradient.
         weight: returns this rank's shard of the parameter itself, or None where this rank holds none.
         device: where this tensor's share of the reduction is computed.
-        placement: how the tensor is laid out, for people and for comparing ranks: the same on every rank that takes part.
-        everywhere: every rank of the pipeline stage holds a piece of one of its copies.
+        placement: a description of how the tensor is laid out, the same on every rank that takes part in it.
+        everywhere: whether every rank of the pipeline stage holds a piece of one of its copies.
     """
 
     name: str
@@ -57,7 +57,7 @@ class LogicalTensor:
         return math.prod(self.shape)
 
     def describe(self) -> str:
-        """What must be the same on every rank that takes part in this tensor."""
+        """Return a description of the tensor, which must be the same on every rank that takes part in it."""
         return f"{self.name} {list(self.shape)} {self.dtype} {self.placement}"
 
 
@@ -66,9 +66,9 @@ class Layout:
     """The ordered logical tensors of this rank. Every rank of a pipeline stage has the same names in the same order.
 
     Attributes:
-        tensors: the logical tensors, those of which this rank holds no piece included.
-        stage_group: all ranks of this pipeline stage, where the reader knows such a group. One all-reduce over it may
-            then replace several reductions over smaller groups.
+        tensors: the logical tensors, including those of which this rank holds no piece.
+        stage_group: a process group of all ranks of this pipeline stage, or None. One all-reduce over it may replace
+            several reductions over smaller groups.
     """
 
     tensors: tuple[LogicalTensor, ...]
@@ -93,7 +93,7 @@ class Layout:
 
 @runtime_checkable
 class LayoutReader(Protocol):
-    """A framework's own way to find the layout, passed to `GradClipper` in place of a model."""
+    """A framework's own reader of the layout, which can be passed to `GradClipper` in place of a model."""
 
     def read_layout(self, skip: Callable[[str], bool]) -> Layout:
-        """The layout without the names for which `skip` is true. Raises on all ranks of a pipeline stage or on none."""
+        """Return the layout without the names for which `skip` is true. Raises on all ranks of a stage or on none."""

@@ -1,4 +1,4 @@
-"""Fully qualified names: from modules, parameter lists and optimizers to (name, parameter) pairs."""
+"""Fully qualified names (FQNs) of the parameters of modules, parameter lists and optimizers."""
 
 from __future__ import annotations
 
@@ -15,9 +15,14 @@ _WRAPPER_NAMES = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wr
 
 
 def named_parameters(target: Any) -> list[tuple[str, Tensor]]:
-    """The (FQN, parameter) pairs of `target`, each parameter once, under the first name it is met by.
+    """Return the (FQN, parameter) pairs of `target`, each parameter once under its first name.
 
-    `target`: a module, a list of modules, (name, parameter) pairs, parameters, optimizer param_groups or an optimizer.
+    Args:
+        target: a module, a list of modules, (name, parameter) pairs, parameters, optimizer param_groups or an
+            optimizer.
+
+    Raises:
+        LayoutError: `target` has no parameters of this form, or gives one name to two of them.
     """
     if isinstance(target, nn.Module):
         return _unique(_module_parameters(target))
@@ -44,7 +49,7 @@ def named_parameters(target: Any) -> list[tuple[str, Tensor]]:
 
 
 def modules_of(target: Any) -> list[nn.Module]:
-    """All modules reachable from `target` where it is a module or a list of them, else none."""
+    """Return all modules reachable from `target` if it is a module or a list of them, else none."""
     if isinstance(target, nn.Module):
         return list(target.modules())
     if isinstance(target, (list, tuple)) and target and all(isinstance(m, nn.Module) for m in target):
@@ -82,10 +87,13 @@ def without_wrappers(name: str) -> str:
 
 
 def _unwrapped(pairs: list[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
-    """Names as they would be without wrappers. DDP's ``module.`` can only be told from an attribute of that name when it
-    leads every name."""
+    """Return the pairs with the names that they would have without wrappers.
+
+    A leading ``module.`` is taken for DDP's wrapper only if all names have it; else it may be an attribute of that
+    name.
+    """
     if not all(isinstance(name, str) for name, _ in pairs):
-        return pairs  # _unique says what is wrong
+        return pairs  # _unique raises for them
     names = [without_wrappers(name) for name, _ in pairs]
     if names and all(name.startswith("module.") for name in names):
         names = [name.removeprefix("module.") for name in names]

@@ -1,4 +1,4 @@
-"""Reduces the gradients that autograd leaves Partial, packed, before they are measured."""
+"""The reducer of gradients that autograd leaves Partial, which runs before they are measured."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from dist_clip.layouts.process_groups import gather
 
 
 class PartialReducer:
-    """Reduces the gradients that autograd leaves Partial along replicated dimensions, all of one group in one collective.
+    """Reduces the gradients that autograd leaves Partial along replicated dimensions, in packed collectives.
 
     SequenceParallel layer norms under pure TP and plain DTensor data parallelism leave Partial gradients: the local
-    values are addends, not the gradient. Any optimizer would reduce them, one collective (or several) per tensor; here
-    one packed all-reduce per group and dtype does it, and ``param.grad`` becomes the reduced gradient.
+    values are addends, not the gradient. An optimizer would reduce them with at least one collective per tensor. Here
+    one packed all-reduce per group, dtype and operation does it, and ``param.grad`` becomes the reduced gradient.
 
-    Which gradients are Partial is decided by autograd, so it is learned: the ranks of each mesh exchange names, on the
-    host, at the first call and, while some trainable tensor has not had a gradient yet, at calls 2, 4, 8, ...; also
-    when parameters were frozen or unfrozen. Later a rank without a gradient still takes part, with zeros.
+    Autograd decides which gradients are Partial, so the reducer learns it: the ranks of each mesh exchange names on the
+    host at the first call, whenever parameters were frozen or unfrozen, and at calls 2, 4, 8, ... while some trainable
+    tensor has not had a gradient yet. A rank without a gradient takes part in later calls with zeros.
 
-    Holds no reference to the parameters, which are handed in with each call.
+    The reducer holds no reference to the parameters; each call passes them.
     """
 
     def __init__(self, tensors: Sequence[LogicalTensor]) -> None:
         self._mesh_groups = MeshGroups()
-        # FSDP2 reduces its own parameters; here a candidate is whatever is replicated over more than one rank.
+        # A candidate is a parameter that is replicated over more than one rank. FSDP2 reduces what it shards itself.
         self._candidates: dict[str, list[int]] = {}
         self._groups: list[dist.ProcessGroup] = []
         for tensor in tensors:
@@ -53,7 +53,11 @@ class PartialReducer:
         self._calls = 0
 
     def reduce_(self, tensors: Sequence[LogicalTensor]) -> None:
-        """Make the gradients of `tensors` (those of the construction) whole along replicated dims, in ``param.grad``."""
+        """Reduce the Partial gradients of `tensors`, those of the construction, and put the result into ``param.grad``.
+
+        Raises:
+            RuntimeError: a gradient is Partial with another operation than sum or average.
+        """
         if not self._candidates:
             return
         params: dict[str, DTensor] = {t.name: t.param for t in tensors if t.name in self._candidates}  # type: ignore[misc]
@@ -105,19 +109,19 @@ class PartialReducer:
             if isinstance(grad, DTensor) and grad.placements[dim].is_partial():
                 placements = list(grad.placements)
                 placements[dim] = Replicate()
-                # from_local keeps a reference: each gradient gets memory of its own, not a view that pins the buffer.
+                # from_local keeps a reference, and a view would keep the whole buffer alive.
                 local = piece.clone().view(grad.to_local().shape)
                 param.grad = DTensor.from_local(
                     local, grad.device_mesh, placements, run_check=False, shape=grad.shape, stride=grad.stride()
                 )
 
     def _addend(self, param: DTensor, name: str, dim: int, group: Any) -> Tensor:
-        """This rank's share of the gradient's sum along `dim`, flat."""
+        """Return this rank's addend of the gradient's sum along `dim`, flat."""
         grad = param.grad
         if isinstance(grad, DTensor) and (grad.placements[dim].is_partial() or dist.get_rank(group) == 0):
-            # A gradient that is whole already counts once.
+            # A gradient that is whole already is sent by one rank only.
             return wait(grad.to_local()).reshape(-1)
-        # No gradient here: an addend of zero keeps the collective the same on every rank.
+        # An addend of zero keeps the collective the same on every rank.
         placements = [Replicate() if p.is_partial() else p for p in self._partial[name]]
         dtype = param.dtype if grad is None else grad.dtype
         return (

@@ -1,4 +1,4 @@
-"""From what the user passes to a checked layout."""
+"""The way from what the user passes to a checked layout, and the reader of plain tensors."""
 
 from __future__ import annotations
 
@@ -19,7 +19,15 @@ from dist_clip.layouts.process_groups import current_rank
 
 
 def build_layout(target: Any, *, allow_empty: bool = False, skip: Callable[[str], bool] = lambda name: False) -> Layout:
-    """Read and check the layout of `target` (see `named_parameters`), without the names that `skip` matches."""
+    """Read and check the layout of `target`, without the names for which `skip` is true.
+
+    Args:
+        target: as for `named_parameters`.
+        allow_empty: accept a target without parameters to clip.
+
+    Raises:
+        LayoutError: there is nothing to clip, or a tensor cannot be clipped; the message names it.
+    """
     sparse = set()
     modules = modules_of(target)
     for module in modules:
@@ -32,7 +40,7 @@ def build_layout(target: Any, *, allow_empty: bool = False, skip: Callable[[str]
     if pairs and not any(p.requires_grad for _, p in floating) and not allow_empty:
         raise LayoutError(f"all {len(pairs)} parameters are frozen (requires_grad=False): there is nothing to clip")
     flat = FlatParameters(modules)
-    # A flat parameter is excluded tensor by tensor, once it is known what it is made of.
+    # A flat parameter holds several tensors, which are excluded one by one below.
     kept = [(name, p) for name, p in floating if is_flat(p) or not skip(name)]
     for name, param in kept:
         if param.is_meta:
@@ -53,7 +61,11 @@ def build_layout(target: Any, *, allow_empty: bool = False, skip: Callable[[str]
 
 
 def layout_of_parameters(pairs: Sequence[tuple[str, Tensor]], flat: FlatParameters | None = None) -> Layout:
-    """The layout of `pairs`; those of FSDP1 can only be read where `flat` knows their modules."""
+    """Return the layout of (name, parameter) pairs; `flat` must know the modules of FSDP1's parameters.
+
+    Raises:
+        LayoutError: a tensor cannot be clipped; the message names it.
+    """
     flat = flat or FlatParameters(())
     groups = MeshGroups()
     here = frozenset({current_rank()})
@@ -72,7 +84,7 @@ def layout_of_parameters(pairs: Sequence[tuple[str, Tensor]], flat: FlatParamete
 
 
 def _read_plain(name: str, param: Tensor, here: frozenset[int]) -> LogicalTensor:
-    """A tensor that is whole on this rank, `here`: single process, DDP, pipeline stages, replicated."""
+    """Return a tensor that is whole on this rank, `here`: single process, DDP, pipeline stages, replicated."""
 
     def read() -> Tensor | None:
         grad = param.grad

@@ -1,4 +1,4 @@
-"""Process groups: those that users pass, checked; what every rank of one says; what it can communicate from."""
+"""Process groups: checks of those that users pass, exchanges over them, and the devices that they communicate from."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ _T = TypeVar("_T")
 
 
 def distributed() -> bool:
-    """Whether there are other ranks."""
+    """Return whether there are other ranks."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def current_rank() -> int:
-    """This process's global rank; 0 without torch.distributed."""
+    """Return this process's global rank; 0 without torch.distributed."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
 def group_size(group: dist.ProcessGroup | None) -> int:
-    """Number of ranks of `group`; None is all ranks."""
+    """Return the number of ranks of `group` (None: all ranks); 1 without torch.distributed."""
     return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
 
 
@@ -49,10 +49,13 @@ def any_rank(flag: Tensor, group: dist.ProcessGroup | None) -> Tensor:
 
 
 def checked_group(group: Any, argument: str) -> dist.ProcessGroup | None:
-    """Return `group`, or the group of a 1-D device mesh, if it is alive and this rank is a member.
+    """Return `group`, or the group of a 1-D device mesh, if it is alive and this rank is a member; None for None.
+
+    Args:
+        argument: the name of the argument, for the error.
 
     Raises:
-        LayoutError: it is not; the message says what it is.
+        LayoutError: it is neither a group nor a 1-D mesh, it is not alive, or this rank is not a member.
     """
     if group is None:
         return None
@@ -87,7 +90,7 @@ def checked_group(group: Any, argument: str) -> dist.ProcessGroup | None:
 
 
 def group_alive(group: dist.ProcessGroup) -> bool:
-    """Whether the group still exists: not destroyed, nor of an earlier init_process_group."""
+    """Return whether the group still exists: neither destroyed nor of an earlier init_process_group."""
     try:
         return bool(dist.get_process_group_ranks(group))
     except (KeyError, ValueError, RuntimeError):
@@ -102,12 +105,12 @@ def group_label(group: dist.ProcessGroup) -> str:
 
 
 def stage_of(pp_group: dist.ProcessGroup | None) -> int:
-    """This rank's pipeline stage: its rank in the pipeline group."""
+    """Return this rank's pipeline stage, which is its rank in the pipeline group; 0 without one."""
     return 0 if pp_group is None else dist.get_rank(pp_group)
 
 
 def current_device(device_type: str) -> torch.device:
-    """This process's device of that type."""
+    """Return this process's device of that type."""
     if device_type == "cpu":
         return torch.device("cpu")
     return torch.device(device_type, torch.get_device_module(device_type).current_device())
@@ -116,6 +119,6 @@ def current_device(device_type: str) -> torch.device:
 def device_of(group: dist.ProcessGroup | None) -> torch.device:
     """Return a device that `group` can communicate from: an accelerator's where it has one, else the CPU."""
     types = [device.type for device in group._device_types] if group is not None else []
-    # gloo names CUDA as well, whether or not there is any.
+    # gloo lists CUDA also on machines without it.
     present = (kind for kind in types if kind != "cpu" and torch.get_device_module(kind).is_available())
     return current_device(next(present, "cpu"))

@@ -1,4 +1,4 @@
-"""Megatron-core: clipping for its optimizers, by a call, by flags, or by a launcher for an unmodified script.
+"""Clipping for the optimizers of Megatron-core, by a call, by flags, or by a launcher for an unmodified script.
 
     clipper = dist_clip.megatron.attach(optimizer, dist_clip.LogClip(), model=model_chunks)
     pretrain(..., extra_args_provider=dist_clip.megatron.add_clip_args)      # then attach_from_args

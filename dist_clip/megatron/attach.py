@@ -36,29 +36,40 @@ def attach(
 ) -> GradClipper:
     """Replace a Megatron optimizer's gradient clipping by `policy`; the training loop stays as it is.
 
-    Call it on every rank once the optimizer exists, before a checkpoint is loaded. From then on ``optimizer.step()``
-    clips between the preparation of the gradients (unscaled, and found finite under fp16: a step that overflows is
-    skipped before anything is clipped or remembered) and the update, and the built-in clipping is off. The returned grad
-    norm is the global norm before clipping, a 0-dim tensor that is the same on every rank. The optimizer's checkpoints
-    carry the state.
+    Call it on every rank once the optimizer exists, and before a checkpoint is loaded. From then on
+    ``optimizer.step()`` clips after the gradients are prepared and before the update, and the built-in clipping is off.
+    Under fp16 the gradients are unscaled by then, and a step that overflows is skipped before anything is clipped or
+    remembered. The grad norm that the step returns is the global norm before clipping, fp32 0-dim, the same on every
+    rank. The optimizer's checkpoints contain the state.
 
     Args:
         optimizer: what ``get_megatron_optimizer`` returned (chained, distributed, layer-wise, mixed-precision or fp32).
-        policy: any policy, such as `LogClip()`.
+        policy: `GlobalNorm`, `AdaGC`, `LogClip`, `ZClip`, or a policy of your own (docs/policies.md).
         model: the model chunk, or the list of chunks, that the optimizer was made from.
-        nonfinite, overrides, exclude: as for `GradClipper`; patterns match global names, as ``explain()`` lists them. With
-            "skip" the step reports itself unsuccessful, as Megatron's own skipped steps do.
-        log_global_norm: return the global norm also on steps where the policy has no need of it. Across pipeline stages
-            it costs one gather of two numbers, under way while the optimizer steps. False: such steps return None.
+        nonfinite, overrides, exclude: as for `GradClipper`; patterns match global names, as ``explain()`` lists them.
+            With "skip" a skipped step returns that it was not successful, as Megatron's own skipped steps do.
+        log_global_norm: return the global norm also on steps where no policy needs it. Across pipeline stages it costs
+            one gather of two numbers, which overlaps with the optimizer step. False: such steps return None.
         kernels, detect_desync: as for `GradClipper`.
-        pg_collection: Megatron's ProcessGroupCollection, where the groups are not those of parallel_state.
+        pg_collection: Megatron's ProcessGroupCollection. None: the groups of megatron.core.parallel_state.
 
     Returns:
-        The clipper: ``explain()``, ``last_report``, ``state_dict()``; ``clipper.attachment.remove()`` detaches.
+        The clipper, with ``explain()``, ``last_report`` and ``state_dict()``; ``clipper.attachment.remove()`` detaches.
 
     Raises:
-        LayoutError: an optimizer, a parameter or a layout that cannot be clipped rightly, named, on every rank.
-        RuntimeError: attached already.
+        LayoutError: an optimizer, a parameter or a layout that cannot be clipped correctly; named, on every rank.
+        TypeError, ValueError: an argument of the wrong type or value.
+        RuntimeError: the optimizer is attached already.
+        ImportError: megatron-core is not installed, or the kernels that were asked for do not work.
+
+    Example (needs Megatron-core)::
+
+        from megatron.core.optimizer import get_megatron_optimizer
+
+        optimizer = get_megatron_optimizer(optimizer_config, model_chunks)
+        clipper = dist_clip.megatron.attach(optimizer, dist_clip.LogClip(), model=model_chunks)
+        print(clipper.explain())
+        successful, grad_norm, _ = optimizer.step()  # clips; clipper.last_report says what it did
     """
     compat.warn_if_untested()
     for node in (optimizer, *getattr(optimizer, "chained_optimizers", ())):
@@ -92,11 +103,17 @@ def attach(
 
 
 class MegatronAttachment:
-    """Methods of one optimizer object, replaced. ``remove()`` puts the class's own back in force.
+    """Replaces methods of one optimizer object. ``remove()`` restores the methods of its class.
 
     Args:
-        skips: the user wants steps with a non-finite gradient to be skipped.
-        norm_at_once: Megatron compares the norm with a threshold of its own, so it must be there before the step.
+        clipper: clips the optimizer's gradients.
+        optimizer: a Megatron optimizer.
+        pp_group: the group across pipeline stages; None without them.
+        skips: whether steps with a non-finite gradient are to be skipped.
+        norm_at_once: Megatron compares the norm with its own threshold, so the norm must be known before the step.
+
+    Raises:
+        LayoutError: the optimizer lacks one of the methods.
     """
 
     def __init__(
@@ -129,7 +146,8 @@ class MegatronAttachment:
             self._replace(name)
         setattr(optimizer, _MARK, self)
         if compat.is_chained(optimizer):
-            # A chain scales by config.clip_grad inside its step; a bare optimizer calls clip_grad_norm, which is ours.
+            # A chain scales by config.clip_grad inside its step; a bare optimizer calls clip_grad_norm, which is
+            # replaced.
             configs = [getattr(node, "config", None) for node in (optimizer, *optimizer.chained_optimizers)]
             for config in {id(config): config for config in configs if config is not None}.values():
                 self._thresholds.append((config, config.clip_grad))
@@ -141,7 +159,7 @@ class MegatronAttachment:
         return bool(self._replaced)
 
     def remove(self) -> None:
-        """Detach: Megatron's own clipping is back."""
+        """Detach from the optimizer, and restore Megatron's own clipping."""
         for name in self._replaced:
             delattr(self._optimizer, name)
         self._replaced = []
@@ -167,16 +185,16 @@ class MegatronAttachment:
         if original():
             return True  # an overflow: the step is skipped before anything is clipped or remembered
         report = self._report = self._clipper.clip_()
-        # The host looks at the flag only where the user wants steps to be skipped. Megatron compares a threshold of its own
+        # Reading the flag syncs the host, so it is read only with nonfinite="skip". Megatron compares its own threshold
         # with the norm that it gets.
         return self._skips and bool(report.skip)
 
     def _get_grad_norm(self, original: Callable[[], Any]) -> Any:
         if self._report is None:
-            return original()  # nobody has clipped: somebody wants to know the norm
+            return original()  # called outside of a step, for the norm of gradients that are not clipped
         if not self._report.has_global_norm:
             return None
-        # The stages may still exchange their sums: the optimizer steps meanwhile, and the number is there at its end.
+        # The stages may still exchange their sums, so the norm is filled in when the optimizer has stepped.
         self._norm = torch.zeros((), dtype=torch.float32, device=self._report.skip.device)
         if self._norm_at_once:
             self._fill_in_norm()  # Megatron is about to compare it
@@ -198,7 +216,7 @@ class MegatronAttachment:
     # ---------------------------------------------------------------------------------------------------- checkpoints
 
     def _state_dict(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """For the "torch" format, one file a rank: this stage's state."""
+        """Return the optimizer's state dict with this stage's clipping state, for the "torch" format (a file a rank)."""
         state = original(*args, **kwargs)
         if self._saving:
             return state  # called by sharded_state_dict
@@ -221,7 +239,7 @@ class MegatronAttachment:
 
     def _load_state_dict(self, original: Callable[..., Any], state_dict: Any) -> Any:
         found = None
-        # Taken out first: a chain counts the entries.
+        # Taken out before the optimizer loads, because a chain counts the entries.
         if isinstance(state_dict, list):
             if state_dict and isinstance(state_dict[-1], Mapping) and set(state_dict[-1]) == {checkpoint.KEY}:
                 found, state_dict = state_dict[-1][checkpoint.KEY], state_dict[:-1]

@@ -1,8 +1,8 @@
-"""The clipper's state in Megatron's checkpoints: the whole model's, as plain values that every rank saves alike.
+"""The clipping state in Megatron's checkpoints: that of the whole model, as plain values that every rank saves alike.
 
-Plain values go to the common part of a distributed checkpoint, which is free of the layout: it loads under any tensor,
-pipeline, expert and data parallelism. Names and values are packed, one tensor a slot, so that thousands of experts do not
-become thousands of tiny tensors.
+Plain values go to the common part of a distributed checkpoint, which does not depend on the layout, so that it loads
+under any tensor, pipeline, expert and data parallelism. Names and values are packed, one tensor a slot, so that
+thousands of experts do not become thousands of tiny tensors.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from torch import Tensor
 
 from dist_clip.layouts.process_groups import gather
 from dist_clip.memory import Memory
-from dist_clip.memory.state_dict import cleared, restore, snapshot
+from dist_clip.memory.snapshot import cleared, restore, snapshot
 
 KEY = "dist_clip"
-"""Where the state is in an optimizer's state dict."""
+"""Key of the clipping state in an optimizer's state dict."""
 
 Packed = list[dict[str, Any]]
 
@@ -35,17 +35,20 @@ def save(memory: Memory, pp_group: dist.ProcessGroup | None) -> dict[str, Any]:
     payload = {**stages[0], "tensors": pack(_without(tensors, *(stage["shards"] for stage in stages)))}
     payload["shards"] = {}
     if any(group.per_shard for group in memory.groups):
-        # A shard's state is of use to the rank that holds that shard, and to nobody else.
+        # Only the rank that holds a shard can use its state, so states are kept by rank.
         shards = {name: mine["tensors"][name] for name in mine["shards"]}
         payload["shards"] = gather({"shards": mine["shards"], "tensors": pack(shards)}, None)
     return payload
 
 
 def load(memory: Memory, payload: Any) -> None:
-    """Load what `save` made, under this layout or another.
+    """Load what `save` returned, under this layout or another. Collective with scope "shard".
+
+    Warns if the layout has changed, so that the states of shards start afresh.
 
     Raises:
-        ValueError: it does not fit; tensors that are missing or unknown anywhere in the model are named, on every rank.
+        ValueError: the state does not fit. Names the tensors that are missing or unknown in the whole model, on every
+            rank.
     """
     if not isinstance(payload, Mapping) or not isinstance(payload.get("tensors"), list):
         raise ValueError(f"the checkpoint's {KEY!r} entry is no state of a GradClipper: {type(payload).__name__}")
@@ -73,10 +76,10 @@ def load(memory: Memory, payload: Any) -> None:
 
 
 def pack(tensors: Mapping[str, Mapping[str, Tensor]]) -> Packed:
-    """{name: {slot: tensor}} as [{"names": [...], "slots": {slot: tensor of n rows}, "nan": {slot: bool of n rows}}].
+    """Return {name: {slot: tensor}} as [{"names": [...], "slots": {slot: n rows}, "nan": {slot: bool n rows}}].
 
-    Names of equal slots are together. "nan" says where a slot holds NaN, with 0 in its place: NaN differs from itself, and
-    Megatron, which compares what the ranks save, would warn.
+    Names with equal slots share an entry. "nan" marks the NaNs of a slot, which are saved as 0. Megatron compares what
+    the ranks save and would warn of NaNs, which differ from themselves.
     """
     by_slots: dict[tuple[Any, ...], list[str]] = {}
     for name, entry in tensors.items():
@@ -92,7 +95,7 @@ def pack(tensors: Mapping[str, Mapping[str, Tensor]]) -> Packed:
 
 
 def unpack(packed: Packed, coded: bool) -> dict[str, dict[str, Tensor]]:
-    """The inverse of `pack`. `coded`: of format version 1, which had -1 for NaN."""
+    """Return what was packed by `pack`. `coded`: by format version 1, which saved NaN as -1."""
     out: dict[str, dict[str, Tensor]] = {}
     for part in packed:
         slots: dict[str, Tensor] = {}
@@ -110,9 +113,10 @@ def _without(tensors: dict[str, Mapping[str, Tensor]], *names: Iterable[str]) ->
 
 
 def _check_names(memory: Memory, loaded: Mapping[str, Any]) -> None:
-    """Raise the same error on every rank, also where only another stage's tensors are missing."""
+    """Raise ValueError, the same on every rank, if tensors of any pipeline stage are missing or unknown."""
     everywhere = {*memory.layout.names, *memory.names_elsewhere}
-    expected = {name for name in everywhere if memory.policy_for(name).scope == "tensor"}
+    elements = {name: memory.policy_for(name).elements for name in everywhere}
+    expected = {name for name, kind in elements.items() if not (kind.one or kind.per_rank)}
     missing, unknown = sorted(expected - set(loaded)), sorted(set(loaded) - everywhere)
     if missing or unknown:
         raise ValueError(

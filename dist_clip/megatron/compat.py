@@ -1,4 +1,4 @@
-"""Megatron-core's own names, and all that differs between its versions: every other module here asks this one."""
+"""Megatron-core's own names, and all that differs between its versions, for the other modules of this package."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ TESTED_BELOW = (0, 20, 0)
 
 @dataclasses.dataclass(frozen=True)
 class Groups:
-    """The process groups of this rank that norms are reduced over. One of a single rank splits nothing.
+    """The process groups of this rank. A group of one rank splits nothing; None: Megatron has no such group.
 
     Attributes:
         tp, expt_tp: tensor parallelism of dense and of expert parameters.
-        dp, expt_dp: the ranks that a sharded optimizer spreads one copy over (one instance, context parallelism included).
+        dp, expt_dp: the ranks over which a sharded optimizer spreads one copy (one instance, context parallelism
+            included) of dense and of expert parameters.
         ep: expert parallelism, for the experts' global numbers.
         pp: pipeline stages.
         stage: all ranks of this rank's pipeline stage.
@@ -41,9 +42,13 @@ class Groups:
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """This rank's part of a model parameter in an optimizer: where its gradient is, and which elements of it.
+    """This rank's part of a model parameter in an optimizer.
 
-    `holder` has the gradient, as the attribute `attribute`; it covers elements [start, stop) of the flattened parameter.
+    Attributes:
+        param: the model parameter.
+        holder: the optimizer's tensor for this part.
+        attribute: name of the attribute of `holder` that is the gradient.
+        start, stop: the part covers elements [start, stop) of the flattened parameter.
     """
 
     param: Tensor
@@ -53,17 +58,17 @@ class Piece:
     stop: int
 
     def grad(self) -> Tensor | None:
-        """The gradient of this part, once the optimizer has prepared it."""
+        """Return the gradient of this part, once the optimizer has prepared it; None without one."""
         return getattr(self.holder, self.attribute, None)
 
     def weight(self) -> Tensor:
-        """The values of this part, as the optimizer holds them."""
+        """Return the values of this part, as the optimizer holds them."""
         return self.holder.detach()
 
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-    """An optimizer that is not made of others. `spread`: its parameters are divided among data-parallel ranks."""
+    """An optimizer that does not consist of others. `spread`: its parameters are divided among data-parallel ranks."""
 
     optimizer: Any
     spread: bool
@@ -80,7 +85,7 @@ def version() -> str:
 
 
 def warn_if_untested() -> None:
-    """A warning that names both versions, where this one is outside of those tested."""
+    """Warn if the version of megatron-core is outside of the tested versions, naming both."""
     found = version()
     numbers = tuple(int(part) for part in re.findall(r"\d+", found)[:3])
     if not TESTED_FROM <= numbers < TESTED_BELOW:
@@ -93,7 +98,11 @@ def warn_if_untested() -> None:
 
 
 def process_groups(pg_collection: Any) -> Groups:
-    """The groups of `pg_collection`, by default those of megatron.core.parallel_state."""
+    """Return the groups of `pg_collection`; None: those of megatron.core.parallel_state.
+
+    Raises:
+        LayoutError: parallel_state is not initialized, or generalized tensor parallelism is used.
+    """
     from megatron.core import parallel_state
     from megatron.core.process_groups_config import ProcessGroupCollection
 
@@ -125,7 +134,11 @@ def process_groups(pg_collection: Any) -> Groups:
 
 
 def leaves(optimizer: Any) -> list[Leaf]:
-    """The optimizers that `optimizer` is made of, stubs left out. Chains nest under layer-wise (Muon) optimizers."""
+    """Return the optimizers of which `optimizer` consists, without stubs. Layer-wise (Muon) optimizers contain chains.
+
+    Raises:
+        LayoutError: an optimizer of an unknown class, or Megatron-FSDP.
+    """
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
     from megatron.core.optimizer.layer_wise_optimizer import LayerWiseDistributedOptimizer
     from megatron.core.optimizer.optimizer import ChainedOptimizer, Float16OptimizerWithFloat16Params, FP32Optimizer
@@ -160,7 +173,7 @@ def is_chained(optimizer: Any) -> bool:
 
 
 def pieces(leaf: Any) -> Iterator[Piece]:
-    """What this rank's part of `leaf` will step, and where its gradients will be after ``prepare_grads``."""
+    """Yield the parts of parameters that `leaf` steps on this rank, whose gradients exist after ``prepare_grads``."""
     config = getattr(leaf, "config", None)
     decoupled = getattr(config, "use_precision_aware_optimizer_no_fp8_or_ds_fp8", False)
     attribute = "decoupled_grad" if decoupled else "grad"
@@ -187,7 +200,7 @@ def _pairs(models: Sequence[Sequence[Tensor]], mains: Sequence[Sequence[Tensor]]
         yield from zip(model_group, main_group, strict=True)
 
 
-# Attributes of parameters that change what a norm has to add up, in ways that are not implemented.
+# Attributes of parameters that change which elements their norm adds up, in ways that dist_clip does not implement.
 _REFUSED = {
     "is_gtp_weight_remat": "generalized tensor parallelism splits its gradient; set its size to 1",
     "__fsdp_param__": "it belongs to Megatron-FSDP; use the distributed optimizer",
@@ -196,7 +209,7 @@ _REFUSED = {
 
 
 def refuse_unknown(name: str, module: nn.Module, param: Tensor, groups: Groups) -> None:
-    """Raise where the norm of `param` could not be found rightly."""
+    """Raise LayoutError if dist_clip cannot compute the norm of `param` correctly."""
     for attribute, why in _REFUSED.items():
         if getattr(param, attribute, None):
             raise LayoutError(f"{name!r} has the attribute {attribute}, which dist_clip does not support: {why}")
@@ -220,7 +233,7 @@ def is_routed_expert(name: str) -> bool:
 
 
 def is_expert_parallel(param: Tensor) -> bool:
-    """Whether its gradient is reduced over the expert groups, not over the dense ones."""
+    """Return whether the gradient of `param` is reduced over the expert groups, and not over the dense ones."""
     return not getattr(param, "allreduce", True)
 
 
@@ -229,17 +242,17 @@ def is_tensor_parallel(param: Tensor) -> bool:
 
 
 def partition_dim(param: Tensor) -> int:
-    """Along which dimension tensor parallelism splits it; the first, where Megatron does not say."""
+    """Return the dimension along which tensor parallelism splits `param`; 0 if Megatron sets none."""
     dim = getattr(param, "partition_dim", 0)
     return dim if dim is not None and dim >= 0 else 0
 
 
 def is_tied_copy(param: Tensor) -> bool:
-    """The copy of the word embedding on the last pipeline stage, where it is the output layer's weight."""
+    """Return whether `param` is the last pipeline stage's copy of the word embedding, its output layer's weight."""
     return bool(getattr(param, "shared", False) and getattr(param, "shared_embedding", False))
 
 
 def skip_threshold(config: Any) -> float | None:
-    """The grad norm above which Megatron skips a step (newer versions); None where it never does."""
+    """Return the grad norm above which Megatron (newer versions) skips a step; None if it never does."""
     threshold = float(getattr(config, "grad_norm_skip_threshold", math.inf))
     return threshold if threshold < math.inf else None

@@ -1,4 +1,4 @@
-"""Command-line flags in Megatron's style, and the policy that they ask for. The options come from the policy registry."""
+"""Command-line flags in Megatron's style, made from the policy registry, and the policy that they describe."""
 
 from __future__ import annotations
 
@@ -19,16 +19,21 @@ _NOT_OF_A_POLICY = ("grad_clip_nonfinite", "grad_clip_exclude", "no_grad_clip_lo
 
 
 def add_clip_args(parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None) -> argparse.ArgumentParser:
-    """Add the flags, in a group of their own; usable as Megatron-LM's ``extra_args_provider``. Returns the parser.
+    """Add the clipping flags to a parser. Usable as Megatron-LM's ``extra_args_provider``.
 
-    Each registered policy adds ``--NAME-OPTION`` for each of its hyper-parameters. ``--grad-clip-module MODULE`` is read
-    first: the module is imported, and the policies that it registers have their flags, too.
+    Each registered policy adds ``--NAME-OPTION`` for each of its hyper-parameters but ``max_norm``, which is Megatron's
+    ``--clip-grad``. ``--grad-clip-module MODULE`` is read first: the module is imported, and the policies that it
+    registers have their flags, too.
 
     Args:
+        parser: gets the flags in their own argument group.
         arguments: the command line; default ``sys.argv[1:]``.
 
+    Returns:
+        The parser.
+
     Raises:
-        ImportError: a module that cannot be imported, named.
+        ImportError: a module cannot be imported; the message names it.
 
     Example:
         >>> import argparse
@@ -82,15 +87,21 @@ def add_clip_args(parser: argparse.ArgumentParser, arguments: Sequence[str] | No
 
 
 def policy_from_args(args: argparse.Namespace, clip_grad: float) -> Policy | None:
-    """The policy of ``--grad-clip-mode``; None where it was not given.
+    """Return the policy of ``--grad-clip-mode``; None if the flag was not given.
 
     Args:
         args: parsed arguments, with the flags of `add_clip_args`.
-        clip_grad: Megatron's ``--clip-grad``, which becomes the policy's ``max_norm``: threshold of GlobalNorm and of the
-            warm-up of AdaGC and LogClip, upper bound of ZClip's norm.
+        clip_grad: Megatron's ``--clip-grad``, which becomes the policy's ``max_norm``: the threshold of GlobalNorm and
+            of the warm-up of AdaGC and LogClip, and the upper bound of ZClip's norm (0 or less: no bound).
 
     Raises:
-        ValueError: flags that contradict each other, or values that a policy refuses; each named.
+        ValueError: flags that contradict each other, or values out of range; the message names them.
+
+    Example:
+        >>> import argparse
+        >>> parser = add_clip_args(argparse.ArgumentParser())
+        >>> policy_from_args(parser.parse_args(["--grad-clip-mode", "global"]), clip_grad=0.5)
+        GlobalNorm(max_norm=0.5)
     """
     mode = getattr(args, "grad_clip_mode", None)
     if mode is None:
@@ -119,10 +130,27 @@ def attach_from_args(
     clip_grad: float | None = None,
     pg_collection: Any = None,
 ) -> GradClipper | None:
-    """`attach` as the flags say; None, and nothing changed, without ``--grad-clip-mode``.
+    """Attach a clipper to a Megatron optimizer as the flags describe it.
 
     Args:
-        clip_grad: default, ``args.clip_grad``.
+        optimizer: what ``get_megatron_optimizer`` returned.
+        args: parsed arguments, with the flags of `add_clip_args`.
+        model: the model chunk, or the list of chunks, that the optimizer was made from.
+        clip_grad: the policy's ``max_norm``, as for `policy_from_args`. None: ``args.clip_grad``, or 1.0 without it.
+        pg_collection: as for `attach`.
+
+    Returns:
+        The clipper, as `attach` returns it. Without ``--grad-clip-mode`` None, and nothing is changed.
+
+    Raises:
+        ValueError: as `policy_from_args` documents.
+        LayoutError, TypeError, RuntimeError, ImportError: as `attach` documents.
+
+    Example (needs Megatron-core)::
+
+        args = dist_clip.megatron.add_clip_args(parser).parse_args()
+        optimizer = get_megatron_optimizer(optimizer_config, model_chunks)
+        clipper = dist_clip.megatron.attach_from_args(optimizer, args, model=model_chunks)
     """
     threshold = getattr(args, "clip_grad", None) if clip_grad is None else clip_grad
     chosen = policy_from_args(args, 1.0 if threshold is None else float(threshold))

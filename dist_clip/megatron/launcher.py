@@ -1,11 +1,12 @@
-"""Run an unmodified Megatron script with the clipping flags added: ``python -m dist_clip.megatron SCRIPT ARGS...``.
+"""Runs an unmodified Megatron script with the clipping flags added: ``python -m dist_clip.megatron SCRIPT ARGS...``.
 
-The flags are taken off the command line before the script sees it, so that its own parser need not know them. Where the
-script uses Megatron-LM's parser (megatron.training), they are added there, too, with the given values as defaults: they
-show in ``--help`` and in the log of arguments, and go into checkpoints with the others. The optimizer is caught where it is
-made, before any checkpoint is loaded, so that the clipping state is restored with it.
+The launcher removes its flags from the command line before the script reads it, so that the script's parser need not
+know them. If the script uses Megatron-LM's parser (megatron.training), they are added there as well, with the given
+values as defaults: they then show in ``--help`` and in the log of arguments, and are saved in checkpoints with the
+others. The optimizer is caught where it is made, before any checkpoint is loaded, so that the clipping state is
+restored with it.
 
-Nothing of Megatron is imported before the script imports it: what is to be changed is changed as its module comes in.
+The launcher imports nothing of Megatron before the script does: it changes Megatron's modules when they are imported.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from typing import Any
 from dist_clip.megatron.flags import add_clip_args, attach_from_args, policy_from_args
 from dist_clip.policies import modes
 
-# Where optimizers are made: scripts import from the first, Megatron-LM's loop has the name in the last.
+# Modules with the functions that make optimizers: scripts import them from the first, and Megatron-LM's loop uses the
+# name in the last.
 _MAKERS = ("get_megatron_optimizer", "get_megatron_muon_optimizer")
 _MAKER_MODULES = ("megatron.core.optimizer", "megatron.core.optimizer.muon", "megatron.training.training")
 _PARSER_MODULE = "megatron.training.arguments"
@@ -33,7 +35,14 @@ _PARSER_FUNCTION = "add_megatron_arguments"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the script named on the command line."""
+    """Run the script that the command line names.
+
+    Args:
+        argv: the script, its arguments and the clipping flags. None: those of this process.
+
+    Raises:
+        SystemExit: no script, contradicting flags, or no optimizer was made; also for ``--help``.
+    """
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help"):
         print(_help(argv))
@@ -42,11 +51,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not Path(script).is_file():
         raise SystemExit(f"dist_clip.megatron: no script {script!r}")
     sys.path.insert(0, str(Path(script).resolve().parent))
-    # No prefixes: --zclip could be the beginning of a flag of the script's own.
+    # Without abbreviations, because --zclip may be a flag of the script, and not a prefix of ours.
     parser = argparse.ArgumentParser(prog="dist_clip.megatron", add_help=False, allow_abbrev=False)
     try:
         ours, theirs = add_clip_args(parser, rest).parse_known_args(rest)
-        policy_from_args(ours, 1.0)  # what contradicts itself is better known now than when the model is built
+        policy_from_args(ours, 1.0)  # raises for contradicting flags now, before the model is built
     except (ImportError, ValueError) as error:
         raise SystemExit(f"dist_clip.megatron: {error}") from None
     catcher = OptimizerCatcher(ours)
@@ -61,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 class OptimizerCatcher(importlib.abc.MetaPathFinder):
-    """Attaches every optimizer that Megatron makes from now on, as the flags say."""
+    """Attaches a clipper, as the flags describe it, to every optimizer that Megatron makes after `install`."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
@@ -70,7 +79,7 @@ class OptimizerCatcher(importlib.abc.MetaPathFinder):
         self._finding: set[str] = set()
 
     def install(self) -> None:
-        """Change Megatron's modules: those that are imported already, and the others as they come in."""
+        """Change Megatron's modules: those that are imported already now, and the others when they are imported."""
         for name in (*_MAKER_MODULES, _PARSER_MODULE):
             if name in sys.modules:
                 self.change(sys.modules[name])
@@ -79,7 +88,7 @@ class OptimizerCatcher(importlib.abc.MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        """The module's own specification, with its loader made to change the module once it has run."""
+        """Return the module's own specification, whose loader now changes the module after running it."""
         if fullname not in (*_MAKER_MODULES, _PARSER_MODULE) or fullname in self._finding:
             return None
         self._finding.add(fullname)
@@ -116,7 +125,7 @@ class OptimizerCatcher(importlib.abc.MetaPathFinder):
                 optimizer = make(config, model_chunks, *rest, **kwargs)
             finally:
                 self._depth -= 1
-            # A maker may call another one (Muon makes its Adam so): only the whole is attached.
+            # One maker may call another (Muon's makes its Adam that way); only the outermost optimizer is attached.
             if self._depth == 0 and self.args.grad_clip_mode is not None:
                 attach_from_args(
                     optimizer,

@@ -1,4 +1,4 @@
-"""Global names: the same for a tensor in every pipeline stage, model chunk and expert-parallel rank."""
+"""Global names of tensors, the same in every pipeline stage, model chunk and expert-parallel rank."""
 
 from __future__ import annotations
 
@@ -20,11 +20,17 @@ _EXPERT_NUMBERS = (
 
 
 def global_names(chunks: Sequence[nn.Module], ep: Any) -> Iterator[tuple[str, nn.Module, nn.Parameter]]:
-    """(global name, owning module, parameter) of each trainable parameter of the chunks, in their order, each once.
+    """Yield (global name, owning module, parameter) of each trainable parameter of the chunks, in order and each once.
 
-    Layers get the number they have in the whole model (`layer_number`, which Megatron counts over all stages), experts
-    the number they have over all expert-parallel ranks, and the tied copy of the word embedding the embedding's name.
-    Wrappers' leading ``module.`` is no part of a name.
+    Layers get their number in the whole model (`layer_number`, which Megatron counts over all stages), and experts
+    their number over all expert-parallel ranks. The tied copy of the word embedding gets the embedding's name. The
+    leading ``module.`` of wrappers is removed.
+
+    Args:
+        ep: the expert-parallel group; None without one.
+
+    Raises:
+        LayoutError: a name from which an expert's number cannot be read.
     """
     seen: set[int] = set()
     for chunk in chunks:
@@ -47,7 +53,7 @@ def _global(name: str, param: Tensor, numbers: dict[str, int], experts: int) -> 
     while name.startswith("module."):
         name = name.removeprefix("module.")
     if compat.is_tied_copy(param):
-        # Under a multimodal model's prefix, too, both copies belong to the same language model.
+        # The prefix, a multimodal model's, stays, because both copies belong to the same language model.
         return re.sub(r"(output_layer\.weight|embedding\.word_embeddings\.weight)$", TIED_EMBEDDING, name)
     if compat.is_routed_expert(name) and compat.is_expert_parallel(param):
         for pattern in _EXPERT_NUMBERS:
@@ -62,7 +68,10 @@ def _global(name: str, param: Tensor, numbers: dict[str, int], experts: int) -> 
 
 
 def _layer_numbers(chunk: nn.Module) -> Iterator[tuple[str, int]]:
-    """(prefix of a layer, its index in the whole model). Layers of multi-token prediction count for themselves."""
+    """Yield (prefix of a layer, its index in the whole model), without layers of multi-token prediction.
+
+    Megatron counts those by themselves.
+    """
     for prefix, module in chunk.named_modules():
         number = getattr(module, "layer_number", None)
         if isinstance(number, int) and re.search(r"(^|\.)layers\.\d+$", prefix) and ".mtp." not in f".{prefix}.":
@@ -70,7 +79,7 @@ def _layer_numbers(chunk: nn.Module) -> Iterator[tuple[str, int]]:
 
 
 def _experts_before(chunk: nn.Module, ep: Any) -> int:
-    """How many experts of a layer lower expert-parallel ranks hold."""
+    """Return how many experts of a layer the lower expert-parallel ranks hold."""
     if ep is None or ep.size() == 1:
         return 0
     for module in chunk.modules():

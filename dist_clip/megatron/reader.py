@@ -1,4 +1,4 @@
-"""The layout of a Megatron-core model and its optimizer: one logical tensor a parameter, whatever optimizer steps it."""
+"""The reader of a Megatron-core model and its optimizer, with one logical tensor for each parameter."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from dist_clip.megatron.names import global_names
 
 @dataclasses.dataclass(frozen=True)
 class _Known:
-    """What every rank of a stage has to know of a tensor, held by it or not."""
+    """What every rank of a pipeline stage must know of a tensor, also if it holds no piece of it."""
 
     name: str
     shape: tuple[int, ...]
@@ -41,30 +41,33 @@ class _Local:
 
 @dataclasses.dataclass(frozen=True)
 class _RankTensors:
-    """What one rank sends to the others of its stage."""
+    """What one rank sends to the others of its pipeline stage: an error, or its tensors and optimizer ranks."""
 
     error: Exception | None
     tensors: tuple[_Known, ...]
     optimizer_ranks: dict[bool, tuple[int, ...]]
-    """Expert or not -> the ranks over which this rank's optimizer is spread."""
+    """Whether expert -> the ranks over which this rank's optimizer is spread."""
 
 
 class MegatronReader:
-    """Reads a layout off model chunks and the optimizer that steps them."""
+    """Reads the layout of model chunks and of the optimizer that steps them."""
 
     def __init__(self, optimizer: Any, chunks: Sequence[nn.Module], groups: Groups) -> None:
         self._optimizer, self._chunks, self._groups = optimizer, chunks, groups
 
     def read_layout(self, skip: Callable[[str], bool]) -> Layout:
-        """Every rank of a stage gets the same names in the same order; of experts on other ranks it holds no piece.
+        """Return the layout without the names for which `skip` is true. Collective over the ranks of the stage.
 
-        Collective over the ranks of the stage. What goes wrong on one of them is raised on all.
+        Every rank of a stage gets the same names in the same order, including experts of which it holds no piece.
+
+        Raises:
+            LayoutError, TypeError, ValueError, ImportError: the error of the first rank that has one, on all ranks.
         """
         local: list[_Local] = []
         error: Exception | None = None
         try:
             local = [entry for entry in self._local_tensors() if not skip(entry.known.name)]
-        except Exception as failure:  # the others wait for this rank to say so
+        except Exception as failure:  # any error at all, because the other ranks wait for this one
             error = sendable(failure)
         mine = _RankTensors(
             error=error,
@@ -93,7 +96,7 @@ class MegatronReader:
         return {dist.get_rank(): mine} if stage is None else gather(mine, stage)
 
     def _local_tensors(self) -> list[_Local]:
-        """The trainable parameters of this rank's chunks, with their pieces in its optimizers."""
+        """Return the trainable parameters of this rank's chunks, with their pieces in its optimizers."""
         leaves = compat.leaves(self._optimizer)
         found: dict[int, tuple[Piece, bool]] = {}
         for leaf in leaves:
@@ -169,7 +172,10 @@ class MegatronReader:
         )
 
     def _replica_ranks(self, local: _Local, everyone: dict[int, _RankTensors]) -> frozenset[int]:
-        """The ranks that together hold this rank's copy: its tensor-parallel peers, and over whom each is spread."""
+        """Return the ranks that together hold this rank's copy.
+
+        They are this rank's tensor-parallel peers or, if the optimizer is spread, the ranks over which each peer's is.
+        """
         expert = compat.is_expert_parallel(local.param)
         tp = self._groups.expt_tp if expert else self._groups.tp
         peers = _ranks(tp) if any(group is tp for group in local.groups) else (dist.get_rank(),)
@@ -183,7 +189,7 @@ class MegatronReader:
 
 
 def _nothing() -> None:
-    """What this rank holds of a tensor that another rank's optimizer steps."""
+    """Return None, as this rank holds nothing of a tensor that another rank's optimizer steps."""
     return None
 
 

@@ -1,4 +1,4 @@
-"""A device tensor on its way to the host, to be read later, so that the host need not wait for the device."""
+"""A copy of a device tensor to the host, which is read later so that the host need not wait for the device."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ class HostCopy:
             self._event.record()
 
     def arrived(self) -> bool:
-        """Whether `read` need not wait."""
+        """Return whether `read` need not wait."""
         return self._event is None or bool(self._event.query())
 
     def read(self) -> Tensor:
-        """The value, on the CPU. Waits for it if it has not arrived."""
+        """Return the value on the CPU, and wait for it if it has not arrived."""
         if self._event is not None:
             self._event.synchronize()
         return self._value

@@ -1,4 +1,4 @@
-"""What lasts between steps: which policy clips which tensors, each policy's state, and the number of steps."""
+"""The memory between steps: which policy clips which tensors, each policy's state, and the number of steps."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Rule = tuple[str, Policy]
 """An FQN pattern, and the policy of the tensors that match it."""
 
 _ASK_EVERY = 32
-"""Steps between two questions of the host to the device, how many steps were taken: a warm-up need not end on time."""
+"""Steps between two copies of the step count to the host. The host may learn late that a warm-up is over."""
 
 
 @dataclasses.dataclass
@@ -26,10 +26,14 @@ class PolicyGroup:
     """The tensors that one policy clips, and its state. Its global norm is the norm of these tensors together.
 
     Attributes:
-        indices: the tensors' numbers in the layout; `index` is the same on the device.
-        one_element: the policy sees one element, the global norm (scope "global").
-        per_shard: the policy sees this rank's shards, whose scales may differ from rank to rank (scope "shard").
-        numel: int64 [elements], what `StepInputs.numel` is.
+        policy: the policy.
+        pattern: the FQN pattern that selects the tensors.
+        indices: the tensors' numbers in the layout.
+        index: `indices` on the device, int64.
+        numel: int64 [elements], as in `StepInputs.numel`.
+        state: the policy's state.
+        one_element: whether the policy sees one element, the global norm (scope "global").
+        per_shard: whether the policy sees this rank's shards, whose scales may differ between ranks (scope "shard").
     """
 
     policy: Policy
@@ -41,37 +45,40 @@ class PolicyGroup:
 
     @property
     def one_element(self) -> bool:
-        return self.policy.scope == "global"
+        return self.policy.elements.one
 
     @property
     def per_shard(self) -> bool:
-        return self.policy.scope == "shard"
+        return self.policy.elements.per_rank
 
     @property
     def num_elements(self) -> int:
         return 1 if self.one_element else len(self.indices)
 
     def fresh_state(self) -> State:
-        """The state before anything was observed."""
+        """Return the state before the first step."""
         return self.policy.init_state(self.num_elements, self.index.device)
 
     def select(self, values: Tensor) -> Tensor:
-        """The entries of this group's tensors in `values`, [n] of the layout."""
+        """Return the entries of this group's tensors in `values`, [n] for the layout's n tensors."""
         return values.index_select(0, self.index)
 
 
 class Memory:
-    """The policy groups with their states, and the step count. Knows the layout, and nothing of other ranks.
+    """The policy groups with their states, and the step count. It does not communicate.
 
     Args:
         rules: (pattern, policy) pairs in order, the default last.
-        elsewhere: number of elements of each tensor that other pipeline stages hold, and not this one.
-        may_skip: whether a step may turn out to be skipped, which the host does not know.
+        layout: the logical tensors.
+        elsewhere: number of elements of each tensor that only other pipeline stages hold.
+        device: where states and step count live.
+        may_skip: whether a step may be skipped, which the host does not know.
 
     Attributes:
         groups: one policy group a rule, with the tensors whose first match it is, possibly none.
         t: int64 0-dim on `device`, the number of steps taken.
         calls: how often `advance` was called (after a load: the step that was loaded, and the calls since).
+        names_elsewhere: FQNs of the tensors that only other pipeline stages hold.
     """
 
     def __init__(
@@ -91,14 +98,15 @@ class Memory:
         self._may_skip = may_skip
         self._known_steps = 0
         self._pending: HostCopy | None = None
+        self._needs: tuple[int, list[frozenset[Need]]] = (0, [])
         self.groups = [self._group(k, elsewhere) for k in range(len(self._rules))]
 
     def _group(self, k: int, elsewhere: Mapping[str, int]) -> PolicyGroup:
         pattern, policy = self._rules[k]
         indices = tuple(i for i, name in enumerate(self.layout.names) if rule_number(self._rules, name) == k)
         tensors = [self.layout.tensors[i] for i in indices]
-        numel = [t.shard_numel if policy.scope == "shard" else t.numel for t in tensors]
-        if policy.scope == "global":
+        numel = [t.shard_numel if policy.elements.per_rank else t.numel for t in tensors]
+        if policy.elements.one:
             numel = [sum(numel) + sum(n for name, n in elsewhere.items() if rule_number(self._rules, name) == k)]
         group = PolicyGroup(
             policy,
@@ -112,30 +120,32 @@ class Memory:
         return group
 
     def policy_for(self, name: str) -> Policy:
-        """The policy of a tensor of that FQN, of this stage or another."""
+        """Return the policy of the tensor `name`, of this pipeline stage or another."""
         return self._rules[rule_number(self._rules, name)][1]
 
-    def needs(self, group: PolicyGroup) -> frozenset[Need]:
-        """What `group` must have measured at the next step, the same on every rank."""
-        # Where steps may be skipped, the host does not know how many were, nor so how long a warm-up lasts.
-        steps = (1, self.calls + 1) if self._may_skip else (self.calls + 1,)
-        needs = {need for step in steps for need in group.policy.needs(step)}
-        if group.one_element or self._may_skip:  # the stages talk anyway, to skip together
+    def needs(self) -> list[frozenset[Need]]:
+        """Return what the next step must measure for each policy group, the same on every rank."""
+        step, needs = self._needs
+        if step != self.calls + 1:
+            step = self.calls + 1
+            needs = [self._group_needs(group, step) for group in self.groups]
+            self._needs = (step, needs)
+        return needs
+
+    def _group_needs(self, group: PolicyGroup, step: int) -> frozenset[Need]:
+        # Where steps may be skipped, the host does not know how many were, and so not whether a warm-up is over.
+        needs = {need for number in ({1, step} if self._may_skip else {step}) for need in group.policy.needs(number)}
+        if group.one_element or self._may_skip:  # to skip together, the stages communicate anyway
             needs.add("global_norm")
         return frozenset(needs)
 
     def one_scale(self, group: PolicyGroup) -> bool:
-        """Whether all tensors of `group` get the same scale at the next step, on every rank. Known to the host."""
+        """Return whether all tensors of `group` get the same scale at the next step, on every rank. No host sync."""
         return group.one_element or (not self._may_skip and group.policy.one_scale(self.calls + 1))
 
     @property
-    def needs_weights(self) -> bool:
-        """Whether the next step needs the norms of the parameters themselves."""
-        return any("weight_norms" in self.needs(group) for group in self.groups)
-
-    @property
     def steps_done(self) -> int:
-        """How many steps were taken, as far as the host knows without waiting for the device: a lower bound."""
+        """Number of steps that the host knows to have been taken, without waiting for the device: a lower bound."""
         if not self._may_skip:
             return self.calls
         if self.device.type == "cpu":
@@ -147,47 +157,49 @@ class Memory:
                 self._known_steps, self._pending = int(self._pending.read()), None
         return self._known_steps
 
-    @torch.no_grad()
     def advance(self, new_states: Sequence[State], skip: Tensor | None) -> None:
-        """Count the step and take over the new states, one a group, unless `skip`, bool 0-dim, is set."""
-        olds, news = [self.t], [self.t + 1]
+        """Count the step and store the new states, one a group, unless `skip`, bool 0-dim, is set."""
+        self.t.add_(1 if skip is None else torch.logical_not(skip))
+        olds: list[Tensor] = []
+        news: list[Tensor] = []
         for group, new in zip(self.groups, new_states, strict=True):
-            # A slot that the policy no longer returns (the record of a warm-up that is over) is dropped.
+            # The record of a warm-up that is over is dropped: the policy no longer returns that slot.
             group.state = {name: value for name, value in group.state.items() if name in new}
             olds += group.state.values()
             news += [new[name] for name in group.state]
         if skip is not None:
             news = [torch.where(skip, old, new) for new, old in zip(news, olds, strict=True)]
-        # Copied into place: the state's memory never moves, as a captured CUDA graph needs it.
-        torch._foreach_copy_(olds, news)
+        # Copied in place, because a captured CUDA graph needs the state at a fixed address.
+        if olds:
+            torch._foreach_copy_(olds, news)
         self.calls += 1
 
     @property
     def steps(self) -> int:
-        """Steps taken, without those that were skipped. Reads a device tensor."""
+        """Number of steps taken, without those that were skipped. Syncs the host."""
         return int(self.t)
 
     def set_steps(self, steps: int) -> None:
-        """Go on as after `steps` steps."""
+        """Set the step count, `calls` included, to `steps`."""
         self.calls = self._known_steps = steps
         self._pending = None
         self.t.fill_(steps)
 
     def shared_states(self) -> list[Tensor]:
-        """The state's tensors that are the same on all ranks of the pipeline stage: not those of scope "shard"."""
+        """Return the states' tensors that all ranks of a pipeline stage share: all but those of scope "shard"."""
         return [value for group in self.groups if not group.per_shard for value in group.state.values()]
 
 
 def rule_number(rules: Sequence[Rule], name: str) -> int:
-    """Which rule an FQN falls under: the first whose pattern it matches."""
+    """Return the number of the first rule whose pattern `name` matches."""
     return next(k for k, (pattern, _) in enumerate(rules) if fnmatch.fnmatchcase(name, pattern))
 
 
 def checked_rules(policy: object, overrides: object, exclude: object) -> list[Rule]:
-    """Check the arguments that need no parameters; return (pattern, policy) pairs in order, the default last.
+    """Check the clipper's arguments and return its rules, (pattern, policy) pairs in order, the default last.
 
     Raises:
-        TypeError, ValueError: an argument of another type, or a policy that does not keep its contract.
+        TypeError, ValueError: an argument of another type, the pattern "*", or a policy that breaks its contract.
     """
     checked = check_policy(policy)
     if overrides is not None and not isinstance(overrides, Mapping):
@@ -210,5 +222,5 @@ def checked_rules(policy: object, overrides: object, exclude: object) -> list[Ru
 
 
 def _capturing(device: torch.device) -> bool:
-    """Whether a CUDA graph is being captured, in which the host may not ask for anything."""
+    """Return whether a CUDA graph is being captured, during which the host may not read from the device."""
     return device.type == "cuda" and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()

@@ -1,47 +1,51 @@
-"""The memory as plain data: keyed by FQN, free of the layout, checked before anything is loaded.
+"""The state dict of a memory, which users save: keyed by FQN, independent of the layout, checked before it is loaded.
 
-Two forms. A *snapshot* has, for each element, the slots that decide anything from here on. A *state dict*, which users
-save, has the same under keys that do not depend on the step: `torch.distributed.checkpoint` loads into the keys that
-the clipper has at that time, which may be at another step than the one that was saved.
+It holds what a snapshot holds (`dist_clip.memory.snapshot`), but its keys do not depend on the step. This is needed
+because `torch.distributed.checkpoint` loads into the keys that the clipper has when it loads, which may be at another
+step.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dist_clip.layouts.layout import LogicalTensor
-from dist_clip.layouts.process_groups import current_rank
 from dist_clip.memory.memory import Memory, PolicyGroup
-from dist_clip.policies.base import Policy, State
-
-FORMAT_VERSION = 2
-_READABLE = (1, 2)
-"""Version 1 differs in Megatron's checkpoints (`dist_clip.megatron.checkpoint`), and knew fewer hyper-parameters."""
+from dist_clip.memory.snapshot import (
+    FORMAT_VERSION,
+    OnMismatch,
+    checked_step,
+    columns_of,
+    fresh,
+    policies,
+    policies_fit,
+    rows_of,
+    shard_of,
+    storable,
+    take_over,
+)
+from dist_clip.policies.base import Policy
 
 _LAYOUT = "layout"
-"""Key, beside a tensor's shards, of how the tensor was cut into them."""
-
-OnMismatch = Callable[[str], None]
-"""What is done about a state that does not fit: raise, or warn."""
-
-
-# ---------------------------------------------------------------------------------------------------------- state dicts
+"""Key, beside a tensor's shards, of the placement that cut the tensor into them."""
 
 
 def state_dict(memory: Memory) -> dict[str, Any]:
-    """Return ``{"format_version", "step", "policies", "names", "tensors": {fqn: {slot: value}}, "global": {pattern:
-    {slot: value}}, "shards": {fqn: {"layout": text, "k of n": {slot: value}}}}``.
+    """Return the state of this rank's pipeline stage. Syncs the host.
 
-    `policies` are lines of JSON, one a rule; `names` are the FQNs of the whole model, those of other pipeline stages
-    included. `shards` is for scope "shard". A value is a 0-dim CPU tensor, or, for what only a warm-up records, a list of
-    numbers, empty once the warm-up is over.
+    Warns if a state has a NaN or Inf that loading would refuse.
+
+    Returns:
+        ``{"format_version", "step", "policies", "names", "tensors": {fqn: {slot: value}}, "global": {pattern: {slot:
+        value}}, "shards": {fqn: {"layout": text, "k of n": {slot: value}}}}``. "policies" has one line of JSON a rule.
+        "names" has the FQNs of the whole model, including those of other pipeline stages. "shards" is for scope
+        "shard". A value is a 0-dim CPU tensor or, for a slot that only a warm-up records, a list of numbers, empty once
+        the warm-up is over.
     """
     step = memory.steps
     tensors: dict[str, dict[str, Any]] = {}
@@ -55,13 +59,13 @@ def state_dict(memory: Memory) -> dict[str, Any]:
         for i, value in zip(group.indices, values, strict=True):
             tensor = memory.layout.tensors[i]
             if group.per_shard:
-                shards[tensor.name] = {_LAYOUT: tensor.placement, _shard_of(tensor): value}
+                shards[tensor.name] = {_LAYOUT: tensor.placement, shard_of(tensor): value}
             else:
                 tensors[tensor.name] = value
     return {
         "format_version": FORMAT_VERSION,
         "step": step,
-        "policies": [json.dumps(policy) for policy in _policies(memory)],
+        "policies": [json.dumps(policy) for policy in policies(memory)],
         "names": sorted({*memory.layout.names, *memory.names_elsewhere}),
         "tensors": tensors,
         "global": shared,
@@ -70,7 +74,14 @@ def state_dict(memory: Memory) -> dict[str, Any]:
 
 
 def load_state_dict(memory: Memory, loaded: Mapping[str, Any], *, strict: bool = True) -> None:
-    """Load what `state_dict` made, under this layout or another. Nothing changes unless all of it fits."""
+    """Load what `state_dict` returned, under this layout or another. Nothing changes unless all of it fits.
+
+    Args:
+        strict: False warns of missing and unknown tensors and of changed policies, and loads what fits.
+
+    Raises:
+        ValueError: the state is damaged or does not fit; the message says where.
+    """
     if not isinstance(loaded, Mapping):
         raise ValueError(f"not a state of GradClipper: {type(loaded).__name__}")
     kinds = {"policies": list, "names": list, "tensors": Mapping, "global": Mapping, "shards": Mapping}
@@ -84,18 +95,18 @@ def load_state_dict(memory: Memory, loaded: Mapping[str, Any], *, strict: bool =
     if not all(isinstance(name, str) for name in loaded["names"]):
         raise ValueError("the state's 'names' must be strings")
     sections = {key: loaded[key] for key in ("tensors", "global", "shards")}
-    step = _checked_step(loaded)
+    step = checked_step(loaded)
     on_mismatch = _refuse if strict else _warn
-    if not _policies_fit(memory, [_parsed(line) for line in loaded["policies"]], on_mismatch):
-        _take_over(memory, _fresh(memory, 0))
+    if not policies_fit(memory, [_parsed(line) for line in loaded["policies"]], on_mismatch):
+        take_over(memory, fresh(memory, 0))
         return
     _check_names(memory, loaded["names"], sections, on_mismatch)
-    _take_over(memory, _chosen(memory, step, sections, set(loaded["names"])))
+    take_over(memory, _chosen(memory, step, sections, set(loaded["names"])))
 
 
 def _chosen(memory: Memory, step: int, sections: Mapping[str, Mapping[str, Any]], names: set[str]) -> dict[str, Any]:
-    """Return this rank's part of a state dict as a snapshot, with a fresh state for what the state dict lacks."""
-    chosen = _fresh(memory, step)
+    """Return this rank's part of a state dict as a snapshot, with fresh states for the elements that it lacks."""
+    chosen = fresh(memory, step)
     recut = []
     for tensor in memory.layout:
         name = tensor.name
@@ -132,45 +143,11 @@ def _parsed(line: Any) -> dict[str, Any]:
         raise ValueError(f"the state's policies are damaged: {line!r} is none") from None
 
 
-def _policies_fit(memory: Memory, saved: Sequence[Mapping[str, Any]], on_mismatch: OnMismatch) -> bool:
-    """Whether the state is of the same rules for the same patterns; changed hyper-parameters are a mismatch that fits."""
-    mine = _policies(memory)
-    if len(saved) == len(mine):
-        # A hyper-parameter that the policy did not have yet had the effect of its default.
-        saved = [
-            {**_defaults(group.policy), **old} if old.get("policy") == new["policy"] else old
-            for group, old, new in zip(memory.groups, saved, mine, strict=True)
-        ]
-    if [_kind(policy) for policy in saved] != [_kind(policy) for policy in mine]:
-        on_mismatch(f"the state was made by other policies: it has {list(saved)}, the clipper {mine}")
-        return False
-    changed = [
-        f"{key} was {old.get(key)!r} and is {new.get(key)!r} (for {new['pattern']!r})"
-        for old, new in zip(saved, mine, strict=True)
-        for key in sorted(old.keys() | new.keys())
-        if json.dumps(old.get(key)) != json.dumps(new.get(key))
-    ]
-    if changed:
-        on_mismatch(f"the state was made by other policies: {', '.join(changed)}")
-    return True
-
-
-def _defaults(policy: Policy) -> dict[str, Any]:
-    fields = dataclasses.fields(policy)  # type: ignore[arg-type]
-    names = {f.name for f in fields if f.default is not dataclasses.MISSING}
-    plain = type(policy)(**{f.name: getattr(policy, f.name) for f in fields if f.init and f.name not in names}).config()
-    return {name: plain[name] for name in names if name in plain}
-
-
-def _kind(policy: Mapping[str, Any]) -> tuple[Any, ...]:
-    return policy.get("pattern"), policy.get("policy"), policy.get("scope")
-
-
 def _check_names(
     memory: Memory, names: list[str], sections: Mapping[str, Mapping[str, Any]], on_mismatch: OnMismatch
 ) -> None:
     mine = {*memory.layout.names, *memory.names_elsewhere}
-    # The names decide: a partial load leaves entries that were in the clipper before it.
+    # "names" decides which tensors were saved, because a partial load keeps the clipper's own entries for the others.
     unknown = sorted({*names, *sections["tensors"], *sections["shards"]} - mine)
     lost = {group.pattern for group in memory.groups if group.one_element} - set(sections["global"])
     for group in memory.groups:
@@ -191,13 +168,16 @@ def _warn(message: str) -> None:
 
 
 def _lasting(policy: Policy) -> tuple[str, ...]:
-    """Slots of every step, also of those after a warm-up."""
+    """Return the slots that a checkpoint needs at every step, also after a warm-up."""
     return policy.slots_after(2**62)
 
 
 def _listed(group: PolicyGroup, step: int) -> list[dict[str, Any]]:
-    """Each element's slots under keys that do not depend on the step: what only a warm-up records is a list of numbers."""
-    columns = _columns(group, step)
+    """Return each element's slots under keys that do not depend on the step.
+
+    Slots that only a warm-up records become lists of numbers, which are empty after it.
+    """
+    columns = columns_of(group, step)
     _warn_of_nonfinite(group, columns)
     lasting = _lasting(group.policy)
     values: dict[str, Sequence[Any]] = {slot: columns[slot].unbind() for slot in lasting}
@@ -205,20 +185,26 @@ def _listed(group: PolicyGroup, step: int) -> list[dict[str, Any]]:
         if slot not in lasting:
             column = columns.get(slot)
             n = group.num_elements
-            values[slot] = [[] for _ in range(n)] if column is None else column.reshape(n, -1).tolist()
-    return _rows(values, group.num_elements)
+            values[slot] = (
+                [[] for _ in range(n)] if column is None else column.reshape(n, column.shape[1:].numel()).tolist()
+            )
+    return rows_of(values, group.num_elements)
 
 
-def _unlisted(entry: Any, policy: Policy, fresh: Mapping[str, Tensor]) -> Any:
-    """The inverse of `_listed` for one element, for a clipper that needs the slots of `fresh`. `_fill` checks the rest."""
+def _unlisted(entry: Any, policy: Policy, unobserved: Mapping[str, Tensor]) -> Any:
+    """Return the slots of one element, as before `_listed`; `unobserved` has the slots that are needed, empty.
+
+    Raises:
+        ValueError: a record is no list of numbers. `take_over` checks everything else.
+    """
     if not isinstance(entry, Mapping):
         return entry
-    # A record that this clipper has no use for, because its warm-up is over, is dropped.
-    out = {slot: value for slot, value in entry.items() if slot in fresh or not isinstance(value, list)}
-    for slot, empty in fresh.items():
+    # The record of a warm-up that is over is dropped.
+    out = {slot: value for slot, value in entry.items() if slot in unobserved or not isinstance(value, list)}
+    for slot, empty in unobserved.items():
         record = entry.get(slot, None if slot in _lasting(policy) else [])
         if isinstance(record, list):
-            # Also of a warm-up of another length or kind, or over: as much of it as there is.
+            # The record may be of a warm-up of another length or kind, or of none, so as much of it is loaded as fits.
             if not all(isinstance(value, (int, float)) for value in record):
                 raise ValueError(f"the state is damaged: {slot} must be a list of numbers, got {record}")
             rows = torch.tensor(record[: empty.numel()], dtype=empty.dtype)
@@ -231,178 +217,11 @@ def _some(names: Iterable[str]) -> str:
     return ", ".join(map(repr, names[:3])) + (", ..." if len(names) > 3 else "")
 
 
-# ------------------------------------------------------------------------------------------------------------ snapshots
-
-
-def snapshot(memory: Memory) -> dict[str, Any]:
-    """Return ``{"format_version", "step", "policies", "tensors": {fqn: {slot: tensor}}, "global": {pattern: {slot:
-    tensor}}, "shards": {fqn: "k of n"}}``, the last for tensors under scope "shard", whose state belongs to one shard."""
-    step = memory.steps
-    return _assembled(memory, step, lambda group: _rows(_unbound(_columns(group, step)), group.num_elements))
-
-
-def restore(memory: Memory, loaded: Mapping[str, Any]) -> None:
-    """Load a snapshot of the same policies. Check everything, then copy: one that does not fit changes nothing."""
-    _policies_fit(memory, list(loaded["policies"]), _mismatch)
-    _take_over(memory, loaded)
-
-
-def cleared(policy: Policy, step: int) -> dict[str, Tensor]:
-    """Return the state of one element of which nothing was observed, at any step."""
-    state = policy.init_state(1, torch.device("cpu"))
-    return {slot: state[slot][..., 0] for slot in policy.slots_after(step)}
-
-
-def _fresh(memory: Memory, step: int) -> dict[str, Any]:
-    """Return the snapshot of a clipper that has observed nothing, at any step."""
-    return _assembled(memory, step, lambda group: [cleared(group.policy, step)] * group.num_elements)
-
-
-def _assembled(
-    memory: Memory, step: int, elements: Callable[[PolicyGroup], Sequence[Mapping[str, Tensor]]]
-) -> dict[str, Any]:
-    """Return the snapshot whose elements, group by group, are what `elements` says."""
-    tensors: dict[str, Mapping[str, Tensor]] = {}
-    shared: dict[str, Mapping[str, Tensor]] = {}
-    shards: dict[str, str] = {}
-    for group in memory.groups:
-        if group.one_element:
-            (shared[group.pattern],) = elements(group)
-            continue
-        for i, element in zip(group.indices, elements(group), strict=True):
-            tensor = memory.layout.tensors[i]
-            tensors[tensor.name] = element
-            if group.per_shard:
-                shards[tensor.name] = _shard_of(tensor)
-    frame = {"format_version": FORMAT_VERSION, "step": step, "policies": _policies(memory)}
-    return {**frame, "tensors": tensors, "global": shared, "shards": shards}
-
-
-def _take_over(memory: Memory, loaded: Mapping[str, Any]) -> None:
-    step = _checked_step(loaded)
-    states: list[State] = []
-    expected: set[str] = set()
-    for group in memory.groups:
-        slots = group.policy.slots_after(step)
-        if group.one_element:
-            found = {f"global {group.pattern!r}": loaded["global"].get(group.pattern)}
-        else:
-            tensors = [memory.layout.tensors[i] for i in group.indices]
-            expected |= {tensor.name for tensor in tensors}
-            if not expected <= set(loaded["tensors"]):
-                continue  # the error below names all that are missing
-            found = {repr(tensor.name): loaded["tensors"][tensor.name] for tensor in tensors}
-            if group.per_shard:
-                _check_shards(tensors, loaded["shards"])
-        # From scratch, for the clipper may have dropped the record of its warm-up, which the loaded state may have.
-        state = group.fresh_state()
-        _fill(group.policy, state, slots, found)
-        states.append(state)
-    missing = sorted(expected - set(loaded["tensors"]))
-    # Under pipeline parallelism the state of the whole model is welcome: each stage takes its part.
-    unknown = sorted(set(loaded["tensors"]) - expected - memory.names_elsewhere)
-    if missing or unknown:
-        raise ValueError(f"the state does not fit this model: missing {missing}, unknown {unknown}")
-    for group, state in zip(memory.groups, states, strict=True):
-        for slot, value in state.items():
-            if slot in group.state:
-                value = group.state[slot].copy_(value)  # in place: its memory never moves
-            group.state[slot] = value
-    memory.set_steps(step)
-
-
-def _check_shards(tensors: Sequence[LogicalTensor], shards: Mapping[str, str]) -> None:
-    for tensor in tensors:
-        if shards.get(tensor.name) != _shard_of(tensor):
-            raise ValueError(
-                f"with scope 'shard' the state of {tensor.name!r} belongs to shard {shards.get(tensor.name)}, but this "
-                f"rank holds shard {_shard_of(tensor)}: load each rank's own state under the layout that made it"
-            )
-
-
-def _mismatch(message: str) -> None:
-    raise ValueError(message)
-
-
-def _checked_step(loaded: Mapping[str, Any]) -> int:
-    if loaded["format_version"] not in _READABLE:
-        raise ValueError(
-            f"the state has format version {loaded['format_version']!r}; this dist_clip reads versions "
-            f"{' and '.join(map(str, _READABLE))}"
-        )
-    step = loaded["step"]
-    if isinstance(step, bool) or not isinstance(step, int) or step < 0:
-        raise ValueError(f"the state's step must be an int of at least 0, got {step!r}")
-    return step
-
-
-def _policies(memory: Memory) -> list[dict[str, Any]]:
-    return [{"pattern": group.pattern, **group.policy.config()} for group in memory.groups]
-
-
-def _shard_of(tensor: LogicalTensor) -> str:
-    """Which piece of the tensor this rank holds."""
-    ranks = sorted(tensor.replica_ranks)
-    position = ranks.index(current_rank()) if len(ranks) > 1 else 0
-    return f"{position} of {len(ranks)}"
-
-
-def _columns(group: PolicyGroup, step: int) -> dict[str, Tensor]:
-    """The slots that matter after `step` steps, element by row, copied to the CPU: a few operators a slot."""
-    return {
-        slot: group.state[slot].detach().movedim(-1, 0).to("cpu", copy=True, memory_format=torch.contiguous_format)
-        for slot in group.policy.slots_after(step)
-    }
-
-
-def _unbound(columns: Mapping[str, Tensor]) -> dict[str, Sequence[Tensor]]:
-    return {slot: column.unbind() for slot, column in columns.items()}
-
-
-def _rows(values: Mapping[str, Sequence[Any]], n: int) -> list[dict[str, Any]]:
-    """[{slot: value}] of the n elements, from {slot: [value of each element]}."""
-    return [{slot: column[k] for slot, column in values.items()} for k in range(n)]
-
-
 def _warn_of_nonfinite(group: PolicyGroup, columns: Mapping[str, Tensor]) -> None:
     for slot, column in columns.items():
-        if not _storable(group.policy, slot, column):
+        if not storable(group.policy, slot, column):
             warnings.warn(
                 f"the state of {type(group.policy).__name__} for {group.pattern!r} has NaN or Inf in {slot!r}: it is saved, "
                 "but will be refused when it is loaded. The policy must keep the old value where dist_clip.observed says so",
                 stacklevel=5,
             )
-
-
-def _storable(policy: Policy, slot: str, value: Tensor) -> bool:
-    """Whether all of `value` may stand in a checkpoint: anything finite, and NaN in the slots that the policy names."""
-    if not value.is_floating_point():
-        return True
-    fine = value.isfinite() | value.isnan() if slot in policy.nan_slots else value.isfinite()
-    return bool(fine.all())
-
-
-def _fill(policy: Policy, state: State, slots: Sequence[str], elements: Mapping[str, Any]) -> None:
-    """Check `elements`, {where: {slot: tensor}}, and copy them into the columns of `state`."""
-    for where, element in elements.items():
-        if not isinstance(element, Mapping) or set(element) != set(slots):
-            has = sorted(element) if isinstance(element, Mapping) else element
-            raise ValueError(f"the state of {where} has {has}, expected {sorted(slots)}")
-        for slot, value in element.items():
-            shape = tuple(state[slot].shape[:-1])
-            if not isinstance(value, Tensor) or tuple(value.shape) != shape:
-                got = f"shape {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
-                raise ValueError(f"the state of {where} has {slot} of {got}, expected a tensor of shape {list(shape)}")
-    if not elements:
-        return
-    for slot in slots:
-        column = torch.stack([element[slot].to("cpu") for element in elements.values()])
-        if not _storable(policy, slot, column):
-            where, value = next(
-                (where, element[slot])
-                for where, element in elements.items()
-                if not _storable(policy, slot, element[slot])
-            )
-            allowed = "finite or NaN" if slot in policy.nan_slots else "finite"
-            raise ValueError(f"the state of {where} has {slot} = {value.tolist()}: it must be {allowed}")
-        state[slot].copy_(column.movedim(0, -1))

@@ -1,4 +1,4 @@
-"""AdaGC: each element's norm is bounded by a moving average of its own clipped norms."""
+"""AdaGC, which bounds each element's norm by a moving average of its own clipped norms."""
 
 from __future__ import annotations
 
@@ -22,25 +22,28 @@ GammaInit = Literal["min", "median", "mean", "last"]
 class AdaGC(GlobalWarmup):
     """Adaptive gradient clipping per tensor.
 
-    Warm-up (``t <= warmup_steps``): GlobalGC at ``max_norm``; ``gamma`` becomes a statistic of the norms after that
-    scaling. After it: ``h = min(1, lambda_rel * gamma / (n + eps))``, ``g *= h`` and
-    ``gamma = beta * gamma + (1 - beta) * min(n, lambda_rel * gamma)``, the threshold taken before the update.
-    An element first seen after warm-up starts its gamma at its norm and is not clipped. A norm of zero (no gradient) or
+    Warm-up (``t <= warmup_steps``): GlobalGC at ``max_norm``; ``gamma`` is a statistic of the norms after that scaling.
+    After it, with ``n`` the norm of the gradient ``g``: ``h = min(1, lambda_rel * gamma / (n + eps))``, ``g *= h`` and
+    ``gamma = beta * gamma + (1 - beta) * min(n, lambda_rel * gamma)``, with the threshold from before the update.
+    An element first seen after warm-up starts its gamma at its norm and is not clipped. A norm of zero (no gradient),
     NaN or Inf never enters gamma.
 
     Args:
         lambda_rel: how far above its average a norm may go, as a ratio; above 0, usually a little above 1.
         beta: decay of the moving average, in [0, 1).
-        warmup_steps: steps of GlobalGC before the adaptive rule starts.
+        warmup_steps: steps of GlobalGC before the adaptive rule starts, at least 0.
         max_norm: the warm-up's global threshold (the paper's lambda_abs), above 0.
-        scope: "tensor" is the paper's AdaGC; "shard" takes each rank's piece as a tensor of its own (AdaGC-Shard, no
+        scope: "tensor" is the paper's AdaGC; "shard" applies the rule to each rank's piece by itself (AdaGC-Shard, no
             communication after warm-up); "global" applies the rule once, to the global norm (AdaGC-Global).
-        gamma_init: which statistic of the warm-up's norms gamma starts from. "min" is the paper's; a dip early in training
-            then over-clips for thousands of steps, which "median", "mean" and "last" avoid.
-        eps: added to the norm in the ratio.
+        gamma_init: the statistic of the warm-up's norms from which gamma starts. "min" is the paper's; with it a dip
+            early in training over-clips for thousands of steps, which "median", "mean" and "last" avoid.
+        eps: added to the norm in the ratio, at least 0.
 
-    State: ``gamma``, fp32 [n] (0: nothing observed yet). Until the host knows that warm-up is over also ``count``, int64
-    [n] (mean), or ``history``, fp32 [warmup_steps, n] (median).
+    State: ``gamma``, fp32 [n] (0: nothing observed yet); until the host knows that warm-up is over also ``count``,
+    int64 [n] (mean), or ``history``, fp32 [warmup_steps, n] (median; NaN: no observation).
+
+    Raises:
+        TypeError, ValueError: a hyper-parameter of the wrong type or out of its range.
 
     Example:
         >>> import dist_clip
@@ -57,7 +60,7 @@ class AdaGC(GlobalWarmup):
     gamma_init: GammaInit = "min"
     eps: float = 1e-6
 
-    nan_slots = ("history",)  # rows of the record that hold nothing yet
+    nan_slots = ("history",)  # NaN marks rows without an observation
 
     def __post_init__(self) -> None:
         check_finite("AdaGC", "lambda_rel", self.lambda_rel, 0.0, open_low=True)
@@ -86,7 +89,7 @@ class AdaGC(GlobalWarmup):
         threshold = self.lambda_rel * gamma
         scales = torch.clamp(threshold / (norms + self.eps), max=1.0)
         scales = torch.where(known & (norms != 0), scales, 1.0)
-        # A tensor with no gamma and a non-finite norm has no threshold to be scaled to: its gradient stays as it is.
+        # An element without a gamma and with a non-finite norm has no threshold, so its gradient stays as it is.
         average = self.beta * gamma + (1 - self.beta) * torch.minimum(norms, threshold)
         updated = torch.where(known, average, norms)
         return scales, {"gamma": torch.where(observed(norms) & storable(updated), updated, gamma).float()}
@@ -112,7 +115,7 @@ class AdaGC(GlobalWarmup):
 
 
 def _median(history: Tensor) -> Tensor:
-    """Median of each column of [k, n] over its non-NaN rows (mean of the middle two); 0 for a column of NaN."""
+    """Return the median of each column of [k, n] over its non-NaN rows (mean of the middle two); 0 if all are NaN."""
     ordered = history.sort(dim=0).values  # NaN sorts last
     count = torch.logical_not(torch.isnan(ordered)).sum(dim=0, keepdim=True)
     low = ordered.gather(0, ((count - 1) // 2).clamp(min=0))

@@ -1,4 +1,4 @@
-"""Checks of a policy's hyper-parameters: each raises an error that shows the owner, the name and the value."""
+"""Checks of a policy's hyper-parameters, whose errors show the policy, the name and the value."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numbers
 def check_number(
     owner: str, name: str, value: object, low: float, high: float = math.inf, *, open_low: bool = False
 ) -> None:
-    """Raise unless `value` is a real number in [low, high] ((low, high] with `open_low`)."""
+    """Raise TypeError or ValueError unless `value` is a real number in [low, high] ((low, high] with `open_low`)."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{owner}: {name} must be a number, got {value!r}")
     number = float(value)
@@ -19,21 +19,21 @@ def check_number(
 
 
 def check_finite(owner: str, name: str, value: object, low: float, *, open_low: bool = False) -> None:
-    """Raise unless `value` is a finite real number of at least `low` (above it with `open_low`)."""
+    """Raise TypeError or ValueError unless `value` is finite, real, and at least `low` (above it with `open_low`)."""
     check_number(owner, name, value, low, open_low=open_low)
     if math.isinf(float(value)):  # type: ignore[arg-type]
         raise ValueError(f"{owner}: {name} must be finite, got {value!r}")
 
 
 def check_fraction(owner: str, name: str, value: object) -> None:
-    """Raise unless `value` is a real number in [0, 1), as the decay of a moving average has to be."""
+    """Raise TypeError or ValueError unless `value` is a real number in [0, 1), the range of an average's decay."""
     check_number(owner, name, value, 0.0, 1.0)
     if float(value) == 1.0:  # type: ignore[arg-type]
         raise ValueError(f"{owner}: {name} must be below 1 (at 1 the average would never move), got {value!r}")
 
 
 def check_count(owner: str, name: str, value: object, low: int) -> None:
-    """Raise unless `value` is an int of at least `low`."""
+    """Raise TypeError unless `value` is an int, and ValueError unless it is at least `low`."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{owner}: {name} must be an int, got {value!r}")
     if value < low:
@@ -41,6 +41,6 @@ def check_count(owner: str, name: str, value: object, low: int) -> None:
 
 
 def check_choice(owner: str, name: str, value: object, choices: tuple[str, ...]) -> None:
-    """Raise unless `value` is one of `choices`."""
+    """Raise ValueError unless `value` is one of `choices`."""
     if value not in choices:
         raise ValueError(f"{owner}: {name} must be one of {', '.join(map(repr, choices))}, got {value!r}")

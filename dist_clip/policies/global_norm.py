@@ -1,4 +1,4 @@
-"""GlobalNorm: the clipping everybody has, one threshold for the norm of all gradients together."""
+"""GlobalNorm, the usual clipping with one threshold for the norm of all gradients together."""
 
 from __future__ import annotations
 
@@ -14,10 +14,16 @@ from dist_clip.policies.registry import register
 @register("global")
 @dataclasses.dataclass(frozen=True)
 class GlobalNorm(Policy):
-    """Scale every gradient by ``min(1, max_norm / (N + 1e-6))``, N the L2 norm of all gradients (GlobalGC).
+    """Global-norm clipping (GlobalGC): scales every gradient by ``min(1, max_norm / (N + 1e-6))``.
+
+    N is the L2 norm of all gradients of the policy's tensors together. There is no state.
 
     Args:
-        max_norm: threshold, in units of the gradient norm; at least 0 (0 sets every gradient to 0, ``inf`` only measures).
+        max_norm: threshold, in units of the gradient norm; at least 0 (0 sets every gradient to 0, ``inf`` only
+            measures).
+
+    Raises:
+        TypeError, ValueError: `max_norm` is not a number, or negative.
 
     Example:
         >>> import dist_clip

@@ -1,4 +1,4 @@
-"""LogClip: each element's norm is bounded by its own level, tracked in the log domain by moves of bounded size."""
+"""LogClip, which bounds each element's norm by its own level, tracked in the log domain by moves of bounded size."""
 
 from __future__ import annotations
 
@@ -19,40 +19,43 @@ from dist_clip.policies.warmup import GlobalWarmup, storable
 class LogClip(GlobalWarmup):
     """Clipping per tensor to a multiple of the tensor's usual norm, its level, a geometric moving average.
 
-    Warm-up (``t <= warmup_steps``): GlobalGC at ``max_norm``; with ``x`` the norm after that scaling, the first one is the
-    level, and then ``level *= clamp(x / level, 1 / warmup_ratio, warmup_ratio) ** k``.
-    After it, with ``r = n / level``: ``scale = min(1, ratio / r) ** power`` and
-    ``level *= clamp(r, 1 / ratio, ratio) ** k``, so that the level moves by at most ``ratio ** k`` a step.
-    In both, ``k = max(rate, 1 / observations)`` of the element: a geometric mean of its first norms, then a moving average.
+    Warm-up (``t <= warmup_steps``): GlobalGC at ``max_norm``. With ``x`` the norm after that scaling, the first ``x``
+    is the level, and each later one moves it: ``level *= clamp(x / level, 1 / warmup_ratio, warmup_ratio) ** k``. After
+    it, with ``r = n / level``: ``scale = min(1, ratio / r) ** power`` and ``level *= clamp(r, 1 / ratio, ratio) ** k``,
+    so that the level moves by at most ``ratio ** k`` a step. In both, ``k = max(rate, 1 / observations)`` of the
+    element: a geometric mean of its first norms, then a moving average.
 
-    An element clipped for more than ``patience`` steps running has changed for good: from the j-th such step on,
-    ``level *= r ** min(1, j * rate)``, without a bound, until it is clipped no more.
-    An element first seen after warm-up starts at its norm and is not clipped. A norm of zero (no gradient) or NaN or Inf
-    is no observation: it leaves the state as it was.
+    An element that is clipped for more than ``patience`` consecutive steps has changed for good. At the j-th such step,
+    ``level *= r ** min(1, j * rate)``, without a bound, until it is no longer clipped.
+    An element first seen after warm-up starts its level at its norm and is not clipped. A norm of zero (no gradient),
+    NaN or Inf is no observation: it leaves the state as it was.
 
     Args:
         ratio: how far above its level a norm may go, above 1.
-        power: how hard a norm above that is scaled down: 1 to the threshold ``ratio * level``, more to below it (a norm
-            ``r`` times its level to ``ratio * (ratio / r) ** (power - 1)`` times it). Above 0.
+        power: how hard a norm above that is scaled down, above 0: 1 scales it to the threshold ``ratio * level``, more
+            to below the threshold (a norm ``r`` times its level to ``ratio * (ratio / r) ** (power - 1)`` times it).
         rate: share of the log of a norm's ratio that the level moves by, in (0, 1].
-        warmup_steps: steps of GlobalGC before the rule starts.
+        warmup_steps: steps of GlobalGC before the rule starts, at least 0.
         max_norm: the warm-up's global threshold, above 0.
-        scope: "tensor", "shard" (each rank's piece is a tensor of its own; no communication after warm-up) or "global"
-            (the rule applied once, to the global norm).
+        scope: "tensor", "shard" (the rule applied to each rank's piece by itself; no communication after warm-up) or
+            "global" (the rule applied once, to the global norm).
         warmup_ratio: the bound of one warm-up observation, in levels, above 1.
-        patience: steps running that an element may be clipped before its level follows without a bound. A fault that
-            lasts no longer than this is not followed.
-        post_max_norm: clip the result globally at this norm, above 0; see `Policy.post_max_norm` for what it costs. None:
-            do not.
+        patience: consecutive steps that an element may be clipped before its level follows without a bound, at least 0.
+            The level does not follow a fault that lasts no longer than this.
+        post_max_norm: clip the result globally at this norm, above 0; see `Policy.post_max_norm` for what it costs.
+            None: do not.
 
-    State: ``level``, fp32 [n] (0: nothing observed yet); ``count``, int32 [n], observations of it; ``streak``, int32 [n],
-    steps running that it was clipped.
+    State: ``level``, fp32 [n] (0: nothing observed yet); ``count``, int32 [n], number of observations; ``streak``,
+    int32 [n], number of consecutive steps, up to the last, at which the element was clipped.
+
+    Raises:
+        TypeError, ValueError: a hyper-parameter of the wrong type or out of its range.
 
     Example:
         >>> import dist_clip
         >>> policy = dist_clip.LogClip(ratio=3.0, post_max_norm=1.0)
 
-    Ours; docs/algorithms.md derives what the constants guarantee.
+    Reference: a rule of this library; docs/algorithms.md derives what its constants guarantee.
     """
 
     ratio: float = 2.0
@@ -88,7 +91,7 @@ class LogClip(GlobalWarmup):
         level = state["level"].double()
         known = level > 0
         allowed = torch.clamp(self.ratio * level / norms, max=1.0)
-        # An element with no level and a non-finite norm has no threshold to be scaled to: its gradient stays as it is.
+        # An element without a level and with a non-finite norm has no threshold, so its gradient stays as it is.
         scales = torch.where(known & (norms != 0), _power(allowed, self.power), 1.0)
         streak = torch.where(known & (allowed < 1), state["streak"] + 1, 0)
         overdue = (streak - self.patience).double()  # an int tensor times a float would be fp32
@@ -110,7 +113,7 @@ class LogClip(GlobalWarmup):
 
 
 def _kept(norms: Tensor, state: State, level: Tensor, count: Tensor, streak: Tensor) -> State:
-    """The new state where there is something to remember, else the old."""
+    """Return the new state of elements whose norm and level can be stored, and the old state of the others."""
     seen = storable(norms) & storable(level)
     return {
         "level": torch.where(seen, level.float(), state["level"]),
@@ -120,8 +123,8 @@ def _kept(norms: Tensor, state: State, level: Tensor, count: Tensor, streak: Ten
 
 
 def _power(base: Tensor, exponent: Tensor | float) -> Tensor:
-    """``base ** exponent``, the same bits wherever in the vector an element lies, as copies of a tensor need it.
+    """Return ``base ** exponent`` with bits that do not depend on an element's position, so that copies stay equal.
 
-    torch.pow on the CPU rounds the last few elements of a vector in another way than the others; exp and log do not.
+    torch.pow on the CPU rounds the last few elements of a vector differently from the others; exp and log do not.
     """
     return torch.exp(exponent * torch.log(base))

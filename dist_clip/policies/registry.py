@@ -1,6 +1,6 @@
-"""The policies by name, with their options: what command lines, tables and tests take them from.
+"""The registry of policies by name, with their options, for command lines, tables and tests.
 
-Names, types, defaults and help of the options come from the policy's dataclass and its docstring.
+Names, types, defaults and help texts of the options come from the policy's dataclass and its docstring.
 """
 
 from __future__ import annotations
@@ -25,13 +25,12 @@ class Option:
     """One hyper-parameter of a policy.
 
     Attributes:
-        name: of the dataclass's field.
-        type: int, float, bool or str, of an optional one the type that is not None; `object` for any other type, which no
-            flag can set.
+        name: name of the dataclass's field.
+        type: int, float, bool or str; for ``X | None`` it is X; `object` for any other type, which no flag can set.
         default: the field's default; `dataclasses.MISSING` where the option must be given.
         choices: the values of a Literal, else empty.
         optional: whether None is a value.
-        help: what the docstring's "Args" say of it, on one line.
+        help: the field's entry in the docstring's "Args", on one line.
     """
 
     name: str
@@ -48,7 +47,12 @@ class Option:
 
 
 def register(name: str) -> Callable[[_P], _P]:
-    """Return a class decorator that makes a policy known under `name`, lower-case letters and digits.
+    """Return a class decorator that makes a policy known under `name`.
+
+    Launchers, Megatron's flags, the benchmark, the comparison tables and the test matrix then know it.
+
+    Args:
+        name: lower-case letters and digits, a letter first.
 
     Raises:
         ValueError: the name is taken by another class, or contains other characters.
@@ -68,7 +72,7 @@ def register(name: str) -> Callable[[_P], _P]:
 
     def decorate(cls: _P) -> _P:
         taken = _registered.get(name)
-        # A module that is executed again (a notebook cell, a reload) may register its class again.
+        # The same class may register again, because notebook cells and reloads execute its module again.
         if taken is not None and (taken.__module__, taken.__qualname__) != (cls.__module__, cls.__qualname__):
             raise ValueError(f"the policy name {name!r} is taken by {taken.__module__}.{taken.__qualname__}")
         _registered[name] = cls
@@ -78,20 +82,21 @@ def register(name: str) -> Callable[[_P], _P]:
 
 
 def registered() -> dict[str, type[Policy]]:
-    """Return the policies by name, in the order of registration."""
+    """Return {name: policy class}, in the order of registration."""
     return dict(_registered)
 
 
 def policy(name: str, **options: Any) -> Policy:
-    """Make a policy by its registered name and keywords.
+    """Return a policy by its registered name, with the given hyper-parameters.
 
     Args:
-        name: a registered name, which a scope may follow: "logclip", "adagc-shard", "zclip-tensor".
-        options: the policy's hyper-parameters.
+        name: "global", "adagc", "logclip", "zclip" or a name of `register`; a scope may follow: "adagc-shard",
+            "logclip-global", "zclip-tensor".
+        options: the policy's hyper-parameters; the others have their defaults.
 
     Raises:
-        ValueError: no policy or scope of that name, or a value that the policy refuses.
-        TypeError: an option that the policy does not have.
+        ValueError: no policy or scope of that name, two different scopes, or a value out of range.
+        TypeError: an option that the policy does not have, or a value of the wrong type.
 
     Example:
         >>> import dist_clip
@@ -111,7 +116,7 @@ def policy(name: str, **options: Any) -> Policy:
 
 
 def modes() -> tuple[str, ...]:
-    """Return all names that `policy` takes: each policy with its own scope, then with each other scope that it has."""
+    """Return all names that `policy` takes: each registered name, followed by its names with other scopes."""
     out: list[str] = []
     for name, cls in _registered.items():
         out.append(name)
@@ -121,7 +126,11 @@ def modes() -> tuple[str, ...]:
 
 
 def parse_mode(mode: str) -> tuple[type[Policy], dict[str, Any]]:
-    """Return the class that `mode` names, and the options that it fixes: the scope, if it names one."""
+    """Return the policy class that `mode` names, and the options that it fixes: the scope, if it names one.
+
+    Raises:
+        ValueError: no policy of that name, or no such scope of it.
+    """
     name, _, scope = mode.partition("-")
     cls = _registered.get(name)
     if cls is None or (scope and (scope not in get_args(Scope) or not _has_scope(cls))):
@@ -130,7 +139,7 @@ def parse_mode(mode: str) -> tuple[type[Policy], dict[str, Any]]:
 
 
 def options_of(cls: type[Policy]) -> tuple[Option, ...]:
-    """Return the hyper-parameters of a policy class, without its scope, in order."""
+    """Return the hyper-parameters of a policy class in their order, without its scope."""
     hints = typing.get_type_hints(cls)
     helps = _docstring_args(cls.__doc__ or "")
     out = []
@@ -157,7 +166,7 @@ def _resolve(hint: Any) -> tuple[type, tuple[Any, ...], bool]:
 
 
 def _docstring_args(doc: str) -> dict[str, str]:
-    """Name -> description of the entries of a Google-style "Args:" section."""
+    """Return {name: description} of the entries of a Google-style "Args:" section."""
     section = re.search(r"^Args:\n((?:    .*\n|\n)*)", inspect.cleandoc(doc) + "\n", re.MULTILINE)
     entries = re.split(r"^    (\w+): ", section[1], flags=re.MULTILINE)[1:] if section else []
     return {name: " ".join(text.split()) for name, text in zip(entries[::2], entries[1::2], strict=True)}

@@ -1,4 +1,4 @@
-"""Tries a policy out before it is used: what would go wrong at a later step or at a restart is an error at construction."""
+"""The trial of a policy at construction, which raises for what would go wrong at a later step or at a restart."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def check_policy(policy: object, argument: str = "policy") -> Policy:
         argument: how the user passed it, for the error.
 
     Raises:
-        TypeError, ValueError: it does not; the message names the policy, what is wrong and what to do.
+        TypeError, ValueError: it breaks the contract; the message names the policy, the fault and the remedy.
     """
     if not isinstance(policy, Policy):
         raise TypeError(f"{argument} must be a dist_clip policy such as LogClip(), got {policy!r}")
@@ -130,7 +130,7 @@ def _check_steps(policy: Policy, name: str) -> None:
         if inputs.steps_done == int(inputs.t) - 1 and policy.one_scale(int(inputs.t)) and len(set(scales.tolist())) > 1:
             raise ValueError(f"{shown}, scaled elements differently, against what one_scale({int(inputs.t)}) says")
         _check_new_state(policy, shown, state, new)
-        # What a step leaves out is dropped, as the clipper drops it.
+        # The clipper drops the slots that a step leaves out, so the trial drops them too.
         state.clear()
         state.update(new)
 
@@ -151,8 +151,11 @@ def _check_new_state(policy: Policy, shown: str, state: State, new: State) -> No
 
 
 def _cases(policy: Policy) -> Iterator[tuple[State, StepInputs]]:
-    """The first steps, a late one whose number the host does not know, and one whose number it knows; on one state."""
-    several = [_NORMS] if policy.scope != "global" else [(norm,) for norm in _NORMS]
+    """Yield the state and inputs of steps 1 and 2, of a late step whose number the host does not know, and of the next.
+
+    The host knows the number of the last one. All steps share one state, into which the caller puts the result.
+    """
+    several = [(norm,) for norm in _NORMS] if policy.elements.one else [_NORMS]
     for norms in several:
         n = len(norms)
         state = dict(policy.init_state(n, _CPU))

@@ -1,4 +1,4 @@
-"""The beginning that adaptive rules share: GlobalGC for a number of steps, while the state observes what it lets through."""
+"""The warm-up that adaptive rules share: steps of GlobalGC, whose clipped norms the state observes."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from dist_clip.policies.base import Need, Policy, Scope, State, StepInputs, glob
 
 
 class GlobalWarmup(Policy):
-    """A rule that clips globally at ``max_norm`` while ``t <= warmup_steps``, and elementwise on its own after that.
+    """Base class of rules that clip globally at ``max_norm`` while ``t <= warmup_steps``, and by element after that.
 
-    No dataclass: the rules declare these as fields of their own, in the order that is theirs.
+    It is no dataclass, so that each rule declares these fields in its own order.
     """
 
     warmup_steps: int
@@ -39,14 +39,14 @@ class GlobalWarmup(Policy):
         return torch.where(in_warmup, warm_scales, steady_scales), new
 
     def _after_warmup(self, state: State, norms: Tensor) -> tuple[Tensor, State]:
-        """Scales, float64 [n], and the state, without what only a warm-up records."""
+        """Return the scales, float64 [n], and the new state without the slots that only a warm-up records."""
         raise NotImplementedError
 
     def _observe(self, state: State, clipped_norms: Tensor, t: Tensor) -> State:
-        """The state after one warm-up observation of the norms after clipping, float64 [n]."""
+        """Return the state after one warm-up observation of the norms after clipping, float64 [n]."""
         raise NotImplementedError
 
 
 def storable(norms: Tensor) -> Tensor:
-    """Bool: norms that fp32, the states' dtype, can tell from 0 (nothing observed) and from Inf."""
+    """Return, as bool [n], which norms are neither 0 (nothing observed) nor Inf or NaN in fp32, the states' dtype."""
     return observed(norms.float())

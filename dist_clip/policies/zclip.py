@@ -1,4 +1,4 @@
-"""ZClip: a norm is bounded when it is an outlier of its own recent distribution."""
+"""ZClip, which bounds a norm when it is an outlier of its own recent distribution."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ ClipOption = Literal["adaptive_scaling", "mean"]
 class ZClip(Policy):
     """Z-score based clipping of the global norm N, or of each tensor's or shard's norm as if it were N.
 
-    Warm-up: N is recorded for ``warmup_steps`` steps, gradients clipped at ``max_norm`` if given; mean and population
-    variance of the record start the state. After it ``z = (N - mean) / (std + eps)``; a threshold is set if
-    ``z > z_thresh`` ("zscore") or N exceeds ``mean + z_thresh * std`` ("percentile"), the gradients are scaled to
+    Warm-up: ``warmup_steps`` norms are recorded, and gradients are clipped at ``max_norm`` if given. The mean and the
+    population variance of the record start the state. After it, ``z = (N - mean) / (std + eps)``; a threshold is set if
+    ``z > z_thresh`` ("zscore") or if N exceeds ``mean + z_thresh * std`` ("percentile"). The gradients are scaled to
     ``min(threshold or N, max_norm)``, and mean and variance follow the threshold, or N where none was set.
-    A norm of zero (no gradients), NaN or Inf never enters the state, the warm-up's record included.
+    A norm of zero (no gradients), NaN or Inf never enters the state, nor the warm-up's record.
 
     Args:
         alpha: decay of mean and variance, in [0, 1).
@@ -35,20 +35,23 @@ class ZClip(Policy):
         clip_option: for "zscore", the threshold: "adaptive_scaling" ``clip_factor * (mean + z_thresh**2 * std / z)``
             or "mean".
         clip_factor: multiplies the "adaptive_scaling" threshold, above 0.
-        max_norm: upper bound of the norm at all times, above 0; None for none. Of the norm that the rule looks at: with
-            scope "tensor" or "shard" of each tensor's or shard's, so that the global norm may be larger.
+        max_norm: upper bound of the norm at all times, above 0; None for none. It bounds the norm that the rule clips:
+            with scope "tensor" or "shard" each tensor's or shard's, so that the global norm may be larger.
         skip_update_on_spike: leave mean and variance as they are when a threshold was set.
-        eps: added to the standard deviation in the z-score.
-        scope: "global" is the paper's; "tensor" and "shard" apply the rule to each tensor, or each rank's piece of one, by
+        eps: added to the standard deviation in the z-score, at least 0.
+        scope: "global" is the paper's; "tensor" and "shard" apply the rule to each tensor, or to each rank's piece, by
             itself, and never need the global norm.
 
-    State: ``mean`` and ``var`` (float64 [n]) and ``count`` (int64 [n]), the finite norms recorded so far.
+    State: ``mean`` and ``var`` (float64 [n]) and ``count`` (int64 [n]), the number of norms recorded so far.
+
+    Raises:
+        TypeError, ValueError: a hyper-parameter of the wrong type or out of its range.
 
     Example:
         >>> import dist_clip
         >>> policy = dist_clip.ZClip(z_thresh=3.0, max_norm=None)
 
-    Reference: arXiv 2504.02507, and the package zclip 1.0.0, which this equals step by step.
+    Reference: arXiv 2504.02507, and the package zclip 1.0.0, whose results this equals step by step.
     """
 
     alpha: float = 0.97
@@ -100,7 +103,7 @@ class ZClip(Policy):
         target = torch.where(spike, threshold, norms)
         applied = target if self.max_norm is None else torch.clamp(target, max=self.max_norm)
         steady_scales = torch.where(norms > applied, applied / (norms + 1e-6), 1.0)
-        # A NaN norm compares false with everything; as in torch it makes the gradients NaN.
+        # A NaN norm compares false with everything. It must make the gradients NaN, as in torch.
         steady_scales = torch.where(torch.isnan(norms), norms, steady_scales)
         steady_mean = self.alpha * mean + (1 - self.alpha) * target
         steady_var = self.alpha * var + (1 - self.alpha) * (target - steady_mean).square()
@@ -112,7 +115,7 @@ class ZClip(Policy):
         return scales, {"mean": new_mean, "var": new_var, "count": new_count}
 
     def _threshold(self, mean: Tensor, var: Tensor, norms: Tensor) -> tuple[Tensor, Tensor]:
-        """The threshold and whether it is set, both [n]."""
+        """Return the threshold, float64 [n], and whether it is set, bool [n]."""
         std = var.clamp(min=0).sqrt()
         if self.mode == "percentile":
             threshold = mean + self.z_thresh * std

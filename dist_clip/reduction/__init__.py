@@ -1,4 +1,4 @@
-"""What ranks say to each other in a step: the plan of collectives, the pipeline stages, and ranks out of step."""
+"""The communication of a step: the plan of collectives, sums over pipeline stages, and the detector of desync."""
 
 from dist_clip.reduction.channel import Channel
 from dist_clip.reduction.desync import DesyncDetector

@@ -1,4 +1,4 @@
-"""All that a step says to other ranks: over the shards of a tensor, over the pipeline stages, and what travels along."""
+"""The channel to other ranks: all collectives of a step, over the shards of a tensor and over the pipeline stages."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from dist_clip.reduction.plan import ReductionPlan
 
 
 class Channel:
-    """Reduces what the steps measure. Every rank calls the same methods in the same order.
+    """Reduces what a step measures. Every rank must call the same methods in the same order.
 
     Args:
         plan: reduces over the norm groups.
-        pp_group: the pipeline stages; None where there is one.
-        process_group: all ranks that train the model; None for all there are.
-        detector: looks for ranks that are out of step, where the user asked for it.
+        pp_group: the group across pipeline stages; None without it.
+        process_group: all ranks that train the model; None: all ranks.
+        detector: finds ranks that are out of step; None: do not check.
     """
 
     def __init__(
@@ -50,20 +50,23 @@ class Channel:
         """Begin a step.
 
         Raises:
-            DesyncError: the step before has found ranks out of step.
+            DesyncError: the detector found ranks out of step in the step before.
         """
         if self._detector is not None:
             self._detector.raise_if_found()
-        # The last step's sum may still be under way, whether or not anybody asked for it: its buffer must outlive it.
+        # The last step's sum may still be under way, also if nothing has read it, and its buffer must outlive it.
         if self._pending is not None:
             self._pending.result()
             self._pending = None
 
     def sum_over_shards(self, squares: Tensor, states: list[Tensor] | None = None) -> Tensor:
-        """Add the shards' squares, float64 [n] or [n, k], over the norm groups of each tensor.
+        """Return the sums of the shards' squares, float64 [n] or [n, k], over each tensor's norm groups. Collective.
 
         Args:
-            states: what all ranks of the stage are to have alike; None: do not look.
+            states: tensors that must be the same on all ranks of the pipeline stage; None: do not check.
+
+        Raises:
+            DesyncError: on the CPU: ranks are out of step.
         """
         if self._detector is None or states is None or not self.reduces_shards:
             return self.plan.reduce(squares)
@@ -73,27 +76,31 @@ class Channel:
         return added
 
     def sum_over_stages(self, values: Tensor) -> Tensor:
-        """Add float64 [k] over the pipeline stages."""
+        """Return the sums of float64 [k] over the pipeline stages. Collective.
+
+        Raises:
+            DesyncError: on the CPU: ranks are out of step.
+        """
         if self._pipeline is None:
             return values
         if self._detector is None:
             return self._pipeline.sum(values)
-        numbers = self._detector.numbers()  # stages have states of their own
+        numbers = self._detector.numbers()  # without states, which differ between stages
         added, theirs = torch.split(self._pipeline.sum(torch.cat([values, numbers])), [len(values), len(numbers)])
         self._detector.check(numbers, [(self._pipeline.group, theirs)])
         return added
 
     def start_sum_over_stages(self, values: Tensor) -> PendingSum:
-        """Begin to add float64 [k] over the pipeline stages; `begin` of the next step waits for it at the latest."""
+        """Start to add float64 [k] over the pipeline stages; `begin` of the next step waits for it at the latest."""
         assert self._pipeline is not None
         self._pending = self._pipeline.start(values)
         return self._pending
 
     def any_rank(self, flag: Tensor) -> Tensor:
-        """Return, as bool 0-dim, whether `flag` is set on any rank that trains the model."""
+        """Return, as bool 0-dim, whether `flag` is set on any rank that trains the model. Collective."""
         return any_rank(flag, self._process_group)
 
     def clipped(self) -> None:
-        """Note that the gradients are clipped now."""
+        """Record that the gradients are clipped now."""
         if self._detector is not None:
             self._detector.clipped()

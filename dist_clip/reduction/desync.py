@@ -1,9 +1,10 @@
-"""Ranks that are out of step, found by numbers that travel with the packed vector: no collective of its own.
+"""The detector of ranks that are out of step, which compares numbers that travel with the packed vector.
 
-Each rank adds a few whole numbers to the vector that is summed over a group anyway: how often it has clipped, whether these
-gradients were clipped before, a fingerprint of the state that all ranks of its stage share, and the squares of them. m
-ranks have the same number x exactly if the sums are m x and m x^2 (then the variance is 0), and if they have not, every
-one of them sees it. All of it is whole and below 2^53, so float64 sums are exact in whatever order they are made.
+Each rank appends a few whole numbers to the vector that is summed over a group anyway, so that there is no further
+collective: how often it has clipped, whether these gradients were clipped before, a fingerprint of the state that all
+ranks of its pipeline stage share, and the squares of these. All m ranks have the same number x exactly if the sums are
+m x and m x^2, because then the variance is 0; otherwise every rank sees the difference. All sums are whole and below
+2^53, so float64 adds them exactly in any order.
 """
 
 from __future__ import annotations
@@ -21,25 +22,25 @@ from dist_clip.errors import DesyncError
 from dist_clip.layouts.process_groups import gather
 from dist_clip.memory.host_copy import HostCopy
 from dist_clip.memory.memory import Memory
-from dist_clip.memory.state_dict import snapshot
+from dist_clip.memory.snapshot import snapshot
 from dist_clip.reduction.grad_version import ClippedGradients
 
 _PRIME = 131_071
-"""Numbers that travel are below this: 2^17, so that 2^18 ranks' squares add up to less than 2^53."""
+"""Upper bound of the numbers, below 2^17, so that the squares of 2^18 ranks add up to less than 2^53."""
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""Bytes of a floating-point dtype -> the integers that have the same bits."""
+"""Bytes of a floating-point dtype -> the integer dtype as which its bits are read."""
 
 
 @dataclasses.dataclass(frozen=True)
 class RankState:
-    """What one rank has clipped and remembers, in full: sent only once something is known to differ.
+    """The clips and the whole state of one rank, sent only when ranks are compared in full.
 
     Attributes:
         calls: how often it has clipped (after a load: the step that was loaded, and the clips since).
-        again: its gradients are those that it clipped last: no backward since.
-        names: the tensors it takes part in.
-        state: {tensor or pattern: {slot: value}}, without what is a rank's own (scope "shard").
+        again: whether its gradients are those that it clipped last, without a backward since.
+        names: FQNs of the tensors that it takes part in.
+        state: {tensor or pattern: {slot: value}}, without the states of shards (scope "shard"), which differ by rank.
     """
 
     calls: int
@@ -49,10 +50,10 @@ class RankState:
 
 
 class DesyncDetector:
-    """Makes the numbers that travel along, and checks what comes back.
+    """Makes the numbers that travel with the packed vector, and checks their sums.
 
-    On the CPU they are checked at once, before anything is clipped. Elsewhere reading them would make the host wait for the
-    device: they are read when the next clip begins.
+    On the CPU it checks the sums at once, before anything is clipped. Elsewhere reading them would make the host wait
+    for the device, so it checks them when the next clip begins.
     """
 
     def __init__(self, memory: Memory) -> None:
@@ -62,20 +63,24 @@ class DesyncDetector:
         self._differs: list[tuple[dist.ProcessGroup, HostCopy]] = []
 
     def clipped(self) -> None:
-        """Remember the gradients as they are now, after clipping."""
+        """Record the gradients as they are now, after clipping."""
         self._clipped.remember(self._memory.layout)
 
     def numbers(self, states: Iterable[Tensor] = ()) -> Tensor:
-        """float64 [6]: clips, whether these gradients were clipped before, a fingerprint of `states`; then their squares."""
+        """Return the numbers that travel, float64 [6].
+
+        They are the number of clips, whether these gradients were clipped before, a fingerprint of `states`, and the
+        squares of these three.
+        """
         again = self._clipped.all_clipped(self._memory.layout)
         numbers = torch.stack([self._number(self._memory.calls), self._number(again), self._fingerprint(states)])
         return torch.cat([numbers, numbers.square()])
 
     def check(self, sent: Tensor, sums: Sequence[tuple[dist.ProcessGroup, Tensor]]) -> None:
-        """Compare the sums over each group with what they are if all its ranks sent what this one did.
+        """Compare the sums over each group with those that there would be if all its ranks had sent `sent`.
 
         Raises:
-            DesyncError: on the CPU; elsewhere `raise_if_found` does so later.
+            DesyncError: on the CPU: ranks are out of step. Elsewhere `raise_if_found` raises it later.
         """
         for group, theirs in sums:
             self._differs.append((group, HostCopy((theirs != sent * group.size()).any())))
@@ -83,10 +88,10 @@ class DesyncDetector:
             self.raise_if_found()
 
     def raise_if_found(self) -> None:
-        """Read what `check` has found.
+        """Read the results of `check`.
 
         Raises:
-            DesyncError: on every rank of a group that is out of step.
+            DesyncError: ranks are out of step; raised on every rank of the group.
         """
         differs, self._differs = self._differs, []
         for group, flag in differs:
@@ -94,11 +99,11 @@ class DesyncDetector:
                 self.compare(group)
 
     def compare(self, group: dist.ProcessGroup | None) -> None:
-        """Exchange the ranks' states over `group` (None: all ranks) and raise if any differ. Collective.
+        """Exchange the ranks' states over `group` (None: all ranks), and raise if any differ. Collective.
 
         Raises:
-            DesyncError: the same on every rank of the group, naming the ranks that differ from most others, and the first
-                tensor whose state differs.
+            DesyncError: ranks are out of step. The same on every rank of the group, naming the ranks that differ from
+                most others, and the first tensor whose state differs.
         """
         mine = RankState(
             calls=self._memory.calls,
@@ -115,11 +120,11 @@ class DesyncDetector:
             )
 
     def _number(self, value: int) -> Tensor:
-        # full, not tensor: the value reaches an accelerator as a kernel's argument, and the host need not wait.
+        # torch.full passes the value to an accelerator as a kernel's argument, without a host sync; torch.tensor syncs.
         return torch.full((), value % _PRIME, dtype=torch.float64, device=self._memory.device)
 
     def _fingerprint(self, states: Iterable[Tensor]) -> Tensor:
-        """A weighted sum of the states' bits modulo a prime: one state that differs changes it."""
+        """Return a weighted sum of the states' bits modulo a prime, which changes if one element does."""
         total = torch.zeros((), dtype=torch.int64, device=self._memory.device)
         for state in states:
             bits = state.view(_BITS[state.element_size()]) if state.is_floating_point() else state
@@ -135,7 +140,7 @@ class DesyncDetector:
 
 
 def _shared_state(taken: Mapping[str, Any]) -> dict[str, dict[str, tuple[float | str, ...]]]:
-    """The `RankState.state` of a snapshot. NaN is the text "nan", which equals itself."""
+    """Return the `RankState.state` of a snapshot. NaN becomes the text "nan", which equals itself."""
     tensors = {name: entry for name, entry in taken["tensors"].items() if name not in taken["shards"]}
     return {
         name: {slot: tuple("nan" if x != x else x for x in value.flatten().tolist()) for slot, value in entry.items()}
@@ -161,7 +166,7 @@ def _clipped_again(everyone: Mapping[int, RankState]) -> list[str]:
 
 
 def _states_that_differ(everyone: Mapping[int, RankState]) -> list[str]:
-    """For each stage, the first of its tensors whose state is not the same on all its ranks."""
+    """Describe, for each pipeline stage, the first tensor whose state is not the same on all ranks of the stage."""
     problems = []
     for names in dict.fromkeys(state.names for state in everyone.values()):
         stage = {rank: s for rank, s in everyone.items() if s.names == names}
@@ -184,7 +189,7 @@ def _slots(state: RankState, key: str) -> tuple[tuple[str, tuple[float | str, ..
 
 
 def _usual(values: Iterable[Any]) -> Any:
-    """The most common of the values, of equals the first."""
+    """Return the most common of the values; if several are, the first of them."""
     return Counter(values).most_common(1)[0][0]
 
 
@@ -193,6 +198,6 @@ def _ranks(ranks: Sequence[int]) -> str:
 
 
 def _shown(slots: tuple[tuple[str, tuple[float | str, ...]], ...]) -> str:
-    """The slots for people: a warm-up's record is not spelled out."""
+    """Return the slots as text for an error, without a warm-up's record, which is long."""
     shown = [f"{name} {float(values[0]):.9g}" for name, values in slots if len(values) == 1]
     return ", ".join(shown) or ("another record of the warm-up" if slots else "none")

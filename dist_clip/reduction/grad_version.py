@@ -1,4 +1,4 @@
-"""Whether gradients are other ones than those that were clipped last."""
+"""The versions of gradients, which show whether they changed since the last clip."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from dist_clip.layouts.layout import LogicalTensor
 
 
 class GradVersion:
-    """A parameter's gradient as it is now: which tensor, and how often it has been written to.
+    """The version of a parameter's gradient: which tensor it is, and how often it has been written to.
 
-    Not every write is counted: collectives and `torch._foreach_*` on DTensors are not.
+    torch does not count every write: collectives and `torch._foreach_*` on DTensors are not counted.
     """
 
     def __init__(self, param: Tensor) -> None:
@@ -22,39 +22,39 @@ class GradVersion:
         self._versions = _versions(param.grad)
 
     def unchanged(self, param: Tensor) -> bool:
-        """Whether `param` has that very gradient, not written to since."""
+        """Return whether `param` still has this gradient, and torch has counted no write since."""
         grad = None if self._grad is None else self._grad()
         return param.grad is grad and (grad is None) == (self._grad is None) and self._versions == _versions(param.grad)
 
 
 class ClippedGradients:
-    """Remembers the gradients that were clipped: which tensors, and how often they had been written to."""
+    """The versions of the gradients that were clipped last."""
 
     def __init__(self) -> None:
         self._clipped: dict[int, GradVersion] = {}
 
     def remember(self, tensors: Iterable[LogicalTensor]) -> None:
-        """Call it after clipping, which writes to them."""
+        """Record the versions of the gradients. Call it after clipping, which writes to them."""
         params = (t.param for t in tensors if t.param is not None and t.param.grad is not None)
         self._clipped = {id(param): GradVersion(param) for param in params}
 
     def is_new(self, param: Tensor) -> bool:
-        """Whether `param` has a gradient that is another one, or has been written to, since `remember`."""
+        """Return whether `param` has a gradient that was replaced or written to since `remember`."""
         if param.grad is None:
             return False
         seen = self._clipped.get(id(param))
         return seen is None or not seen.unchanged(param)
 
     def all_clipped(self, tensors: Iterable[LogicalTensor]) -> bool:
-        """Whether this rank has gradients, and none of them is new since `remember`."""
+        """Return whether this rank has gradients, and none of them is new since `remember`."""
         params = [t.param for t in tensors if t.param is not None and t.param.grad is not None]
         return bool(params) and not any(self.is_new(param) for param in params)
 
 
 def _versions(grad: Tensor | None) -> tuple[int | None, ...]:
-    """How often the tensor has been written to in place; None where that is not counted (inference mode).
+    """Return how often the gradient has been written to in place; None where torch does not count (inference mode).
 
-    Of a DTensor, and of its local tensor by itself: that is what FSDP2 adds to.
+    A DTensor's local tensor is counted as well, because FSDP2 adds to it.
     """
     if grad is None:
         return ()

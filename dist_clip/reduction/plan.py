@@ -1,4 +1,4 @@
-"""The reduction plan: from a layout to the fewest collectives, and running them."""
+"""The reduction plan, which turns a layout into the fewest collectives and runs them."""
 
 from __future__ import annotations
 
@@ -14,21 +14,29 @@ from torch import Tensor
 from dist_clip.layouts.layout import Layout
 from dist_clip.layouts.process_groups import group_label
 
-# torch 2.13 renamed it and warns about the old name.
+# torch 2.13 renamed this function and warns about the old name.
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 CollectiveKind = Literal["all_reduce", "all_gather"]
 
 GATHER_LIMIT = 16
-"""Ranks up to which a gather is taken to be as fast as an all-reduce (docs/simulation.md: above 16 of 2 nodes it is not)."""
+"""Number of ranks up to which a gather is assumed to be as fast as an all-reduce.
+
+docs/simulation.md shows that it is slower above 16 ranks of 2 nodes.
+"""
 
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One packed collective: the power sums of `indices` over `group`, at depth `level` (equal levels run at once).
+    """One packed collective.
 
-    `index` is `indices` on the device (None where they are all tensors), sent there once: the copy is a host sync.
-    `sends`, bool [len(indices)], is set where this rank's copy speaks for the tensor; None: every rank's share counts.
+    Attributes:
+        group: the process group.
+        indices: the tensors, by number in the layout, whose power sums are reduced.
+        kind: how they are reduced.
+        level: depth in the chain; collectives of one level run at the same time.
+        index: `indices` on the device, kept there because sending them syncs the host; None if they are all tensors.
+        sends: bool [len(indices)], whether this rank sends its value of the tensor; None: every rank sends all.
     """
 
     group: dist.ProcessGroup
@@ -39,53 +47,53 @@ class Collective:
     sends: Tensor | None = None
 
     def kind_for(self, p: float) -> CollectiveKind:
-        # A maximum is gathered too: some libraries' MAX loses a NaN (gloo's does), amax does not.
+        # A maximum is always gathered, because the MAX of some libraries (gloo) loses a NaN and amax does not.
         return "all_gather" if math.isinf(p) else self.kind
 
     def take(self, sums: Tensor) -> Tensor:
-        """The entries of `sums`, [n] or [n, k], that this rank sends, flat."""
+        """Return the entries of `sums`, [n] or [n, k], that this rank sends, flat."""
         packed = sums.clone() if self.index is None else sums.index_select(0, self.index)
         if self.sends is not None:
-            # where, not a product: a silent copy's NaN must not be multiplied in (its own copy sends it anyway).
+            # Not a product, which would send the NaN of a copy that another rank sends.
             packed = torch.where(self.sends if sums.dim() == 1 else self.sends.unsqueeze(1), packed, 0.0)
         return packed.flatten()
 
     def put(self, sums: Tensor, values: Tensor) -> Tensor:
-        """`sums` with the reduced values, as `take` has packed them, in their places."""
+        """Return `sums` with the reduced values, packed as by `take`, in their places. May change `sums`."""
         values = values.view(len(self.indices), *sums.shape[1:])
         return values if self.index is None else sums.index_copy_(0, self.index, values)
 
 
 class ReductionPlan:
-    """Adds up the shards' power sums so that every rank ends with those of its logical tensors.
+    """Adds up the shards' power sums, so that every rank gets those of its logical tensors.
 
-    One packed float64 vector travels per distinct group, whatever the number of tensors: the index is fixed at
-    construction and a rank without a gradient sends zeros, so ranks agree on length and order whatever their gradients.
+    One packed float64 vector travels per distinct group, whatever the number of tensors. The index is fixed at
+    construction, and a rank without a gradient sends zeros, so that ranks always agree on length and order.
 
-    Bitwise agreement. A collective gives all its ranks the same bits. Where copies of a tensor are reduced in several
-    instances of a group (HSDP replicas; the tp groups of different dp ranks; the fsdp groups of two pipeline stages that
-    share a tied tensor), each instance could add in an order of its own, and replicas would drift apart by an ulp a
-    step: there the addends are gathered and added in rank order.
+    Bitwise agreement. A collective gives all its ranks the same bits. But copies of a tensor may be reduced in several
+    instances of a group (HSDP replicas; the tp groups of different dp ranks; the fsdp groups of two pipeline stages
+    that share a tied tensor). Each instance could add in its own order, and replicas would drift apart by an ulp a
+    step. There the addends are gathered and added in rank order.
 
-    Large groups. What a gather takes grows with the group, what an all-reduce takes with its logarithm. Where a tensor's
-    copies lie along another group of the chain (tensors that TP + FSDP2 shards over FSDP only), each instance all-reduces,
-    and one instance's sum is then spread over that other group, in the gather that runs there anyway.
+    Large groups. The time of a gather grows with the group, that of an all-reduce with its logarithm. Where a tensor's
+    copies lie along another group of the chain (tensors that TP + FSDP2 shards over FSDP only), each instance
+    all-reduces, and one instance's sum is then spread over that other group, in the gather that runs there anyway.
 
-    One union instead of a chain. Where several groups are involved and one tensor's copy spans all ranks of
-    `process_group` (TP + FSDP, EP + FSDP, the latter also inside pipeline stages), or where ranks take part in tensors of
-    which they hold no piece (Megatron's experts), or where a group of more than `GATHER_LIMIT` ranks would have to gather
-    (HSDP), one all-reduce over `process_group` replaces the chain; of each tensor's copies the one with the lowest rank
-    sends.
+    One union instead of a chain. One all-reduce over `process_group` replaces the chain in three cases: several groups
+    are involved and one tensor's copy spans all ranks of `process_group` (TP + FSDP, EP + FSDP, the latter also inside
+    pipeline stages); ranks take part in tensors of which they hold no piece (Megatron's experts); a group of more than
+    `GATHER_LIMIT` ranks would have to gather (HSDP). Of each tensor's copies, the one with the lowest rank sends.
 
     Construction is collective over `process_group` and the norm groups.
 
     Args:
         layout: the logical tensors.
-        process_group: a group all of whose ranks have this very layout, if one is known (it must have been checked). None:
-            a norm group that spans all tensors, if there is one.
+        process_group: a group all of whose ranks have this layout, if one is known; the caller must have checked it.
+            None: a norm group that spans all tensors, if there is one.
         copies_among: number of ranks that may hold copies of this rank's tensors (world size over pipeline stages).
-        shared: names of which ranks outside `process_group` or its pipeline stage hold copies (tied across stages).
-        meet: take one union wherever there is anything to reduce, so that all ranks of `process_group` meet in it.
+        shared: names of tensors of which ranks outside `process_group` or its pipeline stage hold copies (tied
+            tensors).
+        meet: use one union wherever there is anything to reduce, so that all ranks of `process_group` take part in it.
     """
 
     def __init__(
@@ -117,10 +125,10 @@ class ReductionPlan:
     def _plan_union(self, layout: Layout, group: dist.ProcessGroup, shared: Collection[str]) -> None:
         device = layout.device
         indices = [i for i, t in enumerate(layout) if t.norm_groups or not t.everywhere]
-        # The copy with the lowest rank sends. Found with a collective, for a rank does not know the copies of a tensor of
-        # which it holds no piece.
+        # The copy with the lowest rank sends. It takes a collective to find it, because a rank does not know the copies
+        # of a tensor of which it holds no piece.
         sends = _lowest_sends([min(layout.tensors[i].replica_ranks, default=math.inf) for i in indices], group, device)
-        # Tensors that other stages hold, too, are gathered and added in rank order, see the class's docstring.
+        # Tensors that other stages hold as well must be added in rank order; see the class's docstring.
         for kind, chosen in (("all_reduce", False), ("all_gather", True)):
             part = [k for k, i in enumerate(indices) if (layout.names[i] in shared) is chosen]
             if part:
@@ -136,13 +144,17 @@ class ReductionPlan:
                 )
 
     def reduce(self, sums: Tensor, p: float = 2.0) -> Tensor:
-        """Add (for ``p = inf``: take the largest of) the shards' power sums, float64 [n] or [n, k]; returns new ones."""
+        """Return the sums (``p = inf``: the maxima) of the shards' power sums, float64 [n] or [n, k]. Collective."""
         return self.reduce_with(sums, None, p)[0]
 
     def reduce_with(
         self, sums: Tensor, extra: Tensor | None, p: float = 2.0
     ) -> tuple[Tensor, list[tuple[dist.ProcessGroup, Tensor]]]:
-        """As `reduce`; `extra`, float64 [j], travels at the end of every packed vector. Returns its sums by group, too."""
+        """Reduce like `reduce`, with `extra`, float64 [j], at the end of every packed vector.
+
+        Returns:
+            The reduced sums, and (group, sums of `extra` over it) for every collective.
+        """
         extra_sums: list[tuple[dist.ProcessGroup, Tensor]] = []
         out = sums.clone() if self.collectives else sums
         levels = self.collectives[-1].level + 1 if self.collectives else 0
@@ -159,16 +171,16 @@ class ReductionPlan:
         return out, extra_sums
 
     def describe(self, index: int) -> str:
-        """How tensor `index` is reduced, for people."""
+        """Return a description of how tensor `index` is reduced, for ``explain()``."""
         steps = [f"{c.kind} {group_label(c.group)}" for c in self.collectives if index in c.indices]
         return " -> ".join(steps) or "none"
 
 
 class _Chain:
-    """One reduction a 1-D group, one after the other where a tensor is split over several.
+    """One reduction for each 1-D group, one after the other where a tensor is split over several groups.
 
-    Large groups first: they may use an all-reduce, while the later ones of a chain repeat the same addition in several
-    instances and have to gather.
+    Large groups come first, because they may use an all-reduce, while the later ones repeat the same addition in
+    several instances and have to gather.
     """
 
     def __init__(
@@ -203,12 +215,12 @@ class _Chain:
         return "all_reduce"
 
     def _ranks_after(self, i: int, k: int) -> int:
-        """Ranks among which tensor `i` is one sum when group `k` and those after it have reduced it."""
+        """Return the number of ranks over which group `k` and those after it reduce tensor `i`."""
         after = self._order[self._order.index(k) :]
         return math.prod(self._groups[h].size() for h in after if h in self._tensor_groups[i])
 
     def _home(self, i: int, k: int) -> int | None:
-        """A group that gathers later anyway, along which all copies of tensor `i` lie that group `k` does not see."""
+        """Return a group that gathers later anyway, along which all copies of tensor `i` outside `k` lie, or None."""
         latest = max(self._level[h] for h in self._tensor_groups[i])
         replica_ranks = self._layout.tensors[i].replica_ranks
         for h in self._order:
@@ -220,11 +232,11 @@ class _Chain:
 
     @property
     def largest_gather(self) -> int:
-        """Ranks of the largest group that would have to gather."""
+        """Number of ranks of the largest group that would have to gather."""
         return max((self._groups[k].size() for k in self._order if self._kind[k] == "all_gather"), default=0)
 
     def collectives(self) -> list[Collective]:
-        """The collectives, by level. Collective over the groups that spread."""
+        """Return the collectives, by level. Collective over the groups that spread sums."""
         device = self._layout.device
         collectives = []
         for k in self._order:
@@ -232,7 +244,7 @@ class _Chain:
             indices = sorted([*self._members[k], *spread])
             sends = None
             if spread:
-                # Of what it spreads, one copy is sent; of what it adds up, every share.
+                # One rank sends each sum that the group spreads; all ranks send what the group adds up.
                 lowest = [min(self._layout.tensors[i].replica_ranks) if i in spread else 0 for i in indices]
                 sends = _lowest_sends(lowest, self._groups[k], device)
             index = _index(indices, len(self._layout), device)
@@ -254,13 +266,16 @@ def _launch(
 
 
 def add_up(gathered: Tensor, size: int, p: float) -> Tensor:
-    """The ranks' vectors added in rank order, the same order wherever this is done."""
+    """Return the ranks' vectors added in rank order, for the same bits on all ranks (``p = inf``: their maxima)."""
     rows = gathered.view(size, -1)
     return rows.amax(dim=0) if math.isinf(p) else rows.sum(dim=0)
 
 
 def _spanning(layout: Layout, groups: Sequence[dist.ProcessGroup], copies_among: int) -> dist.ProcessGroup | None:
-    """A norm group of all ranks that may hold a piece or a copy of any tensor: FSDP's, where experts lie inside it."""
+    """Return a norm group of all ranks that may hold a piece or a copy of any tensor, or None.
+
+    FSDP's group is one if the experts' groups lie inside it.
+    """
     for group in groups:
         ranks = frozenset(dist.get_process_group_ranks(group))
         if len(ranks) >= copies_among and all(tensor.mesh_ranks <= ranks for tensor in layout):
@@ -278,7 +293,7 @@ def _union_is_better(layout: Layout, groups: Sequence[dist.ProcessGroup], proces
 
 
 def _position(group: dist.ProcessGroup, groups: list[dist.ProcessGroup]) -> int:
-    """Index of `group` by identity, appended where it is new (two equal meshes may own different groups)."""
+    """Return the index of `group`, appended if new; by identity, because equal meshes may own different groups."""
     for k, known in enumerate(groups):
         if known is group:
             return k
@@ -287,7 +302,7 @@ def _position(group: dist.ProcessGroup, groups: list[dist.ProcessGroup]) -> int:
 
 
 def _lowest_sends(lowest: Sequence[float], group: dist.ProcessGroup, device: torch.device | None) -> Tensor:
-    """Bool [k]: whether this rank's copy of each tensor is the one whose `lowest` rank is the lowest in `group`."""
+    """Return, as bool [k], whether this rank's copy of each tensor has the lowest of the `lowest` ranks in `group`."""
     mine = torch.tensor(lowest, dtype=torch.float64, device=device)
     minimum = mine.clone()
     dist.all_reduce(minimum, op=dist.ReduceOp.MIN, group=group)

@@ -1,4 +1,4 @@
-"""The parts of one step: measure, global norms, decide, report."""
+"""The parts of one step: it measures, computes global norms, decides, and reports."""
 
 from dist_clip.step.decide import decide
 from dist_clip.step.global_norms import GlobalNorms

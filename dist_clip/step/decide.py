@@ -1,4 +1,4 @@
-"""Decides a step: runs each policy on its norms, and brings the scales of all groups together."""
+"""The decision of a step: runs each policy on its norms, and puts the scales of all policy groups together."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from dist_clip.step.nonfinite import NonFiniteMode
 def decide(
     measured: Measured, totals: Totals, memory: Memory, global_norms: GlobalNorms, nonfinite: NonFiniteMode
 ) -> tuple[Scales, list[State]]:
-    """Return the scales, and the new state of each policy group. Changes nothing."""
+    """Return the scales and the new state of each policy group, and change nothing.
+
+    Collective over the pipeline stages and the norm groups where a policy with ``post_max_norm`` needs it.
+    """
     t, steps_done = memory.t + 1, memory.steps_done
     each = torch.ones(len(memory.layout), dtype=torch.float64, device=memory.device)
     one: list[Tensor | None] = []

@@ -1,4 +1,4 @@
-"""Computes the global norm of each policy group before clipping and, where the policy or the report asks, after it."""
+"""The global norm of each policy group, computed before clipping and, where the policy or the report asks, after it."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ class Totals:
     """What a step knows of the whole model before clipping.
 
     Attributes:
-        norms: float64 0-dim for each policy group, its global norm; None where it was not asked for.
-        weight_norms: the same of the parameters, for groups of one element whose policy asks.
+        norms: float64 0-dim for each policy group, its global norm; None where nothing asks for it.
+        weight_norms: float64 0-dim for each policy group, the norm of its parameters; None unless the group has one
+            element and its policy asks.
         nonfinite: bool 0-dim, whether any norm is NaN or Inf: on this rank or, where steps may be skipped, on any.
-        skip: bool 0-dim, whether the step is to be skipped; None where none ever is.
+        skip: bool 0-dim, whether the step is to be skipped; None where no step can be.
     """
 
     norms: Sequence[Tensor | None]
@@ -38,15 +39,15 @@ class Scales:
     """What a step multiplies the gradients by.
 
     Attributes:
-        each: float64 [n], of each tensor or shard.
-        one: float64 0-dim for each policy group, the scale of all its tensors; None where they differ.
+        each: float64 [n], the scale of each tensor or shard.
+        one: float64 0-dim for each policy group, the scale of all its tensors; None where their scales may differ.
     """
 
     each: Tensor
     one: Sequence[Tensor | None]
 
     def unless(self, skip: Tensor | None) -> Scales:
-        """These scales, or 1 where the step is to be skipped."""
+        """Return these scales, or 1 where the step is to be skipped."""
         if skip is None:
             return self
         return Scales(
@@ -55,16 +56,16 @@ class Scales:
 
 
 class GlobalNorms:
-    """Global norms of the policy groups.
+    """Computes the global norms of the policy groups.
 
-    Every rank of a stage takes part in every tensor of it, so that global norms follow from the reduced tensor norms.
-    Only pipeline stages have to ask each other, and ranks whose shards have scales of their own.
+    Every rank of a pipeline stage takes part in every tensor of the stage, so that global norms follow from the reduced
+    tensor norms. Only pipeline stages, and ranks whose shards have their own scales, need to communicate.
 
     Args:
-        counts: bool [n], which tensors this stage counts; one that several stages hold is counted by one of them.
-        skip_above: a step whose global norm exceeds this is to be skipped.
-        may_skip: whether a step may turn out to be skipped, which the host does not know.
-        every_norm: find the norm for the report on every step, also where that costs a collective.
+        counts: bool [n], which tensors this stage counts; one of the stages that hold a tensor counts it.
+        skip_above: skip steps whose global norm, of all groups together, exceeds this; None: do not skip for that.
+        may_skip: whether a step may be skipped, which the host does not know.
+        every_norm: compute the norm for the report on every step, also where that costs a collective.
     """
 
     def __init__(
@@ -84,10 +85,10 @@ class GlobalNorms:
         self._sharded_scales = channel.reduces_shards and any(group.per_shard for group in memory.groups)
 
     def before(self, measured: Measured, overflow: Tensor | None) -> Totals:
-        """Find the global norms that the policies need, what is non-finite, and whether the step is to be skipped.
+        """Compute the global norms that the policies need, the non-finite flag, and whether the step is to be skipped.
 
-        Pipeline stages ask each other with one number a group, one for the flag, and one a group whose policy needs the
-        norm of all its parameters.
+        Collective over the pipeline stages where a group needs its global norm. They exchange one number a group, one
+        for the flag, and one more for each group whose policy needs the norm of all its parameters.
 
         Args:
             overflow: bool 0-dim, whether a GradScaler will skip the step on this rank; None without one.
@@ -97,8 +98,8 @@ class GlobalNorms:
         if self._may_skip and measured.whole is not None:
             flag = is_nonfinite(measured.whole).any()
         if overflow is not None:
-            flag = torch.logical_or(flag, overflow)  # also of gradients that the clipper does not look at
-        needs = [self._memory.needs(group) for group in groups]
+            flag = torch.logical_or(flag, overflow)  # the scaler also looks at excluded gradients
+        needs = self._memory.needs()
         nothing: list[Tensor | None] = [None] * len(groups)
         if not any("global_norm" in need for need in needs):
             return Totals(nothing, nothing, flag, None)
@@ -119,12 +120,15 @@ class GlobalNorms:
         flag = flags > 0
         skip = flag if self._nonfinite.skips else torch.zeros_like(flag)
         if self._skip_above is not None:
-            # A NaN compares false: what a non-finite norm does is for `nonfinite` to say.
+            # A NaN compares false, because `nonfinite` alone decides what a non-finite norm does.
             skip = torch.logical_or(skip, torch.stack(squared).sum() > self._skip_above**2)
         return Totals(norms, weight_norms, flag, skip)
 
     def clip_result(self, measured: Measured, totals: Totals, scales: Scales) -> Scales:
-        """Clip what the rules have scaled at ``post_max_norm``, in the groups whose policy has one."""
+        """Return the scales after a global clip at ``post_max_norm`` in the groups whose policy has one.
+
+        Collective where such a group does not have one scale.
+        """
         groups = self._memory.groups
         squares: dict[int, Tensor] = {}
         ask = []
@@ -149,15 +153,18 @@ class GlobalNorms:
         return Scales(each, one)
 
     def for_report(self, measured: Measured, totals: Totals, scales: Scales) -> ReportedNorms:
-        """The norms of all groups before and after clipping, where known without a collective of their own or asked for."""
+        """Return the norm of all groups together before and after clipping.
+
+        They are None where they would cost a collective, unless ``every_norm`` is set, which pays for it here.
+        """
         if not self._every_norm and (self._channel.has_stages or self._sharded_scales):
-            # Other ranks' scales are not known here, but where a group has one scale it is the same everywhere.
+            # This rank does not know other ranks' scales, but the scale of a group that has one is the same everywhere.
             pairs = [(norm, one) for norm, one in zip(totals.norms, scales.one, strict=True) if norm is not None]
             if len(pairs) < len(totals.norms):
                 return ReportedNorms(lambda: (None, None), known=False)
             return ReportedNorms(lambda: _together(pairs))
         assert measured.whole is not None
-        # A collective, where it takes one, now and not when somebody asks.
+        # A collective must run now, on all ranks, and not when one rank reads the report.
         clipped = self._squares_after(measured, scales, sharded=True) if self._sharded_scales else None
         whole = measured.whole
 
@@ -168,19 +175,20 @@ class GlobalNorms:
 
         if not self._channel.has_stages:
             return ReportedNorms(lambda: _roots(sums()))
-        # The optimizer need not wait for the other stages: whoever reads the norm does.
+        # Only reading the norm waits for the other stages, so that the optimizer step need not.
         pending = self._channel.start_sum_over_stages(sums())
         return ReportedNorms(lambda: _roots(pending.result()))
 
     def _squares(self, norms: Tensor) -> list[Tensor]:
-        """Squared global norm of each group's tensors on this stage, float64 0-dim, from the tensors' norms."""
+        """Return the squared global norm of each group's tensors on this stage, float64 0-dim, from tensors' norms."""
         squares = self._counted(norms.square())
         return [group.select(squares).sum() for group in self._memory.groups]
 
     def _squares_after(self, measured: Measured, scales: Scales, *, sharded: bool) -> Tensor:
-        """The tensors' squared norms after scaling, float64 [n], 0 for those that another stage counts.
+        """Return the tensors' squared norms after scaling, float64 [n], 0 for those that another stage counts.
 
-        `sharded`: shards of one tensor have scales of their own, so that it takes one more reduction.
+        Args:
+            sharded: shards of one tensor have their own scales, so that this takes one more reduction.
         """
         if sharded and self._channel.reduces_shards:
             local = self._nonfinite.clean(measured.local, measured.bad)
@@ -193,7 +201,7 @@ class GlobalNorms:
 
 
 def _together(pairs: Sequence[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor | None]:
-    """Norm of all groups from each one's norm and scale: before clipping, and after it if all scales are known."""
+    """Return the norm of all groups together, fp32 0-dim, before clipping and, if all scales are known, after it."""
     before = torch.stack([norm for norm, _ in pairs])
     scales = [scale for _, scale in pairs if scale is not None]
     after = (before * torch.stack(scales)).square().sum().sqrt().float() if len(scales) == len(pairs) else None

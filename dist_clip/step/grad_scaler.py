@@ -1,4 +1,4 @@
-"""What a GradScaler (fp16 training) has done to the gradients so far: they must be unscaled before they are measured."""
+"""The state of a GradScaler (fp16 training), which must have unscaled the gradients before they are measured."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from torch.amp.grad_scaler import GradScaler, OptState
 
 
 def checked_scaler(scaler: Any, nonfinite: str) -> GradScaler | None:
-    """Return `scaler` if it is a GradScaler that goes with `nonfinite`; None for None, and for a scaler that is disabled.
+    """Return `scaler` if it is an enabled GradScaler; None for None and for a disabled one.
 
     Raises:
-        TypeError, ValueError: it is not, or does not.
+        TypeError: it is no GradScaler.
+        ValueError: it is enabled, and `nonfinite` is "zero" or "raise".
     """
     if scaler is None:
         return None
@@ -35,12 +36,12 @@ _ORDER = (
 
 
 def check_unscaled(scaler: GradScaler, optimizer: torch.optim.Optimizer) -> None:
-    """Raise unless `optimizer`'s gradients have been unscaled.
+    """Check that the gradients of `optimizer` have been unscaled.
 
     Raises:
         RuntimeError: they are still multiplied by the scale.
     """
-    # The scaler has no public way to ask. Keyed by optimizer: "stage", and a flag for each device.
+    # The scaler has no public attribute for this. `_per_optimizer_states` holds a "stage" and a flag for each device.
     state = scaler._per_optimizer_states.get(id(optimizer), {"stage": OptState.READY})
     if state["stage"] is OptState.READY:
         raise RuntimeError(
@@ -51,7 +52,7 @@ def check_unscaled(scaler: GradScaler, optimizer: torch.optim.Optimizer) -> None
 
 
 def found_inf(scaler: GradScaler, device: torch.device) -> Tensor:
-    """Bool 0-dim on `device`: whether unscaling found a NaN or Inf on this rank, so that the scaler will skip the step.
+    """Return, as bool 0-dim on `device`, whether unscaling found a NaN or Inf on this rank, so that the scaler skips.
 
     Raises:
         RuntimeError: no optimizer's gradients have been unscaled since its last step.
@@ -65,16 +66,16 @@ def found_inf(scaler: GradScaler, device: torch.device) -> Tensor:
 
 
 def share_skip(scaler: GradScaler, skip: Tensor) -> None:
-    """Have the scaler skip the step, and lower its scale, where `skip`, bool 0-dim, is set.
+    """Make the scaler skip the step, and lower its scale, where `skip`, bool 0-dim, is set.
 
-    A scaler looks at its own rank's gradients (with DTensors, at their mesh's). Under tensor or pipeline parallelism some
-    ranks would step and others not, and from then on their scales would differ.
+    A scaler looks at the gradients of its own rank only (with DTensors, of their mesh). Under tensor or pipeline
+    parallelism some ranks would step and others not, and from then on their scales would differ.
     """
     for flag in _flags(scaler):
         torch._foreach_copy_([flag], [torch.maximum(flag, skip.to(flag.device, non_blocking=True).to(flag.dtype))])
 
 
 def _flags(scaler: GradScaler) -> list[Tensor]:
-    """The scaler's flags, fp32, of the optimizers that have been unscaled and have not stepped: one each and device."""
+    """Return the scaler's fp32 flags, one a device, of each optimizer that was unscaled and has not stepped."""
     states = [s for s in scaler._per_optimizer_states.values() if s["stage"] is OptState.UNSCALED]
     return [flag for state in states for flag in state["found_inf_per_device"].values()]

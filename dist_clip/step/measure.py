@@ -1,4 +1,4 @@
-"""Measures a step: the norms of this rank's shards and, where anything needs them, of the whole tensors."""
+"""The measurement of a step: the norms of this rank's shards and, where anything needs them, of the whole tensors."""
 
 from __future__ import annotations
 
@@ -17,16 +17,17 @@ from dist_clip.step.nonfinite import NonFiniteMode
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """What one step measured, [n] of the layout's tensors each.
+    """The measurements of one step, each [n] for the layout's n tensors.
 
     Attributes:
         local: float64, squared norms of this rank's shards.
-        whole: float64, norms of the whole tensors; None if they were not reduced.
-        norms: float64, norms of the elements that the policies see: shards with scope "shard", else whole tensors.
-        clean: `norms` as the policies see them.
+        whole: float64, norms of the whole tensors (with ``nonfinite="zero"``: 0 where non-finite); None if they were
+            not reduced.
+        norms: float64, norms of the policies' elements: of shards with scope "shard", else of whole tensors.
+        clean: `norms` as the policies see them: with ``nonfinite="zero"`` 0 where `bad` is set.
         bad: bool, which of `norms` are NaN or Inf.
-        weight_norms: float64, the elements' norms of the parameters; `weight_whole` of the whole tensors. None where no
-            policy asks.
+        weight_norms: float64, norms of the elements' parameters; None where no policy asks.
+        weight_whole: float64, norms of the whole parameters; None where no policy asks, or if they were not reduced.
     """
 
     local: Tensor
@@ -38,12 +39,12 @@ class Measured:
     weight_whole: Tensor | None = None
 
     def elements_of(self, group: PolicyGroup) -> Tensor:
-        """float64 [elements]: the clean norms of a group's tensors or shards."""
+        """Return the clean norms of a group's tensors or shards, float64 [elements]."""
         return group.select(self.clean)
 
 
 class Meter:
-    """Measures gradients, and parameters where a policy asks for them.
+    """Measures gradients and, where a policy asks for it, parameters.
 
     Args:
         every_norm: reduce the tensors' norms on every step, also where no policy needs them.
@@ -62,40 +63,43 @@ class Meter:
         )
 
     def measure(self, grads: Sequence[Tensor | None]) -> Measured:
-        """Measure this rank's shards of the gradients, in the layout's order. Collective where `reduces` says so."""
+        """Measure this rank's shards of the gradients, in the layout's order. Collective where `reduces` is true.
+
+        Raises:
+            DesyncError: with ``detect_desync``, on the CPU: ranks are out of step.
+        """
         local = self._kernels.power_sums(grads, 2.0, self._memory.device)
         weights = None
-        if self._memory.needs_weights:
+        if any("weight_norms" in needs for needs in self._memory.needs()):
             shards = [tensor.weight() for tensor in self._memory.layout]
             weights = self._kernels.power_sums(shards, 2.0, self._memory.device)
         whole = weight_whole = None
-        norms = local.sqrt()
-        weight_norms = None if weights is None else weights.sqrt()
         if self.reduces():
             sums = local
             if self._nonfinite.zeroes and self._any_per_shard:
-                # Per shard: a faulty shard is left out, the tensor's other shards are not.
+                # With scope "shard" only the faulty shard is left out, not the tensor's other shards.
                 sums = torch.where(self._per_shard & is_nonfinite(local), 0.0, local)
             packed = sums if weights is None else torch.stack([sums, weights], dim=1)
             added = self._channel.sum_over_shards(packed, self._memory.shared_states()).sqrt()
-            if weights is None:
-                whole = added
-            else:
-                whole, weight_whole = added.unbind(1)
-                weight_norms = self._of_elements(weight_norms, weight_whole)
-            norms = self._of_elements(norms, whole)
+            whole, weight_whole = (added, None) if weights is None else added.unbind(1)
+        norms = self._of_elements(local, whole)
+        weight_norms = None if weights is None else self._of_elements(weights, weight_whole)
         bad = is_nonfinite(norms)
         if whole is not None and self._nonfinite.zeroes:
             whole = torch.where(is_finite(whole), whole, 0.0)
         return Measured(local, whole, norms, self._nonfinite.clean(norms, bad), bad, weight_norms, weight_whole)
 
-    def _of_elements(self, local: Tensor | None, whole: Tensor) -> Tensor:
-        return torch.where(self._per_shard, local, whole) if self._any_per_shard and local is not None else whole
+    def _of_elements(self, local: Tensor, whole: Tensor | None) -> Tensor:
+        """Return the norms of the policies' elements from the shards' squared norms and the norms of whole tensors."""
+        if whole is None:
+            return local.sqrt()
+        return torch.where(self._per_shard, local.sqrt(), whole) if self._any_per_shard else whole
 
     def reduces(self) -> bool:
-        """Whether the next step needs norms of whole tensors. Known to the host, the same on every rank."""
+        """Return whether the next step computes norms of whole tensors: the same on every rank, without a host sync."""
         return (
             not self._channel.reduces_shards
             or self._every_norm
-            or any(not group.per_shard or "global_norm" in self._memory.needs(group) for group in self._memory.groups)
+            or any(not group.per_shard for group in self._memory.groups)
+            or any("global_norm" in needs for needs in self._memory.needs())
         )

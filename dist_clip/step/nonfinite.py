@@ -1,4 +1,4 @@
-"""What a NaN or Inf in a gradient leads to: all that the four modes differ in."""
+"""The four modes for a NaN or Inf in a gradient, with all that differs between them."""
 
 from __future__ import annotations
 
@@ -45,24 +45,26 @@ class NonFiniteMode:
         return self.name == "raise"
 
     def clean(self, values: Tensor, bad: Tensor) -> Tensor:
-        """`values` as the policies see them: with "zero", 0 where `bad` is set."""
+        """Return `values` as the policies see them: with "zero", 0 where `bad` is set."""
         return torch.where(bad, 0.0, values) if self.zeroes else values
 
     def zero_(self, kernels: Kernels, shards: Sequence[Tensor | None], bad: Tensor, skip: Tensor | None) -> None:
-        """With "zero", set the gradients to 0 where `bad` is set: a product would not do, because 0 * inf is NaN."""
+        """With "zero", set the gradients to 0 where `bad` is set. A product would not do, because 0 * inf is NaN."""
         if self.zeroes:
-            # Not where the step is to be skipped, for skip_above: then nothing is touched.
+            # A step that skip_above skips changes nothing.
             kernels.zero_where_(shards, bad if skip is None else torch.logical_and(bad, torch.logical_not(skip)))
 
 
 def raise_nonfinite(layout: Layout, squares: Tensor, process_group: dist.ProcessGroup | None) -> None:
-    """Name the tensors with a NaN or Inf gradient and the ranks whose shard has it. Collective over `process_group`.
+    """Raise an error that names the tensors with a NaN or Inf gradient and the ranks whose shards have it.
+
+    Collective over `process_group`.
 
     Args:
         squares: [n], the squared norms of this rank's shards.
 
     Raises:
-        NonFiniteGradError: in any case.
+        NonFiniteGradError: always.
     """
     bad = torch.logical_not(torch.isfinite(squares)).tolist()
     mine = [tensor.name for tensor, faulty in zip(layout, bad, strict=True) if faulty]

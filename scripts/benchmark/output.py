@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +38,12 @@ def markdown(results: dict[str, Any]) -> str:
     on = "" if meta.get("cuda") is None else f"{meta['device']}, CUDA {meta['cuda']}, Triton {meta['triton']}; "
     threads = f"{meta['threads']} thread{'s' if meta['threads'] != 1 else ''} a process"
     lines = [
-        f"{on}{meta['date']}, torch {meta['torch']}, dist_clip {meta['dist_clip']}, zclip {meta['zclip']}, "
-        f"pytorch_optimizer {meta['pytorch_optimizer']}, Python {meta['python']}; {meta['processor']}, "
-        f"{meta['cores']} cores, {threads}. Load average between "
-        f"{cell(meta['load_low'])} and {cell(meta['load_high'])}{' (busy)' if meta['busy'] else ''}.",
+        *_wrapped(
+            f"{on}{meta['date']}, torch {meta['torch']}, dist_clip {meta['dist_clip']}, zclip {meta['zclip']}, "
+            f"pytorch_optimizer {meta['pytorch_optimizer']}, Python {meta['python']}; {meta['processor']}, "
+            f"{meta['cores']} cores, {threads}. Load average between "
+            f"{cell(meta['load_low'])} and {cell(meta['load_high'])}{' (busy)' if meta['busy'] else ''}."
+        ),
         "",
     ]
     for section in results["sections"].values():
@@ -51,11 +54,16 @@ def markdown(results: dict[str, Any]) -> str:
 def table(section: dict[str, Any]) -> list[str]:
     columns = section["columns"]
     facts = "; ".join(f"{key.replace('_', ' ')}: {cell(value)}" for key, value in section["facts"].items())
-    lines = [f"### {section['title']}", "", f"{section['about']} ({facts}.)", ""]
+    lines = [f"### {section['title']}", "", *_wrapped(f"{section['about']} ({facts}.)"), ""]
     lines.append("| " + " | ".join(columns.values()) + " |")
     lines.append("|" + "|".join("---" if key in ("name", "mesh") else "--:" for key in columns) + "|")
     lines += ["| " + " | ".join(cell(row[key]) for key in columns) + " |" for row in section["rows"]]
     return [*lines, ""]
+
+
+def _wrapped(text: str) -> list[str]:
+    """Lines of prose as the pages have them."""
+    return textwrap.wrap(text, 120, break_long_words=False, break_on_hyphens=False)
 
 
 def paste(text: str, page: Path, device: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import platform
+import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -131,10 +132,11 @@ def _run(results: Results) -> str:
     entries = results.entries
     ranks = sum(len(e.cell.positions) for e in entries)
     alike = sum(e.cell.alike for e in entries)
-    return (
+    text = (
         f"{ranks} ranks of {len(entries)} layouts were run; in {alike} of these all of a layout's ranks sent the same "
         f"collectives over the same mesh dimensions. torch {torch.__version__}, Python {platform.python_version()}."
     )
+    return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
 
 
 def _table(title: str, header: Sequence[str], lines: Iterable[Sequence[object]]) -> str:

@@ -21,6 +21,11 @@ from scripts.stability.store import Row
 HIDDEN = FLOORS
 TRACKED = ("level", "gamma", "mean")
 """What rules call the norm that they take for usual."""
+README_SETTING = Setting("large", "stdlib", "adamw-95", "plain")
+"""Of the four AdamW settings whose courses are recorded, the one in which LogClip gains least against bad batches."""
+README_RULES = {BASELINE: ("GlobalNorm(1.0)", "#c8552b"), "logclip": ("LogClip()", "#1f5fa8")}
+"""Policy in the grid -> how a user writes it, and its colour."""
+README_STEPS = 80
 SMALLEST = 1e-3
 """nats: excursions below are drawn here, as a logarithmic axis has no 0."""
 
@@ -32,6 +37,7 @@ def draw(results: Results, folder: Path) -> list[Path]:
         "study-course.png": courses,
         "study-clipping.png": clipping,
         "study-tracking.png": tracking,
+        "readme-fault.png": fault_courses,
     }
     drawn = []
     for name, make in figures.items():
@@ -171,6 +177,37 @@ def courses(results: Results) -> Any:
     figure.suptitle(
         "Training loss over that of the same run without the fault (seed 0; grey: while it lasts)", fontsize="medium"
     )
+    return figure
+
+
+def fault_courses(results: Results) -> Any:
+    """For the README: the course of the loss through each fault under GlobalGC and under LogClip, one setting, one seed."""
+    rows = [row for row in results.rows if is_of(row, README_SETTING) and "excess" in row["series"]]
+    rows = [row for row in rows if row["policy"] in README_RULES]
+    if not rows:
+        return None
+    faults = list(results.faults())
+    figure, panels = plt.subplots(1, len(faults), figsize=(7.6, 3.4), layout="constrained", sharey=True, squeeze=False)
+    for axes, fault in zip(panels.flat, faults, strict=True):
+        lasts = results.grid.raw["fault"][fault]["options"]["fault-steps"]
+        axes.axvspan(0, lasts, color="0.91", zorder=0, linewidth=0)
+        axes.text(lasts / 2, 0.96, "fault", transform=axes.get_xaxis_transform(), ha="center", va="top", color="0.4")
+        axes.axhline(0, color="0.6", linewidth=0.8, zorder=0)
+        for row in (row for row in rows if row["fault"] == fault):
+            label, tone = README_RULES[row["policy"]]
+            steps = range(row["compared_from"], README_STEPS)
+            axes.plot(steps, row["series"]["excess"][: len(steps)], color=tone, linewidth=1.9)
+            largest = list(results.excursions(README_SETTING, row["policy"], fault).values())
+            mean = sum(largest) / len(largest)
+            y = 0.66 if row["policy"] == BASELINE else 0.48
+            text = f"{label}: largest {row['excursion']:.2f}\n(mean of {len(largest)} seeds: {mean:.2f})"
+            axes.text(1.0, y, text, transform=axes.transAxes, ha="right", color=tone)
+        axes.set_title(results.grid.title("fault", fault).capitalize(), fontsize="medium")
+        axes.set_xlabel("steps since the fault began")
+        axes.set_xlim(-3, README_STEPS)
+        plain(axes)
+    panels[0][0].set_ylabel("training loss above that of the run\nwithout the fault, nats a byte")
+    figure.suptitle(f"{README_SETTING.title(results.grid)}, seed {rows[0]['seed']}", fontsize="medium", color="0.3")
     return figure
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+import textwrap
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
@@ -44,11 +45,12 @@ def state(results: Results) -> str:
     seconds = sum(row["seconds"] for row in rows)
     missing = "" if len(rows) == results.planned else f"**Not complete: {len(rows)} of {results.planned} runs.** "
     twins = [row for row in results.rows if row["fault"] == "none"]
-    return (
-        f"{missing}{len(rows)} runs, {seconds / 3600:.1f} hours of training added up; "
-        f"the loss of {failed} became no number. Spikes without a fault: {sum(row['spikes'] for row in twins)} in "
-        f"{len(twins)} runs. {'; '.join(versions)}."
+    text = (
+        f"{missing}{len(rows)} runs, {seconds / 3600:.1f} hours of training added up; in {failed} of them the loss became "
+        f"NaN or Inf. Spikes without a fault: {sum(row['spikes'] for row in twins)} in {len(twins)} runs. "
+        f"{'; '.join(versions)}."
     )
+    return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
 
 
 def summary(results: Results) -> str:

@@ -140,7 +140,7 @@ def other_nonfinite() -> tuple[Any, dict[str, Any]]:
 
 def other_groups() -> tuple[Any, dict[str, Any]]:
     rule = {"first": dist_clip.GlobalNorm(2.0 if bad_rank() else 1.0)}
-    return [("first", param(3)), ("second", param(3))], {"groups": rule}
+    return [("first", param(3)), ("second", param(3))], {"overrides": rule}
 
 
 def other_exclude() -> tuple[Any, dict[str, Any]]:
@@ -152,7 +152,7 @@ def exclude_matches_nothing() -> tuple[Any, dict[str, Any]]:
 
 
 def group_matches_nothing() -> tuple[Any, dict[str, Any]]:
-    return [("first", param(3)), ("second", param(3))], {"groups": {"third.*": dist_clip.ZClip()}}
+    return [("first", param(3)), ("second", param(3))], {"overrides": {"third.*": dist_clip.ZClip()}}
 
 
 def nothing_on_one() -> tuple[Any, dict[str, Any]]:
@@ -468,7 +468,7 @@ def group_on_one_stage() -> tuple[Any, dict[str, Any]]:
     pp = mesh((dist.get_world_size(),), ("pp",)).get_group()
     return [(f"layers.{dist.get_rank()}", param(3)), (f"norms.{dist.get_rank()}", param(2))], {
         "pp_group": pp,
-        "groups": {"layers.1": dist_clip.AdaGC()},
+        "overrides": {"layers.1": dist_clip.AdaGC()},
     }
 
 

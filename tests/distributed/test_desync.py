@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 import dist_clip
-from dist_clip.memory.state_dict import snapshot
+from dist_clip.memory.snapshot import snapshot
 from tests.harness import pool
 
 from . import training

@@ -18,7 +18,7 @@ from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.distributed.tensor import DTensor
 
 import dist_clip
-from dist_clip.memory.state_dict import snapshot
+from dist_clip.memory.snapshot import snapshot
 from tests import reference
 from tests.harness import pool
 

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 import dist_clip
-from dist_clip.memory.state_dict import snapshot
+from dist_clip.memory.snapshot import snapshot
 from tests import reference
 from tests.harness import pool
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.tensor import Shard, distribute_tensor
 
 import dist_clip
-from dist_clip import reduction
+from dist_clip.reduction import plan
 from tests.harness import pool
 
 from . import training
@@ -35,13 +35,13 @@ def test_large_groups_inside_pipeline_stages() -> None:
 
 
 def train_with_limit(layout: str, limit: int) -> dict[str, Any]:
-    before, reduction.GATHER_LIMIT = reduction.GATHER_LIMIT, limit
+    before, plan.GATHER_LIMIT = plan.GATHER_LIMIT, limit
     try:
         setup = training.build(layout, torch.float32)
         clipper = training.make_clipper(setup, training.POLICIES["adagc"].ours())
         out = training.train(layout, ("zclip", "adagc"), "adamw", torch.float32)
     finally:
-        reduction.GATHER_LIMIT = before
+        plan.GATHER_LIMIT = before
     return {**out, "collectives": tuple(collective.kind for collective in clipper._made.plan.collectives)}
 
 

@@ -17,12 +17,13 @@ import torch
 import torch.distributed as dist
 
 import dist_clip
-from dist_clip.memory.state_dict import snapshot
+from dist_clip.memory.snapshot import snapshot
 from tests.harness import WorkerError, pool
 
 from .setups import Config, Setup, build
 from .training import POLICIES
 
+STATES_V1 = Path(__file__).parents[1] / "data" / "states_v1.pt"
 SAVED_AT, END = 8, 14  # after the warm-up of 5, before the spikes at 9 and 14
 METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 
@@ -177,7 +178,7 @@ def load_other_model(path: str) -> None:
     common = dist_checkpointing.load_common_state_dict(path)
     from dist_clip.megatron import checkpoint
 
-    checkpoint.load(clipper, common["optimizer"][checkpoint.KEY])
+    checkpoint.load(clipper.memory, common["optimizer"][checkpoint.KEY])
 
 
 def torch_format(config: Config) -> list[bool]:
@@ -207,9 +208,35 @@ def test_packing_is_exact() -> None:
     assert len(packed) == 3, "one tensor a slot, not one a tensor"
     # Megatron compares what the ranks save, and NaN differs from itself.
     assert not any(rows.isnan().any() for part in packed for rows in part["slots"].values())
-    again = unpack(packed)
+    again = unpack(packed, coded=False)
     assert list(again) == list(tensors)
     for name, entry in tensors.items():
         assert entry.keys() == again[name].keys()
         for slot, value in entry.items():
             torch.testing.assert_close(again[name][slot], value, rtol=0, atol=0, equal_nan=True)
+
+
+def test_what_0_1_0_packed_is_unpacked() -> None:
+    """Format version 1 had -1 for NaN. The file was written by that version."""
+    from dist_clip.megatron.checkpoint import unpack
+
+    packed = torch.load(STATES_V1)["packed for Megatron"]
+    again = unpack(packed, coded=True)
+    assert {name: float(entry["gamma"]) for name, entry in again.items()} == {
+        "t0": 0.0,
+        "t1": 1.0,
+        "t2": 2.0,
+        "in its warm-up": 1.0,
+    }
+    torch.testing.assert_close(
+        again["in its warm-up"]["history"], torch.tensor([1.0, math.nan, 0.5]), rtol=0, atol=0, equal_nan=True
+    )
+
+
+def test_a_negative_state_is_packed_as_it_is() -> None:
+    from dist_clip.megatron.checkpoint import pack, unpack
+
+    tensors = {"a": {"log_level": torch.tensor(-3.5)}, "b": {"log_level": torch.tensor(math.nan)}}
+    again = unpack(pack(tensors), coded=False)
+    assert float(again["a"]["log_level"]) == -3.5
+    assert math.isnan(again["b"]["log_level"])

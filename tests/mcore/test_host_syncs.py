@@ -15,9 +15,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import dist_clip
+from dist_clip.layouts import Layout
 from dist_clip.megatron import compat
 from dist_clip.megatron.reader import MegatronReader
-from dist_clip.layouts import Layout
 from tests.harness import WorkerError, pool
 from tests.unit.test_host_syncs import Copies
 

@@ -335,7 +335,7 @@ def test_contract_precision_aware_optimizers_keep_their_gradient_elsewhere() -> 
         (True, 0, 2),
     ]
     assert [
-        piece.read() is shard.decoupled_grad for piece, shard in zip(found, (low_shard, full_shard), strict=True)
+        piece.grad() is shard.decoupled_grad for piece, shard in zip(found, (low_shard, full_shard), strict=True)
     ] == [
         True,
         True,

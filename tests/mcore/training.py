@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import dist_clip
-from dist_clip.memory.state_dict import snapshot
+from dist_clip.memory.snapshot import snapshot
 from tests import reference
 from tests.harness import pool
 

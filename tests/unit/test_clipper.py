@@ -18,6 +18,9 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.nn.parallel import DistributedDataParallel
 
 import dist_clip
+from tests.unit.test_construction import set_grads
+from tests.unit.test_host_syncs import fake_cuda
+from tests.unit.test_state import Operators
 
 
 class Block(nn.Module):
@@ -795,7 +798,7 @@ def test_the_state_is_keyed_by_name_and_free_of_the_clipper() -> None:
         synthetic_grads(model, step)
         clipper.clip_()
     state = clipper.state_dict()
-    assert state["format_version"] == 1
+    assert state["format_version"] == 2
     assert state["step"] == 4
     assert set(state["tensors"]) == set(fqns(model))
     for name, entry in state["tensors"].items():
@@ -920,3 +923,65 @@ def test_explain_needs_no_gradients_and_changes_nothing() -> None:
     before = clipper.state_dict()
     assert clipper.explain() == clipper.explain()
     assert_same_state(clipper.state_dict(), before)
+
+
+# ---- what is worked out only once --------------------------------------------------------------------------------------
+
+
+def test_the_reports_global_norms_are_computed_once() -> None:
+    model = nn.Linear(3, 2)
+    set_grads(model, 1.0)
+    report = dist_clip.GradClipper(model, dist_clip.LogClip()).clip_()
+    assert report.global_norm is not None
+    with Operators() as operators:
+        assert report.global_norm is report.global_norm
+        assert report.clipped_global_norm is report.clipped_global_norm
+    assert operators.seen == []
+
+
+@pytest.mark.parametrize("kwargs", [{"nonfinite": "skip"}, {"skip_above": 1e6}], ids=str)
+def test_a_warm_up_ends_where_steps_may_be_skipped(kwargs: Any) -> None:
+    """AdaGC's median sorts its record on each step of the warm-up, and on none after it. A skipped step does not count."""
+    model = nn.Linear(3, 2)
+    clipper = dist_clip.GradClipper(model, dist_clip.AdaGC(warmup_steps=3, gamma_init="median"), **kwargs)
+    sorts = []
+    for value in (1.0, 2.0, math.inf if "nonfinite" in kwargs else 1e8, 3.0, 1.0, 1.0):
+        set_grads(model, value)
+        with Operators() as operators:
+            clipper.clip_()
+        sorts.append(sum("sort" in name for name in operators.seen))
+    assert sorts == [1, 1, 1, 1, 0, 0]
+    assert "history" not in clipper.memory.groups[0].state
+    assert clipper.steps == 5
+
+
+def test_on_a_device_the_host_learns_of_the_end_of_a_warm_up_without_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On fake CUDA, where the copy to the host is a stand-in: asked for every 32 steps, used once it has arrived."""
+    arrived: list[bool] = []
+
+    class Copy:
+        def __init__(self, t: torch.Tensor) -> None:
+            assert t.device.type == "cuda"
+            arrived.append(False)
+
+        def arrived(self) -> bool:
+            return arrived[-1]
+
+        def read(self) -> int:
+            return 32
+
+    monkeypatch.setattr("dist_clip.memory.memory.HostCopy", Copy)
+    with fake_cuda(strict=False):
+        param = nn.Parameter(torch.empty(4, device="cuda"))
+        param.grad = torch.empty(4, device="cuda")
+        policy = dist_clip.AdaGC(warmup_steps=30, gamma_init="median")
+        clipper = dist_clip.GradClipper([("p", param)], policy, nonfinite="skip", kernels="torch")
+        known = []
+        for step in range(36):
+            if step == 34:
+                arrived[-1] = True
+            clipper.clip_()
+            known.append(clipper.memory.steps_done)
+    assert known[:33] == [0] * 33
+    assert known[34:] == [32, 32]
+    assert "history" not in clipper.memory.groups[0].state

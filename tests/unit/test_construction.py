@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 
 import dist_clip
 
@@ -119,3 +120,30 @@ def test_a_step_above_the_threshold_is_left_to_be_skipped(policy: Any) -> None:
             assert model.weight.grad.eq(value).all()
             assert str(clipper.state_dict()) == str(before)
             assert "to be skipped" in str(report)
+
+
+# ---- process groups and meshes -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("world_of_one")
+def test_groups_may_be_meshes_of_one_dimension() -> None:
+    mesh = init_device_mesh("cpu", (1, 1), mesh_dim_names=("pp", "dp"))
+    model = nn.Linear(3, 2)
+    set_grads(model, 1.0)
+    clipper = dist_clip.GradClipper(model, dist_clip.GlobalNorm(), pp_group=mesh["pp"], process_group=mesh["dp"])
+    assert float(clipper.clip_().global_norm) == pytest.approx(8**0.5)  # type: ignore[arg-type]
+    assert float(dist_clip.clip_grad_norm_(model.parameters(), 1.0, pp_group=mesh["pp"])) == pytest.approx(1.0)
+    for argument in ("pp_group", "process_group"):
+        with pytest.raises(
+            dist_clip.LayoutError, match=rf"{argument}= must be .* a mesh of 2 \(pp, dp\).*mesh\['pp'\]"
+        ):
+            dist_clip.GradClipper(model, dist_clip.GlobalNorm(), **{argument: mesh})  # type: ignore[arg-type]
+
+
+def test_repr_says_what_it_clips_and_how_without_reading_the_device() -> None:
+    clipper = dist_clip.GradClipper(nn.Linear(2, 2), dist_clip.GlobalNorm(), overrides={"b*": dist_clip.ZClip()})
+    shown = repr(clipper)
+    assert shown.startswith("GradClipper({'b*': ZClip(alpha=0.97")
+    assert shown.endswith(
+        "'*': GlobalNorm(max_norm=1.0)}, 2 tensors, 0 clips, 0 collectives for tensor norms, torch kernels)"
+    )

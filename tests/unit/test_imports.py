@@ -73,3 +73,8 @@ print([name for name in {optional!r} if name in set(sys.modules) - before])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_new_module_without_a_layer_is_named() -> None:
+    with pytest.raises(AssertionError, match=r"'guards' is a new part of the package: name its layer in LAYERS"):
+        layer_of("guards")

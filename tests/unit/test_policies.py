@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 import dist_clip
-from dist_clip.memory.state_dict import snapshot
+from dist_clip.memory.snapshot import snapshot
 from dist_clip.policies import Policy, State, StepInputs
 from tests import reference
 

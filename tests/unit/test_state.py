@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import dist_clip
-from dist_clip.memory.state_dict import snapshot
+from dist_clip.memory.snapshot import snapshot
 
 WARMUP = 4
 
@@ -257,3 +259,81 @@ def test_a_hyper_parameter_that_the_state_does_not_know_had_its_default() -> Non
     for other in (dist_clip.ZClip(scope="tensor"), dist_clip.ZClip(eps=1e-3)):
         with pytest.raises(ValueError, match="made by other policies"):
             trained(other, "w", steps=0).load_state_dict(state)
+
+
+# ---- states of 0.1.0 ---------------------------------------------------------------------------------------------------
+
+STATES_V1 = Path(__file__).parents[1] / "data" / "states_v1.pt"
+"""Written by 0.1.0, in format version 1: {"RULE after STEPS": {"state": ..., "scales": of the four steps after it}}."""
+
+POLICIES_V1: dict[str, dist_clip.Policy] = {
+    "global": dist_clip.GlobalNorm(1.0),
+    "adagc-min": dist_clip.AdaGC(warmup_steps=4),
+    "adagc-median": dist_clip.AdaGC(warmup_steps=4, gamma_init="median"),
+    "adagc-mean": dist_clip.AdaGC(warmup_steps=4, gamma_init="mean"),
+    "adagc-last": dist_clip.AdaGC(warmup_steps=4, gamma_init="last"),
+    "adagc-shard": dist_clip.AdaGC(warmup_steps=4, gamma_init="median", scope="shard"),
+    "adagc-global": dist_clip.AdaGC(warmup_steps=4, scope="global"),
+    "zclip": dist_clip.ZClip(warmup_steps=4),
+    "zclip-tensor": dist_clip.ZClip(warmup_steps=4, scope="tensor"),
+    "logclip": dist_clip.LogClip(warmup_steps=4, post_max_norm=1.0),
+}
+
+
+@pytest.mark.parametrize("steps", [2, 7])
+@pytest.mark.parametrize("rule", POLICIES_V1)
+def test_a_state_of_0_1_0_goes_on(rule: str, steps: int) -> None:
+    """In its warm-up and after it: the next scales are those of 0.1.0, to the last bit."""
+    written = torch.load(STATES_V1)[f"{rule} after {steps}"]
+    assert written["state"]["format_version"] == 1
+    model = nn.Linear(3, 2)
+    clipper = dist_clip.GradClipper(model, POLICIES_V1[rule])
+    clipper.load_state_dict(written["state"])
+    for step, expected in enumerate(written["scales"], start=steps):
+        for k, param in enumerate(model.parameters()):
+            value = (1.0 + 0.5 * math.sin(3 * step + k)) * (k + 1)
+            param.grad = torch.full_like(param, value) if (step + k) % 5 else None
+        assert clipper.clip_().scales.tolist() == expected
+
+
+# ---- what it costs -----------------------------------------------------------------------------------------------------
+
+
+class Operators(TorchDispatchMode):
+    """Counts the operators that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("policy", [dist_clip.LogClip(), dist_clip.AdaGC(warmup_steps=2, gamma_init="median")], ids=str)
+def test_a_state_dict_takes_operators_for_each_slot_and_not_for_each_tensor(
+    policy: dist_clip.Policy, steps: int
+) -> None:
+    params = [(f"p{i}", nn.Parameter(torch.zeros(1))) for i in range(2000)]
+    clipper = dist_clip.GradClipper(params, policy)
+    for _ in range(steps):
+        clipper.clip_()
+    with Operators() as operators:
+        state = clipper.state_dict()
+    assert len(state["tensors"]) == 2000
+    assert len(operators.seen) < 50, operators.seen
+
+
+def test_a_policy_without_tensors_has_a_state_in_its_warm_up() -> None:
+    """A pipeline stage may hold nothing that an override matches; here another override took all of it."""
+    model = nn.Linear(3, 2)
+    overrides: dict[str, dist_clip.Policy] = {
+        "weight": dist_clip.GlobalNorm(),
+        "bias": dist_clip.GlobalNorm(),
+    }
+    rest = dist_clip.AdaGC(warmup_steps=5, gamma_init="median")
+    clipper = dist_clip.GradClipper(model, rest, overrides=overrides)
+    run(clipper, model, 2)
+    dist_clip.GradClipper(nn.Linear(3, 2), rest, overrides=overrides).load_state_dict(clipper.state_dict())

@@ -137,7 +137,7 @@ class Case:
     exclude: tuple[str, ...] = ()
     nonfinite: str = "propagate"
     log_global_norm: bool = False
-    skip_above: float = math.inf
+    skip_above: float | None = None
     target: str = "module"  # what the clipper is given: "module", "modules", "named", "dict", "optimizer"
     steps: tuple[Step, ...] = field(default_factory=tuple)
 

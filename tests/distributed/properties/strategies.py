@@ -273,7 +273,7 @@ def cases(draw: Any, world: int, kind: str) -> Case:
         exclude=tuple(exclude),
         nonfinite=draw(among("propagate", "zero", "skip", "raise")),
         log_global_norm=draw(one_in(3)),
-        skip_above=draw(among(*[math.inf] * 7, 5.0)),
+        skip_above=draw(among(*[None] * 7, 5.0)),
         target=target,
         steps=tuple(draw(steps(len(logical), world)) for _ in range(draw(among(4, 4, 5, 5, 6, 7, 8)))),
     )
