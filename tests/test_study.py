@@ -19,6 +19,7 @@ import shlex
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -56,11 +57,20 @@ IMAGES = ROOT / "docs/images"
 FIGURES = ("excursions-batch", "excursions-grad", "price", "course", "clipping", "tracking")
 
 
-def elsewhere(function: Any, *args: Any) -> Any:
-    """Call it in a process of its own: runs join a process group there."""
+def one_process() -> ProcessPoolExecutor:
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, context, initializer=runner.quiet_worker) as executor:
-        return executor.submit(function, *args).result(timeout=300)
+    return ProcessPoolExecutor(1, context, initializer=runner.quiet_worker)
+
+
+@pytest.fixture(scope="module")
+def process() -> Iterator[ProcessPoolExecutor]:
+    """Another process for runs, which join a process group there."""
+    with one_process() as executor:
+        yield executor
+
+
+def elsewhere(process: ProcessPoolExecutor, function: Any, *args: Any) -> Any:
+    return process.submit(function, *args).result(timeout=300)
 
 
 # ---- measures --------------------------------------------------------------------------------------------------------
@@ -335,24 +345,26 @@ def whole(quick: Path) -> dict[str, Any]:
     return family
 
 
-def test_a_kill_in_the_middle_of_a_run_loses_no_finished_one(whole: dict[str, Any], tmp_path: Path) -> None:
+def test_a_kill_in_the_middle_of_a_run_loses_no_finished_one(
+    whole: dict[str, Any], process: ProcessPoolExecutor, tmp_path: Path
+) -> None:
     path, work = tmp_path / "rows.jsonl", tmp_path / "work"
-    with pytest.raises(BrokenProcessPool):
-        elsewhere(run_and_die, path, work, 2)
+    with pytest.raises(BrokenProcessPool), one_process() as victim:
+        elsewhere(victim, run_and_die, path, work, 2)
     first = path.read_bytes()
     assert [row["fault"] for row in Rows(path).read().values()] == [NONE]
     # The twin is not run again: its log and its snapshot are still there.
-    assert elsewhere(run_and_count, path, work) == (2, 2)
+    assert elsewhere(process, run_and_count, path, work) == (2, 2)
     assert path.read_bytes().startswith(first)
     assert comparable(Rows(path).read()) == comparable(whole)
-    assert elsewhere(run_and_count, path, work) == (0, 0)
+    assert elsewhere(process, run_and_count, path, work) == (0, 0)
 
 
-def test_a_lost_snapshot_is_made_again(whole: dict[str, Any], tmp_path: Path) -> None:
+def test_a_lost_snapshot_is_made_again(whole: dict[str, Any], process: ProcessPoolExecutor, tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     twin = next(row for row in whole.values() if row["fault"] == NONE)
     Rows(path).append(twin)
-    assert elsewhere(run_and_count, path, tmp_path / "work") == (2, 3)
+    assert elsewhere(process, run_and_count, path, tmp_path / "work") == (2, 3)
     assert comparable(Rows(path).read()) == comparable(whole)
 
 
@@ -373,16 +385,16 @@ def test_a_rows_command_gives_its_numbers(whole: dict[str, Any], tmp_path: Path)
     assert got.header["data"]["digest"] == row["data"]
 
 
-def test_what_is_put_back_is_the_twins(tmp_path: Path) -> None:
+def test_what_is_put_back_is_the_twins(process: ProcessPoolExecutor, tmp_path: Path) -> None:
     spec = Grid.load(QUICK).spec("small", "stdlib", "adamw-999", "plain", "global", "batch", 0)
-    row = elsewhere(carriers.measure, Grid.load(QUICK), tmp_path, spec)
+    row = elsewhere(process, carriers.measure, Grid.load(QUICK), tmp_path, spec)
     assert not list(tmp_path.iterdir())
 
     def loss_just_after(options: tuple[str, ...], out: Path) -> float:
         """Of the whole run, by the launcher's own validation in the midst of it."""
         last = spec.fault_step + 12 - 1
         validated = dataclasses.replace(spec, options=(*options, "--validate-every", str(last)))
-        elsewhere(runner.start, validated, out)
+        elsewhere(process, runner.start, validated, out)
         first, *_ = read_run(out).validation
         assert first["step"] == last
         return first["loss"]
@@ -416,18 +428,18 @@ def test_a_quick_study_from_the_command_line(quick: Path) -> None:
     assert "18k parameters" in page
 
 
-def test_a_finished_study_has_nothing_to_do(quick: Path) -> None:
+def test_a_finished_study_has_nothing_to_do(quick: Path, process: ProcessPoolExecutor) -> None:
     path = quick / "rows.jsonl"
     before = path.read_bytes()
-    said = elsewhere(printed, Study(quick=True, out=quick))
+    said = elsewhere(process, printed, Study(quick=True, out=quick))
     assert f"{len(Rows(path).read())} runs are done, 0 are to do" in said
     assert path.read_bytes() == before
 
 
-def test_a_row_is_run_again(quick: Path) -> None:
+def test_a_row_is_run_again(quick: Path, process: ProcessPoolExecutor) -> None:
     path = quick / "rows.jsonl"
     name = "small/stdlib/adamw-999/plain/adagc-min/grad/0"
-    again = elsewhere(printed, Again(name, QUICK, path))
+    again = elsewhere(process, printed, Again(name, QUICK, path))
     assert ": the same" in again
     assert Rows(path).read()[name]["command"] in again
 
