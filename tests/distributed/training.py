@@ -57,9 +57,9 @@ class Policy:
         return self.ours().scope
 
 
-def _made(mode: str, rtol: float = RTOL, **settings: Any) -> Policy:
-    """`mode`: a registered name, with a scope or without."""
-    return Policy(lambda: dist_clip.policy(mode, warmup_steps=WARMUP, **settings), rtol)
+def _made(name: str, rtol: float = RTOL, /, **settings: Any) -> Policy:
+    """`name`: as registered, with a scope or without."""
+    return Policy(lambda: dist_clip.policy(name, warmup_steps=WARMUP, **settings), rtol)
 
 
 def _logclip(mode: str = "logclip", post_max_norm: float | None = None) -> Policy:
