@@ -52,7 +52,7 @@ class Policy:
     def theirs(self) -> Any:
         return reference.rule_of(self.ours())
 
-    @property
+    @functools.cached_property
     def scope(self) -> str:
         return self.ours().scope
 
