@@ -255,17 +255,18 @@ def rule_of(run: Run) -> str:
     """The clipping rule: its name, its scope where that is not its own, and each option that is not at its default."""
     config = dict(run.header["policy"])
     name = config.pop("policy")
-    if name == GlobalNorm.__name__:
-        name = "no clipping" if math.isinf(config.pop("max_norm")) else "GlobalGC"
-    known = {cls.__name__: cls for cls in registered().values()}.get(run.header["policy"]["policy"])
+    if name == GlobalNorm.__name__ and math.isinf(config["max_norm"]):
+        return "no clipping"
+    known = {cls.__name__: cls for cls in registered().values()}.get(name)
     defaults = {field.name: field.default for field in dataclasses.fields(known)} if known else {}  # type: ignore[arg-type]
     changed = {key: value for key, value in config.items() if key not in defaults or value != defaults[key]}
     scope = changed.pop("scope", None)
-    name += f"-{scope.capitalize()}" if scope else ""
+    title = "GlobalGC" if name == GlobalNorm.__name__ else name
+    title += f"-{scope.capitalize()}" if scope else ""
     options = ", ".join(
         f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}" for key, value in changed.items()
     )
-    return f"{name} ({options})" if options else name
+    return f"{title} ({options})" if options else title
 
 
 def plot_run(folder: Path) -> Path:

@@ -1,7 +1,7 @@
 """Train a real megatron-core GPT on real text, clipped by any rule, on GPUs or on CPU.
 
     torchrun --nproc-per-node 4 -m launch.train_megatron --cpu \
-        --tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --grad-clip-mode adagc
+        --tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --grad-clip-mode logclip
 
 Flags are Megatron-LM's, where it has them. What dist_clip needs in a Megatron training script is three lines: the flags
 (`add_clip_args`), the clipper (`attach_from_args`, once the optimizer exists and before a checkpoint is loaded), and

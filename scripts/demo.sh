@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Watch clipping at work: a small GPT trained with GlobalGC, with LogClip and with the paper's AdaGC, each with and without
+# Watch clipping at work: a small GPT trained with GlobalGC, with LogClip and with AdaGC (median), each with and without
 # the same injected fault.
 # Does its own set-up on a fresh machine. The table and the plot are made from the runs' logs (runs/demo).
 #   SEED=1 OUT=runs/demo-1 scripts/demo.sh      another seed
@@ -26,8 +26,8 @@ train global --clip global
 train global-fault --clip global "${fault[@]}"
 train logclip --clip logclip
 train logclip-fault --clip logclip "${fault[@]}"
-train adagc-min --clip adagc --gamma-init min
-train adagc-min-fault --clip adagc --gamma-init min "${fault[@]}"
+train adagc --clip adagc --adagc-gamma-init median
+train adagc-fault --clip adagc --adagc-gamma-init median "${fault[@]}"
 
 "$PYTHON" -m launch.compare "$out"
 echo "trained and compared in $((SECONDS - started)) s; TensorBoard: .venv/bin/tensorboard --logdir $out"

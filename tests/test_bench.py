@@ -22,6 +22,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("zclip")
 pytest.importorskip("pytorch_optimizer")
 
+from dist_clip.policies import registered
 from scripts.bench import SECTIONS
 from scripts.benchmark import gpu
 from scripts.benchmark.local import FLOOR, TORCH
@@ -66,6 +67,11 @@ def test_a_quick_run_has_every_section(quick: Path) -> None:
     for key in ("torch", "dist_clip", "zclip", "pytorch_optimizer", "threads", "cores", "load_low", "load_high"):
         assert key in results["meta"], key
     assert {TORCH, FLOOR, "AdaGC, 5 % clipped"} <= set(rows(results, "gpt2"))
+    for cls in registered().values():
+        assert f"{cls.__name__}, 0 % clipped" in rows(results, "gpt2")
+        assert f"{cls.__name__}, 100 % clipped" in rows(results, "gpt2")
+        for section in ("costs", "dtensor", "tensor_parallel", "end_to_end"):
+            assert cls.__name__ in rows(results, section)
     assert (quick / "tables.md").read_text() == markdown(results)
     for plot in ("bench-local.png", "bench-dtensor.png", "bench-tensor-parallel.png"):
         assert (quick / plot).stat().st_size < 150_000

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -24,12 +25,13 @@ pytest.importorskip("tqdm")
 pytest.importorskip("matplotlib")
 pytest.importorskip("tensorboard")
 
+import dist_clip
 from dist_clip.policies import options_of, parse_mode, registered
 from launch.clipping import ClipConfig
 from launch.compare import load_runs, render, tabulate
 from launch.data import DataConfig, load_corpus
 from launch.faults import FaultConfig, corrupt_batch
-from launch.metrics import LogConfig, Run, read_run
+from launch.metrics import LogConfig, Run, read_run, rule_of
 from launch.model import ModelConfig, build_model, stage_of
 from launch.optim import OptimConfig, build_optimizer, lr_share
 from launch.parallel import ParallelConfig
@@ -350,6 +352,43 @@ def test_torchrun_command_line_writes_everything(tmp_path: Path) -> None:
     assert len(got.header["data"]["digest"]) == 16
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     assert list(tmp_path.glob("events.out.tfevents.*"))
+
+
+def test_a_rule_of_ones_own_trains_from_the_command_line(tmp_path: Path) -> None:
+    (tmp_path / "my_rules.py").write_text(
+        "import dataclasses, dist_clip\n"
+        "@dist_clip.register('halve')\n"
+        "@dataclasses.dataclass(frozen=True)\n"
+        "class Halve(dist_clip.Policy):\n"
+        "    strength: float = 0.5\n"
+        "    def step(self, state, inputs):\n"
+        "        return inputs.norms * 0 + self.strength, state\n"
+    )
+    options = (
+        "--policy-module my_rules --clip halve --halve-strength 0.25 --steps 2 --validation-batches 1 --no-tensorboard"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "launch.train", *options.split(), "--device", "cpu", "--out", str(tmp_path)],
+        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True, timeout=240, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    got = read_run(tmp_path)
+    assert got.header["policy"] == {"policy": "Halve", "strength": 0.25}
+    assert got.series("mean_scale") == [0.25, 0.25]
+    assert rule_of(got) == "Halve (strength 0.25)"  # also where nobody has imported the module
+    assert (tmp_path / "plot.png").exists()
+
+
+def test_what_a_rule_is_called() -> None:
+    def name(policy: dist_clip.Policy) -> str:
+        return rule_of(Run({"policy": policy.config()}, [], [], [], None))
+
+    assert name(dist_clip.GlobalNorm()) == "GlobalGC"
+    assert name(dist_clip.GlobalNorm(0.5)) == "GlobalGC (max_norm 0.5)"
+    assert name(dist_clip.GlobalNorm(math.inf)) == "no clipping"
+    assert name(dist_clip.AdaGC(gamma_init="median")) == "AdaGC (gamma_init median)"
+    assert name(dist_clip.LogClip(scope="shard", post_max_norm=1.0)) == "LogClip-Shard (post_max_norm 1)"
+    assert name(dist_clip.ZClip()) == "ZClip"
 
 
 def write_run(folder: Path, losses: list[float], *, clip: str, fault: bool, validation: float) -> None:
