@@ -277,7 +277,7 @@ def _refuse_closure(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
 def _found_inf(optimizer: Any, skip: Tensor) -> Iterator[None]:
     """Have a fused optimizer look at `skip` on the device. A GradScaler may have put a flag of its own there."""
     absent = object()
-    before = getattr(optimizer, "found_inf", absent)
+    before: Any = getattr(optimizer, "found_inf", absent)
     flag = skip.float()  # 0 or 1: the kernels compare it with exactly 1
     optimizer.found_inf = flag if before is absent or before is None else torch.maximum(before, flag)
     try:
