@@ -260,24 +260,28 @@ class GradClipper:
     # --------------------------------------------------------------------------------- optimizers, state, explanation
 
     def attach(self, *optimizers: torch.optim.Optimizer) -> Attachment:
-        """Clip in a pre-hook of ``optimizer.step``, so that the training loop stays as it is.
+        """Clip in ``optimizer.step``, so that the training loop stays as it is.
 
         With several optimizers (Muon and AdamW) gradients are clipped once a round, before the first of them steps. An
         optimizer whose gradients changed since the last clip starts a new round. Where steps may be skipped
         (``nonfinite="skip"``, ``skip_above``) a fused optimizer gets the flag as its ``found_inf``. For other
-        optimizers the host reads the flag and drops the gradients, so that their step does nothing.
+        optimizers the host reads the flag and does not call their step.
+
+        A clip belongs to a step that is taken, of real gradients: steps inside of a step are part of it, and the steps by
+        which torch.distributed.checkpoint makes an optimizer's state are none.
 
         Args:
-            optimizers: torch optimizers that step parameters of the clipper's target, each once.
+            optimizers: objects with ``step`` and ``param_groups`` that step parameters of the clipper's target, each once:
+                torch optimizers, and wrappers of them.
 
         Returns:
             A handle; ``handle.remove()`` detaches. (``dist_clip.<framework>.attach`` makes a clipper and returns it.)
 
         Raises:
             LayoutError: an optimizer holds a parameter that this clipper does not know.
-            TypeError: no optimizer, or an object that is none.
-            RuntimeError: already attached, or the same optimizer twice. At a step: a closure, or gradients that a
-                GradScaler has not unscaled yet.
+            TypeError: no optimizer, or an object that is none, or one whose step cannot be replaced.
+            RuntimeError: already attached, or the same optimizer twice. At a step: a closure, gradients that a GradScaler
+                has not unscaled yet, or a step that reaches the optimizer past the clipper.
 
         Example:
             >>> import dist_clip
@@ -294,6 +298,7 @@ class GradClipper:
             known=self._made.known,
             may_skip=self.may_skip,
             scaler=self._options.scaler,
+            process_group=self._options.process_group,
         )
         self.attachment = attachment
         return attachment
