@@ -96,7 +96,7 @@ class Attachment:
         self._inside: Any = None  # the optimizer whose step is running
         self._report: ClipReport | None = None
         self._clipped = ClippedGradients()
-        self._sizes: dict[int, list[int]] = {}
+        self._params: dict[int, list[int]] = {}
         for optimizer in optimizers:
             self._check_parameters(optimizer)
         # Nothing is left on the optimizers unless all of them can be attached to.
@@ -118,6 +118,11 @@ class Attachment:
         self._attached = False
         self._undo.close()
 
+    def follow(self, layout: Layout, known: frozenset[int]) -> None:
+        """Go on with another layout of the same clipper."""
+        self._layout, self._known = layout, known
+        self._clipped = ClippedGradients()
+
     def _check_parameters(self, optimizer: Any) -> None:
         for g, group in enumerate(optimizer.param_groups):
             for i, param in enumerate(group["params"]):
@@ -127,7 +132,7 @@ class Attachment:
                         f"number {i}, shape {list(param.shape)}): it would not be clipped. Construct the clipper from "
                         "the same parameters after the model was parallelised, or name it in exclude="
                     )
-        self._sizes[id(optimizer)] = [len(group["params"]) for group in optimizer.param_groups]
+        self._params[id(optimizer)] = _ids(optimizer)
 
     def _check_inside(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         """Raise for a step that did not come through `_step`; the steps that one takes inside itself did."""
@@ -164,8 +169,8 @@ class Attachment:
                 "the gradients are still multiplied by the GradScaler's scale (a fused optimizer unscales inside its "
                 "step): call scaler.unscale_(optimizer) before scaler.step(optimizer)"
             )
-        if [len(group["params"]) for group in optimizer.param_groups] != self._sizes[id(optimizer)]:
-            self._check_parameters(optimizer)  # parameters were added since
+        if _ids(optimizer) != self._params[id(optimizer)]:
+            self._check_parameters(optimizer)  # parameters were added or replaced since
         # The order of steps is the same on every rank; gradients are a second reason to clip, never one not to: a rank
         # that has none of them goes by the order alone.
         if not self._stepped or id(optimizer) in self._stepped or self._has_new_gradients(optimizer):
@@ -263,6 +268,10 @@ def _guard(optimizer: Any, check: Callable[..., None]) -> Callable[[], None]:
         return optimizer.register_step_pre_hook(check).remove
     except (AttributeError, KeyError, TypeError):  # a wrapper that has torch's methods, but not what they work on
         return lambda: None
+
+
+def _ids(optimizer: Any) -> list[int]:
+    return [id(param) for group in optimizer.param_groups for param in group["params"]]
 
 
 def _refuse_closure(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:

@@ -110,6 +110,7 @@ class GradClipper:
             detect_desync,
         )
         self.policy = policy
+        self._target, self._arguments = target, options
         self.last_report: ClipReport | None = None
         self.attachment: Detachable | None = None
         # The state is updated in place, which torch forbids for tensors that were made in inference mode.
@@ -219,8 +220,7 @@ class GradClipper:
         self._partial.reduce_(self.layout.tensors)
         grads = [tensor.grad() for tensor in self.layout]
         num_grads = sum(grad is not None for grad in grads)
-        if self.memory.calls == 0 or num_grads == 0:
-            self._made.check_not_stale()
+        self._made.check_not_stale(thorough=self.memory.calls == 0 or num_grads == 0)
         return grads, num_grads
 
     def _raise_if_nonfinite(self, squares: Tensor, flag: Tensor) -> None:
@@ -302,6 +302,42 @@ class GradClipper:
         )
         self.attachment = attachment
         return attachment
+
+    def refresh(self) -> None:
+        """Read the model again, after parameters were added, replaced or removed. Collective, as the construction is.
+
+        The step count and the states of tensors whose name and shape are as before stay; the others start afresh. An
+        attached optimizer stays attached.
+
+        Raises:
+            LayoutError, TypeError, ValueError: as the constructor; the clipper is then as it was.
+            TypeError: the clipper was constructed from parameters, and not from modules.
+
+        Example:
+            >>> import dist_clip
+            >>> model = torch.nn.Sequential(torch.nn.Linear(2, 2))
+            >>> clipper = dist_clip.GradClipper(model, dist_clip.LogClip())
+            >>> model.append(torch.nn.Linear(2, 1))
+            Sequential(
+              (0): Linear(in_features=2, out_features=2, bias=True)
+              (1): Linear(in_features=2, out_features=1, bias=True)
+            )
+            >>> clipper.refresh()
+            >>> clipper.layout.names
+            ('0.weight', '0.bias', '1.weight', '1.bias')
+        """
+        if self._made.watch is None:
+            raise TypeError(
+                "refresh() needs the modules, and this clipper was constructed from parameters: construct another one, and "
+                "load_state_dict(clipper.state_dict(), strict=False)"
+            )
+        saved, shapes = self.state_dict(), {tensor.name: tensor.shape for tensor in self.layout}
+        with torch.inference_mode(False), torch.no_grad():
+            self._build(self._target, self.policy, self._arguments)
+        kept = {tensor.name for tensor in self.layout if shapes.get(tensor.name) == tensor.shape}
+        state_dict.carry_over(self.memory, saved, kept)
+        if isinstance(self.attachment, Attachment):
+            self.attachment.follow(self.layout, self._made.known)
 
     def explain(self) -> str:
         """Return a table of the tensors, how each is reduced and clipped, followed by what a step costs.

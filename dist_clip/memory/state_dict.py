@@ -104,6 +104,11 @@ def load_state_dict(memory: Memory, loaded: Mapping[str, Any], *, strict: bool =
     take_over(memory, _chosen(memory, step, sections, set(loaded["names"])))
 
 
+def carry_over(memory: Memory, saved: Mapping[str, Any], names: set[str]) -> None:
+    """Go on from a state dict of the same policies with the tensors of `names`; the others start afresh."""
+    take_over(memory, _chosen(memory, int(saved["step"]), saved, names))
+
+
 def _chosen(memory: Memory, step: int, sections: Mapping[str, Mapping[str, Any]], names: set[str]) -> dict[str, Any]:
     """Return this rank's part of a state dict as a snapshot, with fresh states for the elements that it lacks."""
     chosen = fresh(memory, step)
