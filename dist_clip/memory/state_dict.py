@@ -26,10 +26,9 @@ from dist_clip.memory.snapshot import (
     policies_fit,
     rows_of,
     shard_of,
-    storable,
     take_over,
 )
-from dist_clip.policies.base import Policy
+from dist_clip.policies.base import Policy, may_hold
 
 _LAYOUT = "layout"
 """Key, beside a tensor's shards, of the placement that cut the tensor into them."""
@@ -224,7 +223,7 @@ def _some(names: Iterable[str]) -> str:
 
 def _warn_of_nonfinite(group: PolicyGroup, columns: Mapping[str, Tensor]) -> None:
     for slot, column in columns.items():
-        if not storable(group.policy, slot, column):
+        if not may_hold(group.policy, slot, column):
             warnings.warn(
                 f"the state of {type(group.policy).__name__} for {group.pattern!r} has NaN or Inf in {slot!r}: it is saved, "
                 "but will be refused when it is loaded. The policy must keep the old value where dist_clip.observed says so",
