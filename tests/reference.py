@@ -7,10 +7,10 @@ piece once, under any keys. Nothing here knows of ranks, is fast, or shares code
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import statistics
 from collections.abc import Hashable, Mapping
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -52,7 +52,7 @@ class Rule(Protocol):
         ...
 
 
-@dataclass
+@dataclasses.dataclass
 class GlobalGC:
     """s = min(1, max_norm / (N + 1e-6)) for every tensor."""
 
@@ -310,7 +310,7 @@ class ZClipEach:
         return self.rule(name).memory(name)
 
 
-@dataclass
+@dataclasses.dataclass
 class Outcome:
     """The result of one clip: norms before it, scales, the scaled gradients (same dtypes as before), and N."""
 
@@ -342,3 +342,19 @@ def clip(rule: Rule, grads: Mapping[Hashable, torch.Tensor | None], nonfinite: s
         else:
             scales[name], clipped[name] = 0.0, torch.zeros_like(grad)
     return Outcome(norms, scales, clipped, total_norm(measured), nonfinite=bool(bad))
+
+
+RULES: dict[str, tuple[Any, Any]] = {
+    "GlobalNorm": (GlobalGC, None),
+    "AdaGC": (AdaGCGlobal, AdaGC),
+    "LogClip": (LogClipGlobal, LogClip),
+    "ZClip": (ZClip, ZClipEach),
+}
+"""By the class of a policy: the rule at scope "global", and the one for each tensor or shard."""
+
+
+def rule_of(policy: Any) -> Any:
+    """The reference of a policy, with its settings."""
+    settings = dataclasses.asdict(policy)
+    once, each = RULES[type(policy).__name__]
+    return (once if settings.pop("scope", "global") == "global" else each)(**settings)

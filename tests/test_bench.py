@@ -142,6 +142,7 @@ def test_the_table_shows_the_row_it_is_about(quick: Path) -> None:
     assert results["sections"]["gpt2"]["rows"][0]["name"] in changed[0]
 
 
+@pytest.mark.pages
 @pytest.mark.parametrize("device", RECORDED)
 def test_the_page_shows_what_was_recorded(device: str) -> None:
     recorded = load(RECORDED[device])

@@ -7,7 +7,9 @@ give the same bits, for one thread makes all sums in one order.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 import json
 import math
 import multiprocessing
@@ -17,6 +19,7 @@ import shlex
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -42,6 +45,8 @@ from scripts.stability.row import BIN, Recorded, make_row
 from scripts.stability.runner import remaining, run_family
 from scripts.stability.store import Rows
 from scripts.stability.tables import tables
+from scripts.study import Row as Again
+from scripts.study import Run as Study
 
 ROOT = Path(__file__).parents[1]
 ROWS = ROOT / "docs/data/study/rows.jsonl"
@@ -52,11 +57,20 @@ IMAGES = ROOT / "docs/images"
 FIGURES = ("excursions-batch", "excursions-grad", "price", "course", "clipping", "tracking")
 
 
-def elsewhere(function: Any, *args: Any) -> Any:
-    """Call it in a process of its own: runs join a process group there."""
+def one_process() -> ProcessPoolExecutor:
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, context, initializer=runner.quiet_worker) as executor:
-        return executor.submit(function, *args).result(timeout=300)
+    return ProcessPoolExecutor(1, context, initializer=runner.quiet_worker)
+
+
+@pytest.fixture(scope="module")
+def process() -> Iterator[ProcessPoolExecutor]:
+    """Another process for runs, which join a process group there."""
+    with one_process() as executor:
+        yield executor
+
+
+def elsewhere(process: ProcessPoolExecutor, function: Any, *args: Any) -> Any:
+    return process.submit(function, *args).result(timeout=300)
 
 
 # ---- measures --------------------------------------------------------------------------------------------------------
@@ -240,19 +254,26 @@ def test_a_torn_last_line_is_left_out_and_replaced(tmp_path: Path) -> None:
         rows.read()
 
 
-def append_many(path: Path, writer: int) -> None:
-    for number in range(10):
-        Rows(path).append({"id": f"{writer}:{number}", "padding": "x" * 5000})
+APPEND = """
+import pathlib, sys
+from scripts.stability.store import Rows
+for number in range(10):
+    Rows(pathlib.Path(sys.argv[1])).append({"id": f"{sys.argv[2]}:{number}", "padding": "x" * 5000})
+"""
 
 
 def test_two_writers_do_not_write_over_each_other(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
-    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as executor:
-        list(executor.map(append_many, [path] * 2, range(2)))
+    commands = [[sys.executable, "-c", APPEND, str(path), str(writer)] for writer in range(2)]
+    writers = [subprocess.Popen(command, cwd=ROOT) for command in commands]
+    assert [writer.wait(60) for writer in writers] == [0, 0]
     assert Rows(path).read().keys() == {f"{writer}:{number}" for writer in range(2) for number in range(10)}
 
 
 # ---- runs ------------------------------------------------------------------------------------------------------------
+
+
+RECORD = Grid.load(QUICK).raw["record"]
 
 
 def quick_family(policy: str = "adagc-median") -> Family:
@@ -278,7 +299,7 @@ def run_and_die(path: Path, work: Path, at: int) -> None:
         real(cfg, *args)
 
     runner.train = train
-    run_family(quick_family(), {}, path, work)
+    run_family(quick_family(), RECORD, path, work)
 
 
 def run_and_count(path: Path, work: Path) -> tuple[int, int]:
@@ -291,47 +312,66 @@ def run_and_count(path: Path, work: Path) -> tuple[int, int]:
         real(*args)
 
     runner.train = train
-    return run_family(quick_family(), {}, path, work), count
+    return run_family(quick_family(), RECORD, path, work), count
 
 
 def comparable(rows: dict[str, Any]) -> dict[str, Any]:
     return {key: {name: value for name, value in row.items() if name != "seconds"} for key, row in rows.items()}
 
 
+def study(*options: str) -> str:
+    """What the command line prints."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "scripts.study", *options]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def quick(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the quick study, which all tests of runs share."""
+    out = tmp_path_factory.mktemp("study") / "quick"
+    study("run", "--quick", "--out", str(out))
+    return out
+
+
+@pytest.fixture(scope="module")
+def whole(quick: Path) -> dict[str, Any]:
     """Rows of a family that nothing happened to."""
-    folder = tmp_path_factory.mktemp("whole")
-    assert elsewhere(run_and_count, folder / "rows.jsonl", folder / "work") == (3, 3)
-    assert not list((folder / "work").glob("*+*"))  # logs and snapshots are gone
-    return Rows(folder / "rows.jsonl").read()
+    rows = Rows(quick / "rows.jsonl").read()
+    family = {spec.id: rows[spec.id] for spec in quick_family().specs}
+    assert len(family) == 3
+    return family
 
 
-def test_a_kill_in_the_middle_of_a_run_loses_no_finished_one(whole: dict[str, Any], tmp_path: Path) -> None:
+def test_a_kill_in_the_middle_of_a_run_loses_no_finished_one(
+    whole: dict[str, Any], process: ProcessPoolExecutor, tmp_path: Path
+) -> None:
     path, work = tmp_path / "rows.jsonl", tmp_path / "work"
-    with pytest.raises(BrokenProcessPool):
-        elsewhere(run_and_die, path, work, 2)
+    with pytest.raises(BrokenProcessPool), one_process() as victim:
+        elsewhere(victim, run_and_die, path, work, 2)
     first = path.read_bytes()
     assert [row["fault"] for row in Rows(path).read().values()] == [NONE]
     # The twin is not run again: its log and its snapshot are still there.
-    assert elsewhere(run_and_count, path, work) == (2, 2)
+    assert elsewhere(process, run_and_count, path, work) == (2, 2)
     assert path.read_bytes().startswith(first)
     assert comparable(Rows(path).read()) == comparable(whole)
-    assert elsewhere(run_and_count, path, work) == (0, 0)
+    assert elsewhere(process, run_and_count, path, work) == (0, 0)
 
 
-def test_a_lost_snapshot_is_made_again(whole: dict[str, Any], tmp_path: Path) -> None:
+def test_a_lost_snapshot_is_made_again(whole: dict[str, Any], process: ProcessPoolExecutor, tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     twin = next(row for row in whole.values() if row["fault"] == NONE)
     Rows(path).append(twin)
-    assert elsewhere(run_and_count, path, tmp_path / "work") == (2, 3)
+    assert elsewhere(process, run_and_count, path, tmp_path / "work") == (2, 3)
     assert comparable(Rows(path).read()) == comparable(whole)
 
 
-@pytest.mark.parametrize("fault", [NONE, "batch", "grad"])
-def test_a_rows_command_gives_its_numbers(fault: str, whole: dict[str, Any], tmp_path: Path) -> None:
-    row = next(row for row in whole.values() if row["fault"] == fault)
-    assert row["branched"] == (fault != NONE)
+def test_a_rows_command_gives_its_numbers(whole: dict[str, Any], tmp_path: Path) -> None:
+    """Of a run that branched off its twin's snapshot, the whole run."""
+    row = next(row for row in whole.values() if row["fault"] == "batch")
+    assert row["branched"]
     threads, python, *rest = shlex.split(row["command"])
     assert (threads, python, rest[:2]) == ("OMP_NUM_THREADS=1", "python", ["-m", "launch.train"])
     command = [sys.executable, *rest, "--out", str(tmp_path), "--no-plot", "--no-tensorboard"]
@@ -345,16 +385,16 @@ def test_a_rows_command_gives_its_numbers(fault: str, whole: dict[str, Any], tmp
     assert got.header["data"]["digest"] == row["data"]
 
 
-def test_what_is_put_back_is_the_twins(tmp_path: Path) -> None:
+def test_what_is_put_back_is_the_twins(process: ProcessPoolExecutor, tmp_path: Path) -> None:
     spec = Grid.load(QUICK).spec("small", "stdlib", "adamw-999", "plain", "global", "batch", 0)
-    row = elsewhere(carriers.measure, Grid.load(QUICK), tmp_path, spec)
+    row = elsewhere(process, carriers.measure, Grid.load(QUICK), tmp_path, spec)
     assert not list(tmp_path.iterdir())
 
     def loss_just_after(options: tuple[str, ...], out: Path) -> float:
         """Of the whole run, by the launcher's own validation in the midst of it."""
         last = spec.fault_step + 12 - 1
         validated = dataclasses.replace(spec, options=(*options, "--validate-every", str(last)))
-        elsewhere(runner.start, validated, out)
+        elsewhere(process, runner.start, validated, out)
         first, *_ = read_run(out).validation
         assert first["step"] == last
         return first["loss"]
@@ -375,34 +415,40 @@ def test_what_is_put_back_is_the_twins(tmp_path: Path) -> None:
     torch.testing.assert_close(got, whole, rtol=0, atol=0)
 
 
-@pytest.mark.slow
-def test_a_quick_study_from_the_command_line(tmp_path: Path) -> None:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MPLCONFIGDIR": str(tmp_path / "mpl")}
-
-    def study(*options: str) -> str:
-        command = [sys.executable, "-m", "scripts.study", *options]
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
-        assert done.returncode == 0, done.stderr[-3000:]
-        return done.stdout
-
-    out = tmp_path / "quick"
-    study("run", "--quick", "--out", str(out))
-    rows = Rows(out / "rows.jsonl").read()
+def test_a_quick_study_from_the_command_line(quick: Path) -> None:
+    rows = Rows(quick / "rows.jsonl").read()
     grid = Grid.load(QUICK)
     assert list(rows.keys() ^ {spec.id for family in grid.families() for spec in family.specs}) == []
     assert all(row["validation"] < 5.6 for row in rows.values())
-    drawn = {path.name for path in out.glob("*.png")}
+    drawn = {path.name for path in quick.glob("*.png")}
     assert drawn == {f"study-{name}.png" for name in FIGURES}
     assert {row["ranks"] for row in rows.values()} == {1, 2}
-    page = (out / "stability.md").read_text()
+    assert not list((quick / "work").glob("*+*"))  # logs and snapshots are gone
+    page = (quick / "stability.md").read_text()
     assert "18k parameters" in page
-    before = (out / "rows.jsonl").read_bytes()
-    assert f"{len(rows)} runs are done, 0 are to do" in study("run", "--quick", "--out", str(out))
-    assert (out / "rows.jsonl").read_bytes() == before
+
+
+def test_a_finished_study_has_nothing_to_do(quick: Path, process: ProcessPoolExecutor) -> None:
+    path = quick / "rows.jsonl"
+    before = path.read_bytes()
+    said = elsewhere(process, printed, Study(quick=True, out=quick))
+    assert f"{len(Rows(path).read())} runs are done, 0 are to do" in said
+    assert path.read_bytes() == before
+
+
+def test_a_row_is_run_again(quick: Path, process: ProcessPoolExecutor) -> None:
+    path = quick / "rows.jsonl"
     name = "small/stdlib/adamw-999/plain/adagc-min/grad/0"
-    again = study("row", name, "--grid", str(QUICK), "--rows", str(out / "rows.jsonl"))
+    again = elsewhere(process, printed, Again(name, QUICK, path))
     assert ": the same" in again
-    assert rows[name]["command"] in again
+    assert Rows(path).read()[name]["command"] in again
+
+
+def printed(command: Study | Again) -> str:
+    """What a subcommand of scripts/study.py prints; it must succeed."""
+    with contextlib.redirect_stdout(io.StringIO()) as text:
+        assert command() == 0
+    return text.getvalue()
 
 
 # ---- results and the page --------------------------------------------------------------------------------------------
@@ -480,6 +526,7 @@ def test_pasting_needs_its_markers(tmp_path: Path) -> None:
         paste({"state": ""}, page)
 
 
+@pytest.mark.pages
 def test_the_page_says_what_the_rows_say(grid: Grid) -> None:
     text = PAGE.read_text(encoding="utf-8")
     results, carried = Results(grid, Rows(ROWS).read()), list(Rows(CARRIERS).read().values())
@@ -489,6 +536,7 @@ def test_the_page_says_what_the_rows_say(grid: Grid) -> None:
         assert found[2] == section, f"{name}: run `python -m scripts.study report`"
 
 
+@pytest.mark.pages
 @pytest.mark.parametrize("page", [PAGE, README], ids=["stability", "README"])
 def test_the_pages_figures_are_there(page: Path) -> None:
     names = re.findall(r"\]\((?:docs/)?images/([^)]+)\)", page.read_text(encoding="utf-8"))
@@ -497,6 +545,7 @@ def test_the_pages_figures_are_there(page: Path) -> None:
         assert (IMAGES / name).read_bytes().startswith(b"\x89PNG"), name
 
 
+@pytest.mark.pages
 def test_the_readmes_figure_shows_the_rows(grid: Grid) -> None:
     results = Results(grid, Rows(ROWS).read())
     figure = figures.fault_courses(results)
@@ -517,6 +566,7 @@ def test_the_readmes_figure_shows_the_rows(grid: Grid) -> None:
     figures.plt.close(figure)
 
 
+@pytest.mark.pages
 def test_committed_rows_are_small_and_of_this_grid(grid: Grid) -> None:
     commands = {spec.id: spec.command for family in grid.families() for spec in family.specs}
     rows = Rows(ROWS).read()

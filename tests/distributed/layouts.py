@@ -33,7 +33,7 @@ from torch.distributed.tensor.parallel import (
 )
 from torch.nn.parallel import DistributedDataParallel
 
-from .model import BATCH, Block, Config, Net, batch, clean, loss_of, named_once, spike
+from .model import Block, Config, Net, batch, clean, loss_of, named_once, spike
 
 
 @dataclass
@@ -425,7 +425,7 @@ def pipeline(
 
     data_size = inner_size if inner_is_data else 1
     data_index = both["inner"].get_local_rank() if inner_is_data else 0
-    microbatches = max(size, BATCH // data_size // 2)
+    microbatches = size  # the fewest that every schedule takes
     factor = [1.0]
 
     def loss_fn(logits: Tensor, targets: Tensor) -> Tensor:
@@ -567,27 +567,6 @@ LAYOUTS: dict[str, Layout] = {
 
 LAYOUTS["pp-tp-fsdp"] = Layout(pp_tp_fsdp, Config(blocks=4, width=6, hidden=10, vocab=7), worlds=())  # eight, as well
 LAYOUTS["hsdp-tp"] = Layout(hsdp_tp, Config(width=6, hidden=10, vocab=7), worlds=())  # eight ranks: tested apart
-
-# A schedule that leaves the gradients as backward makes them, sums over microbatches: tested apart, in test_overlap.py.
-_SUMMED_1F1B = functools.partial(Schedule1F1B, scale_grads=False)
-_SUMMED_INTERLEAVED = functools.partial(ScheduleInterleaved1F1B, scale_grads=False)
-LAYOUTS |= {
-    "pp-fsdp-summed": Layout(
-        functools.partial(pipeline, inner=shard_blocks, inner_size=2, schedule=_SUMMED_1F1B),
-        Config(blocks=4, odd=True),
-        (),
-    ),
-    "pp-tied-fsdp-summed": Layout(
-        functools.partial(pipeline, inner=shard_blocks, inner_size=2, schedule=_SUMMED_1F1B),
-        Config(blocks=4, tied=True),
-        (),
-    ),
-    "pp-chunks-fsdp-summed": Layout(
-        functools.partial(pipeline, chunks=2, inner=shard_blocks, inner_size=2, schedule=_SUMMED_INTERLEAVED),
-        DEEP,
-        (),
-    ),
-}
 
 # fp16 needs a GradScaler: tested apart, in test_mixed_precision.py.
 LAYOUTS["fsdp-fp16"] = Layout(

@@ -31,12 +31,13 @@ from .training import POLICIES, WARMUP
 
 WORLD = 4
 HIT = 8  # the step of the fault, after the warm-up
-STEPS = 11
+HIT_AGAIN = 10  # with a gradient that is too small by as much
+STEPS = 12
 NAMES = {"pp": "blocks.1.up.weight", "pp-fsdp": "blocks.0.up.weight"}
 
 
 def with_flip(layout: str, policies: tuple[str, ...], factor: float) -> dict[str, Any]:
-    """Eleven clippings, recorded as training.train does; at one of them a tensor's gradient is `factor` times too large."""
+    """Clippings, recorded as training.train does; a tensor's gradient is `factor` times too large once, then too small."""
     index = training.held(layout)
     setup = training.build(layout, torch.float32)
     names, params = zip(*setup.named, strict=True)
@@ -47,19 +48,19 @@ def with_flip(layout: str, policies: tuple[str, ...], factor: float) -> dict[str
         for module in setup.modules:
             module.zero_grad(set_to_none=True)
         setup.backward(step)
-        if step == HIT and victim is not None:
-            training.local(victim.grad).mul_(factor)
+        if victim is not None and step in (HIT, HIT_AGAIN):
+            training.local(victim.grad).mul_(factor if step == HIT else 1 / factor)
         records.append(training.clip_with_each(setup, clippers, training.clip_once))
     dtypes = [training.local(param).dtype for param in params]
     return {"names": names, "index": index, "grad_dtypes": dtypes, "records": records}
 
 
-@pytest.mark.parametrize("factor", [1e30, 1e-30])
 @pytest.mark.parametrize("layout", ["ddp", "fsdp-uneven", "hsdp", "tp-fsdp", "pp-fsdp"])
-def test_a_flipped_exponent_bit(layout: str, factor: float) -> None:
-    """A tensor 1e30 times too large, so that its square leaves fp32: norms, scales, state are the rule's, then and after."""
+def test_a_flipped_exponent_bit(layout: str) -> None:
+    """A tensor 1e30 times too large, and then too small, so that its square leaves fp32: norms, scales, state are the
+    rule's, then and after."""
     policies = training.MAIN_POLICIES
-    ranks = pool(WORLD).run(with_flip, layout, policies, factor)
+    ranks = pool(WORLD).run(with_flip, layout, policies, 1e30)
     for policy in policies:
         run = training.Run(training.of_policy(ranks, policy), LAYOUTS[layout])
         chosen = POLICIES[policy]
@@ -174,7 +175,7 @@ def test_a_tensor_that_is_unfrozen_at_step_500_and_goes_away_again() -> None:
 
 def die_between_clip_and_step(layout: str, path: str, rank: int) -> None:
     """Save, go on, and lose one process where the clipper has moved on and the parameters have not."""
-    run = Training(layout, DENSE, POLICIES["adagc"].ours())
+    run = Training(layout, DENSE, ("adagc",))
     run.steps(1, SAVED_AT)
     dcp.save(run.checkpoint(), checkpoint_id=path)
     run.optimizer.zero_grad()
@@ -186,7 +187,7 @@ def die_between_clip_and_step(layout: str, path: str, rank: int) -> None:
     run.steps(SAVED_AT + 2, END)
 
 
-@pytest.mark.parametrize("layout", ["fsdp", "tp-fsdp", "pp-fsdp"])
+@pytest.mark.parametrize("layout", ["tp-fsdp", "pp-fsdp"])
 def test_killed_between_clip_and_step(layout: str, tmp_path: Path) -> None:
     """The other ranks end, too, and the run goes on from its checkpoint to the same bits as if nothing had happened."""
     started = time.monotonic()
@@ -194,8 +195,8 @@ def test_killed_between_clip_and_step(layout: str, tmp_path: Path) -> None:
         pool(WORLD, patience=5).run(die_between_clip_and_step, layout, str(tmp_path / "cut"), 1)
     assert not caught.value.timed_out, "a rank had to be killed"
     assert time.monotonic() - started < 60
-    resumed = pool(WORLD).run(load_and_go_on, layout, DENSE, "adagc", str(tmp_path / "cut"), SAVED_AT)
-    whole = pool(WORLD).run(save_and_go_on, layout, DENSE, "adagc", str(tmp_path / "whole"), SAVED_AT)
+    resumed = pool(WORLD).run(load_and_go_on, layout, DENSE, ("adagc",), str(tmp_path / "cut"))
+    whole = pool(WORLD).run(save_and_go_on, layout, DENSE, ("adagc",), str(tmp_path / "whole"))
     assert merged(resumed, "loaded") == merged(whole, "saved")
     assert merged(resumed, "state") == merged(whole, "state")
     for a, b in zip(resumed, whole, strict=True):
@@ -216,7 +217,7 @@ def one_clip_more(layout: str) -> None:
     dist.barrier()
 
 
-@pytest.mark.parametrize("layout", ["fsdp", "tp-fsdp", "pp-fsdp"])
+@pytest.mark.parametrize("layout", ["tp-fsdp", "pp-fsdp"])
 def test_one_clip_more_on_one_rank_ends_every_rank(layout: str) -> None:
     """The clipper's reduction meets a collective of the framework. Who sees that first depends; nobody waits for ever."""
     with pytest.raises(WorkerError) as caught:

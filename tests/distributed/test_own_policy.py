@@ -40,7 +40,7 @@ def own_policy(**settings: Any) -> dist_clip.Policy:
 
 def train(layout: str, path: str, scope: str, *, resume: bool) -> dict[str, Any]:
     """On each rank: all steps with a checkpoint on the way, or those after it."""
-    training = Training(layout, LAYOUTS["fsdp"].config, own_policy(scope=scope, **SETTINGS))
+    training = Training(layout, LAYOUTS["fsdp"].config, (), own_policy(scope=scope, **SETTINGS))
     reports = []
     clip_ = training.clipper.clip_
 

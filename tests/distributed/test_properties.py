@@ -1,6 +1,6 @@
 """Random models, meshes, placements, gradients and policies: sharded equals single-process after each step.
 
-    pytest tests/distributed/test_properties.py                              # as CI does: 500 cases, always the same
+    pytest tests/distributed/test_properties.py                              # as CI does: 300 cases, always the same
     pytest tests/distributed/test_properties.py --property-cases 10000       # the long run: others each time
     pytest tests/distributed/test_properties.py --property-seed 7 ...        # those of a seed
     pytest tests/distributed/test_properties.py --property-case 'Case(...)'  # one case, as a failure printed it
@@ -32,7 +32,7 @@ from .properties.cases import Case
 # Nothing is left in the tree.
 hypothesis.configuration.set_hypothesis_home_dir(os.path.join(tempfile.gettempdir(), "dist_clip_hypothesis"))
 
-USUAL = 500
+USUAL = 300
 SHARES = {
     ("placements", 4): 0.40,
     ("placements", 2): 0.12,

@@ -1,16 +1,14 @@
-"""FSDP2's own streams on a GPU: norms that are measured and reduced in backward are those of a clip after it.
+"""FSDP2's own streams on a GPU: a clip right after backward measures gradients that are finished.
 
-Two processes share the GPU through gloo. Norms are float64 sums in another order: they agree to float32's last digit.
+Two processes share the GPU through gloo. Both have the same batch, so that the gradients are those of the whole model on
+one of them. Tolerance: fp32 matrix products of two programs that reduce in another order.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
@@ -23,54 +21,38 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 STEPS, WARMUP = 10, 3
 
 
-def local(tensor: Any) -> Tensor:
-    return tensor.to_local()
-
-
-def overlapped(policy: dist_clip.Policy) -> dict[str, Any]:
-    """Ten steps, each clipped with and without overlap on the same gradients."""
+def sharded_and_whole(policy: dist_clip.Policy) -> tuple[list[str], float, float]:
+    """Names, and the largest relative difference of norms and of scales over ten steps."""
     torch.cuda.set_device(0)
     cfg = ModelConfig(dim=256, layers=4, heads=4, seq_len=128)
-    model = build_model(cfg, seed=0).cuda()
+    model, whole = (build_model(cfg, seed=0).cuda() for _ in range(2))
     mesh = init_device_mesh("cuda", (dist.get_world_size(),))
     for block in model.blocks.values():
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    plain = dist_clip.GradClipper(model, policy)
-    clipper = dist_clip.GradClipper(model, policy, overlap=3, detect_desync=True)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    params: list[nn.Parameter] = list(model.parameters())
-    worst, early, equal = 0.0, 0, True
+    clippers = [dist_clip.GradClipper(each, policy, detect_desync=True) for each in (model, whole)]
+    norms, scales = 0.0, 0.0
     for step in range(STEPS):
         text = torch.randint(256, (4, cfg.seq_len + 1), generator=torch.Generator().manual_seed(step)).cuda()
         size = 30.0 if step == STEPS - 3 else 1.0
-        with clipper.last_backward():
-            (size * next_byte_loss(model(text[:, :-1]), text[:, 1:])).backward()  # type: ignore[no-untyped-call]
-        early += len(clipper._overlap._launched)  # type: ignore[union-attr]
-        kept = [param.grad for param in params]
-        for param, grad in zip(params, kept, strict=True):
-            param.grad = grad.detach().clone()  # type: ignore[union-attr]
-        theirs = plain.clip_()
-        others = [local(param.grad) for param in params]
-        for param, grad in zip(params, kept, strict=True):
-            param.grad = grad
-        ours = clipper.clip_()
-        worst = max(worst, float((ours.tensor_norms / theirs.tensor_norms - 1).abs().max()))
-        equal &= all(
-            torch.allclose(local(p.grad), other, rtol=1e-6, atol=0) for p, other in zip(params, others, strict=True)
-        )
-        optimizer.step()
-        optimizer.zero_grad()
-    clipper.check_in_sync()
-    return {"worst": worst, "early": early, "equal": equal, "clipped": bool((ours.scales <= 1).all())}
+        reports = []
+        for each, clipper in zip((model, whole), clippers, strict=True):
+            each.zero_grad()
+            (size * next_byte_loss(each(text[:, :-1]), text[:, 1:])).backward()  # type: ignore[no-untyped-call]
+            reports.append(clipper.clip_())  # at once: FSDP2's reductions may still be under way
+        ours, theirs = reports
+        norms = max(norms, float((ours.tensor_norms / theirs.tensor_norms - 1).abs().max()))
+        scales = max(scales, float((ours.scales / theirs.scales - 1).abs().max()))
+    assert ours.names == theirs.names
+    clippers[0].check_in_sync()
+    return list(ours.names), norms, scales
 
 
 @pytest.mark.parametrize(
     "policy", [dist_clip.AdaGC(warmup_steps=WARMUP), dist_clip.GlobalNorm(0.5)], ids=["adagc", "global"]
 )
-def test_overlap_with_fsdp2(policy: dist_clip.Policy) -> None:
-    ranks = pool(2, "gpu").run(overlapped, policy)
-    for rank in ranks:
-        assert rank["worst"] < 2e-7
-        assert rank["equal"]
-        assert rank["early"] == 3 * STEPS
+def test_a_clip_right_after_backward(policy: dist_clip.Policy) -> None:
+    for names, norms, scales in pool(2, "gpu").run(sharded_and_whole, policy):
+        assert names
+        assert norms < 1e-4
+        assert scales < 2e-4

@@ -42,19 +42,29 @@ def torchrun(
 # ---- python -m dist_clip.megatron ------------------------------------------------------------------------------------
 
 
+def iterations(*arguments: Any) -> list[str]:
+    done = torchrun(2, *arguments)
+    assert done.returncode == 0, done.stderr
+    return re.findall(r"iteration.*", done.stdout)
+
+
+SPLIT = ["--tensor-model-parallel-size", 2]
+
+
+@pytest.fixture(scope="module")
+def plain() -> list[str]:
+    """What the script prints when nobody has heard of dist_clip."""
+    return iterations(SCRIPT, *SPLIT)
+
+
 @pytest.mark.parametrize("extra", [[], ["--use-distributed-optimizer"]], ids=["fp32", "zero"])
-def test_an_unmodified_script(extra: list[str], tmp_path: Path) -> None:
-    plain = torchrun(2, SCRIPT, "--tensor-model-parallel-size", 2, *extra)
-    assert plain.returncode == 0, plain.stderr
+def test_an_unmodified_script(extra: list[str], plain: list[str], tmp_path: Path) -> None:
     flags = ["--grad-clip-mode", "adagc", "--adagc-warmup-steps", 3, "--adagc-lambda-rel", 1.1, "--zipf", 2.5]
-    clipped = torchrun(
-        2, "-m", "dist_clip.megatron", SCRIPT, "--tensor-model-parallel-size", 2, *extra, *flags, "--save", tmp_path
-    )
-    assert clipped.returncode == 0, clipped.stderr
-    theirs, ours = (re.findall(r"iteration.*", run.stdout) for run in (plain, clipped))
-    assert len(theirs) == len(ours) == 6
-    # The warm-up clips as Megatron does, so the first steps are the same; what the script makes of its own flags, too.
-    assert [line.rsplit(" | ", 1)[0] for line in ours[:4]] == [line.rsplit(" | ", 1)[0] for line in theirs[:4]]
+    ours = iterations("-m", "dist_clip.megatron", SCRIPT, *SPLIT, *extra, *flags, "--save", tmp_path)
+    assert len(plain) == len(ours) == 6
+    # The warm-up clips as Megatron does, so the first steps are the same, those of ZeRO-1 too; what the script makes of
+    # its own flags, as well.
+    assert [line.rsplit(" | ", 1)[0] for line in ours[:4]] == [line.rsplit(" | ", 1)[0] for line in plain[:4]]
     assert all(line.endswith("| 2.5") for line in ours)
     state = torch.load(tmp_path / "rank0.pt", weights_only=False)["dist_clip"]
     assert state["step"] == 6
@@ -64,10 +74,8 @@ def test_an_unmodified_script(extra: list[str], tmp_path: Path) -> None:
     assert all(entry["gamma"] > 0 for entry in state["tensors"].values())
 
 
-def test_without_the_mode_nothing_is_changed() -> None:
-    plain, launched = torchrun(1, SCRIPT), torchrun(1, "-m", "dist_clip.megatron", SCRIPT)
-    assert launched.returncode == 0, launched.stderr
-    assert re.findall(r"iteration.*", launched.stdout) == re.findall(r"iteration.*", plain.stdout) != []
+def test_without_the_mode_nothing_is_changed(plain: list[str]) -> None:
+    assert iterations("-m", "dist_clip.megatron", SCRIPT, *SPLIT) == plain != []
 
 
 @pytest.mark.parametrize(
@@ -256,8 +264,8 @@ def test_no_flags_no_policy() -> None:
 
 # ---- launch/train_megatron.py ----------------------------------------------------------------------------------------
 
-SMALL = ["--hidden-size", 32, "--seq-length", 64, "--num-layers", 2, "--train-iters", 100, "--grad-clip-mode", "adagc"]
-SMALL += ["--adagc-warmup-steps", 20, "--adagc-gamma-init", "median", "--cpu", "--lr", "6e-3", "--micro-batch-size", 4]
+SMALL = ["--hidden-size", 32, "--seq-length", 64, "--num-layers", 2, "--train-iters", 40, "--grad-clip-mode", "adagc"]
+SMALL += ["--adagc-warmup-steps", 10, "--adagc-gamma-init", "median", "--cpu", "--lr", "6e-3", "--micro-batch-size", 4]
 TP_PP = ["--tensor-model-parallel-size", 2, "--pipeline-model-parallel-size", 2, "--use-distributed-optimizer"]
 
 
@@ -269,29 +277,29 @@ def train(ranks: int, *arguments: Any) -> Any:
 
 
 def test_training_on_real_text_and_resuming_half_way(tmp_path: Path) -> None:
-    """TP2 x PP2, 100 steps; resumed on the same layout it is bitwise the same, and on another it trains the same."""
+    """TP2 x PP2, 40 steps; resumed on the same layout it is bitwise the same, and on another it trains the same."""
     save = tmp_path / "ckpt"
-    straight = train(4, *TP_PP, "--save", save, "--save-interval", 50, "--out", tmp_path / "straight")
+    straight = train(4, *TP_PP, "--save", save, "--save-interval", 20, "--out", tmp_path / "straight")
     losses = straight.series("loss")
-    assert len(losses) == 100
+    assert len(losses) == 40
     assert losses[0] > 5
-    assert sum(losses[-10:]) / 10 < 3.2, "nats per byte: it learns"
-    assert max(straight.series("clipped_fraction")[20:]) > 0
+    assert sum(losses[-10:]) / 10 < 3.6, "nats per byte: it learns"
+    assert max(straight.series("clipped_fraction")[10:]) > 0
     assert straight.header["policy"]["policy"] == "AdaGC"
-    (save / "latest_checkpointed_iteration.txt").write_text("50")
+    (save / "latest_checkpointed_iteration.txt").write_text("20")
     same = train(4, *TP_PP, "--load", save, "--out", tmp_path / "same")
-    assert same.series("loss") == losses[50:]
-    assert same.series("grad_norm") == straight.series("grad_norm")[50:]
-    assert same.series("smallest_scale") == straight.series("smallest_scale")[50:]
+    assert same.series("loss") == losses[20:]
+    assert same.series("grad_norm") == straight.series("grad_norm")[20:]
+    assert same.series("smallest_scale") == straight.series("smallest_scale")[20:]
     other = train(2, "--use-distributed-optimizer", "--load", save, "--out", tmp_path / "other")
-    assert other.series("loss") == pytest.approx(losses[50:], abs=1e-4)
-    assert other.series("grad_norm") == pytest.approx(straight.series("grad_norm")[50:], rel=1e-3)
+    assert other.series("loss") == pytest.approx(losses[20:], abs=1e-4)
+    assert other.series("grad_norm") == pytest.approx(straight.series("grad_norm")[20:], rel=1e-3)
     assert other.validation[-1]["loss"] == pytest.approx(straight.validation[-1]["loss"], abs=1e-4)
 
 
 def test_a_mixture_of_experts(tmp_path: Path) -> None:
     moe = ["--num-experts", 4, "--expert-model-parallel-size", 2, "--use-distributed-optimizer"]
-    run = train(2, *moe, "--bf16", "--train-iters", 30, "--out", tmp_path)
+    run = train(2, *moe, "--bf16", "--train-iters", 20, "--out", tmp_path)
     assert run.series("loss")[-1] < run.series("loss")[0] - 1
     assert sum("experts" in name for name in run.tensors[0]["norms"]) == 2 * 4 * 2  # layers x experts x matrices
 

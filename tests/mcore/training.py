@@ -25,7 +25,7 @@ from . import setups
 from .setups import LR, Config, Setup, build
 
 WARMUP = 5
-STEPS = 20
+STEPS = 15  # the last of the spikes of setups.py
 RTOL = 1e-6
 POLICIES: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
     "global": (lambda: dist_clip.GlobalNorm(1.0), lambda: reference.GlobalGC(1.0)),
@@ -104,52 +104,70 @@ def flat(tensors: list[Tensor | None]) -> Tensor:
     return torch.cat([torch.empty(0, dtype=torch.float64)] + [t.double().flatten() for t in tensors if t is not None])
 
 
-def train(config: Config, policy: str | None, steps: int = STEPS, **kwargs: Any) -> dict[str, Any]:
-    """Train on this rank; everything that happened, as plain data."""
+def train(config: Config, policies: tuple[str, ...], steps: int = STEPS, **kwargs: Any) -> dict[str, Any]:
+    """Train on this rank, following the last of `policies`; everything that happened, as plain data."""
     setup = build(config)
     pieces = main_params(setup)
-    clipper = None
-    if policy is not None:
-        clipper = dist_clip.megatron.attach(setup.optimizer, POLICIES[policy][0](), model=setup.chunks, **kwargs)
-        record_clips(clipper, pieces)
+    clippers: dict[str, Any] = {}
+    for policy in policies:
+        if clippers:
+            clippers[policies[len(clippers) - 1]].attachment.remove()
+        clippers[policy] = dist_clip.megatron.attach(
+            setup.optimizer, POLICIES[policy][0](), model=setup.chunks, **kwargs
+        )
+    clipped: list[dict[str, Any]] = []
+    record_clips(clippers, pieces, clipped.append)
     records = []
     for step in range(1, steps + 1):
         loss = setup.backward(step)
         success, norm, _ = setup.optimizer.step()
         record: dict[str, Any] = {"loss": loss, "success": success, "norm": None if norm is None else float(norm)}
-        if clipper is not None:
-            record |= clipper.records.pop()
-            record["state"] = plain_state(clipper)
+        record["clipped"] = clipped.pop()
+        for policy in policies[:-1]:  # the optimizer returns the norm of the one that it follows
+            record["clipped"][policy]["norm"] = None
         records.append(record)
     return {
         "names": [name for name, _, _ in pieces],
         "index": [index for _, index, _ in pieces],
         "records": records,
         "params": flat([main.detach() for _, _, main in pieces]),
-        "layout": list(clipper.layout.names) if clipper is not None else [],
     }
 
 
-def record_clips(clipper: Any, pieces: list[tuple[str, Tensor, Tensor]]) -> None:
-    """Keep what the gradients were just before and just after each clip."""
-    clip = clipper.clip_
-    clipper.records = []
+def record_clips(
+    clippers: dict[str, Any], pieces: list[tuple[str, Tensor, Tensor]], keep: Callable[[dict[str, Any]], None]
+) -> None:
+    """Have the last clipper's clip run them all, each on the gradients that are there; `keep` gets what each of them did."""
+    (*_, followed) = clippers.values()
+    clip = {policy: clipper.clip_ for policy, clipper in clippers.items()}
 
     def recording() -> Any:
-        before = flat([main.grad for _, _, main in pieces])
-        report = clip()
-        clipper.records.append(
-            {
-                "before": before,
+        before = [main.grad.clone() if main.grad is not None else None for _, _, main in pieces]
+        out = {}
+        for policy, clipper in clippers.items():
+            for (_, _, main), grad in zip(pieces, before, strict=True):
+                if grad is not None:
+                    main.grad.copy_(grad)
+            report = clip[policy]()
+            out[policy] = {
+                "before": flat(before),
                 "after": flat([main.grad for _, _, main in pieces]),
                 "names": report.names,
                 "norms": report.tensor_norms.tolist(),
                 "scales": report.scales.tolist(),
+                "state": plain_state(clipper),
             }
-        )
+        keep(out)
         return report
 
-    clipper.clip_ = recording
+    followed.clip_ = recording
+
+
+def of_policy(ranks: list[dict[str, Any]], policy: str) -> list[dict[str, Any]]:
+    """The ranks' records as if only that policy had been run."""
+    return [
+        {**rank, "records": [{**record, **record["clipped"][policy]} for record in rank["records"]]} for rank in ranks
+    ]
 
 
 def plain_state(clipper: Any) -> dict[str, Any]:
@@ -245,16 +263,21 @@ def close(actual: float, expected: float, rtol: float = RTOL) -> bool:
     return math.isclose(actual, expected, rel_tol=rtol, abs_tol=1e-12)
 
 
-def run(config: Config, world: int, policy: str, **kwargs: Any) -> list[dict[str, Any]]:
-    return pool(world, "megatron").run(train, config, policy, timeout=240, **kwargs)
+def run(config: Config, world: int, policies: tuple[str, ...], **kwargs: Any) -> list[dict[str, Any]]:
+    return pool(world, "megatron").run(train, config, policies, timeout=240, **kwargs)
 
 
-def check(config: Config, ranks: list[dict[str, Any]], policy: str) -> None:
+def check(config: Config, ranks: list[dict[str, Any]], policies: tuple[str, ...]) -> None:
+    """Each policy step by step; of the last one, which the optimizer followed, the path and the parameters too."""
+    *others, followed = policies
     # A shard's path depends on the layout, and bfloat16 hides the true one: there a single process is handed the gradients.
-    follows = policy != "adagc-shard" and not config.bf16
-    single = alone(config.single, policy if follows else None)
-    together = Run(ranks, {name: param.shape for name, param in single["params"].items()})
-    shadow = check_each_step(together, policy, config)
+    follows = followed != "adagc-shard" and not config.bf16
+    single = alone(config.single, followed if follows else None)
+    shapes = {name: param.shape for name, param in single["params"].items()}
+    for policy in others:
+        check_each_step(Run(of_policy(ranks, policy), shapes), policy, config)
+    together = Run(of_policy(ranks, followed), shapes)
+    shadow = check_each_step(together, followed, config)
     if follows:
         check_path(together, single)
     check_params(together, single["params"] if follows else shadow)

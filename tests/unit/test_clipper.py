@@ -764,7 +764,7 @@ def synthetic_grads(model: nn.Module, step: int) -> None:
         next(model.parameters()).grad = None
 
 
-@pytest.mark.parametrize("saved_at", [0, 1, 3, 6, 7, 15])
+@pytest.mark.parametrize("saved_at", [0, 3, 6, 7])  # the warm-up ends at 6
 @pytest.mark.parametrize("case", STATEFUL)
 def test_a_round_trip_continues_bitwise(case: str, saved_at: int) -> None:
     make = STATEFUL[case]

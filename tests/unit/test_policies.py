@@ -1,4 +1,4 @@
-"""Every policy through GradClipper on plain parameters, against references in plain Python floats.
+"""Every policy through GradClipper on plain parameters, against the reference in plain Python floats (tests/reference.py).
 
 Covers: GlobalNorm, AdaGC (three scopes, four gamma_init), LogClip (three scopes, with and without the global clip after
 the rule) and ZClip (three scopes, its modes, with and without max_norm, clip_factor, skip_update_on_spike) over 160 steps
@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import math
 import random
-import statistics
 from collections.abc import Callable
 from typing import Any
 
@@ -41,162 +40,14 @@ Norms = dict[str, float]  # tensors with a gradient, by name
 Scales = dict[str, float]
 
 
-# ---- references: ALGORITHMS.md in plain Python -----------------------------------------------------------------------
+class Reference:
+    """The rule of tests/reference.py with a policy's settings."""
 
-
-def total(norms: Norms) -> float:
-    return math.sqrt(sum(n * n for n in norms.values()))  # not math.hypot: to that, Inf beside NaN is Inf
-
-
-def observed(x: float) -> bool:
-    return math.isfinite(x) and as_fp32(x) > 0.0
-
-
-def as_fp32(x: float) -> float:
-    return torch.tensor(x, dtype=torch.float64).float().item()
-
-
-def shrink(threshold: float, norm: float, eps: float) -> float:
-    """min(1, threshold / (norm + eps)) with NaN coming through, as torch.clamp lets it."""
-    ratio = threshold / (norm + eps)
-    return ratio if math.isnan(ratio) else min(1.0, ratio)
-
-
-class RefGlobalNorm:
-    def __init__(self, max_norm: float = 1.0) -> None:
-        self.max_norm = max_norm
-
-    def step(self, norms: Norms) -> Scales:
-        s = shrink(self.max_norm, total(norms), 1e-6)
-        return dict.fromkeys(norms, s)
-
-    def state(self) -> dict[str, float]:
-        return {}
-
-
-class RefAdaGC:
-    def __init__(
-        self,
-        lambda_rel: float = 1.04,
-        beta: float = 0.99,
-        warmup_steps: int = 100,
-        max_norm: float = 1.0,
-        scope: str = "tensor",
-        gamma_init: str = "min",
-        eps: float = 1e-6,
-    ) -> None:
-        self.lambda_rel, self.beta, self.warmup_steps, self.max_norm = lambda_rel, beta, warmup_steps, max_norm
-        self.scope, self.gamma_init, self.eps = scope, gamma_init, eps
-        self.t = 0
-        self.record: dict[str, list[float]] = {}
-        self.gamma: dict[str, float] = {}
-
-    def step(self, norms: Norms) -> Scales:
-        self.t += 1
-        if self.scope == "global":
-            s = self.rule({"": total(norms)}, total(norms))[""]
-            return dict.fromkeys(norms, s)
-        return self.rule(norms, total(norms))
-
-    def rule(self, norms: Norms, global_norm: float) -> Scales:
-        scales = {}
-        for name, n in norms.items():
-            if self.t <= self.warmup_steps:
-                s = shrink(self.max_norm, global_norm, 1e-6)
-                if observed(n * s):
-                    self.record.setdefault(name, []).append(n * s)
-                    self.gamma[name] = self.initial(self.record[name])
-            elif name not in self.gamma:
-                s = 1.0 if math.isfinite(n) else math.nan
-                if observed(n):
-                    self.gamma[name] = as_fp32(n)
-            elif n == 0.0:
-                s = 1.0
-            else:
-                threshold = self.lambda_rel * self.gamma[name]
-                s = shrink(threshold, n, self.eps)
-                if observed(n):
-                    self.gamma[name] = as_fp32(self.beta * self.gamma[name] + (1 - self.beta) * min(n, threshold))
-            scales[name] = s
-        return scales
-
-    def initial(self, record: list[float]) -> float:
-        return {
-            "min": min,
-            "median": statistics.median,
-            "mean": statistics.fmean,
-            "last": lambda r: r[-1],
-        }[self.gamma_init](record)
-
-    def state(self) -> dict[str, float]:
-        return {f"gamma:{name}": g for name, g in self.gamma.items()}
-
-
-class RefZClip:
-    def __init__(
-        self,
-        alpha: float = 0.97,
-        z_thresh: float = 2.5,
-        warmup_steps: int = 25,
-        mode: str = "zscore",
-        clip_option: str = "adaptive_scaling",
-        clip_factor: float = 1.0,
-        max_norm: float | None = 1.0,
-        skip_update_on_spike: bool = False,
-        eps: float = 1e-6,
-    ) -> None:
-        self.alpha, self.z_thresh, self.warmup_steps, self.mode, self.clip_option = (
-            alpha,
-            z_thresh,
-            warmup_steps,
-            mode,
-            clip_option,
-        )
-        self.clip_factor, self.max_norm, self.skip, self.eps = clip_factor, max_norm, skip_update_on_spike, eps
-        self.record: list[float] = []
-        self.mean = self.var = math.nan
-
-    @property
-    def warm(self) -> bool:
-        return len(self.record) >= self.warmup_steps
-
-    def step(self, norms: Norms) -> Scales:
-        n = total(norms)
-        limit = math.inf if self.max_norm is None else self.max_norm
-        if not self.warm:
-            s = shrink(limit, n, 1e-6) if math.isfinite(n) or self.max_norm is not None else math.nan
-            if observed(n):
-                self.record.append(n)
-                if self.warm:
-                    self.mean, self.var = statistics.fmean(self.record), statistics.pvariance(self.record)
-            return dict.fromkeys(norms, s)
-        std = math.sqrt(self.var)
-        threshold = None
-        z = (n - self.mean) / (std + self.eps)
-        if self.mode == "percentile" and n > self.mean + self.z_thresh * std:
-            threshold = self.mean + self.z_thresh * std
-        elif self.mode == "zscore" and z > self.z_thresh:
-            adaptive = self.clip_factor * (self.mean + self.z_thresh * std / (z / self.z_thresh))
-            threshold = adaptive if self.clip_option == "adaptive_scaling" else self.mean
-        applied = min(n if threshold is None else threshold, limit)
-        s = applied / (n + 1e-6) if n > applied else (1.0 if math.isfinite(n) else math.nan)
-        if observed(n) and not (self.skip and threshold is not None):
-            x = n if threshold is None else threshold
-            self.mean = self.alpha * self.mean + (1 - self.alpha) * x
-            self.var = self.alpha * self.var + (1 - self.alpha) * (x - self.mean) ** 2
-        return dict.fromkeys(norms, s)
-
-    def state(self) -> dict[str, float]:
-        return {"mean": self.mean, "var": self.var} if self.warm else {}
-
-
-class Shared:
-    """A rule of tests/reference.py."""
-
-    def __init__(self, rule: Any) -> None:
-        self.rule = rule
+    def __init__(self, policy: Any) -> None:
+        self.rule = rule = reference.rule_of(policy)
         self.state_rtol = 2 * RTOL if isinstance(rule, reference.LogClip) else RTOL
         self.scale_rtol = self.state_rtol * max(1.0, getattr(rule, "power", 1.0))
+        self.once = isinstance(rule, reference.OnceToN | reference.ZClip)
         self.names: set[str] = set()
 
     def step(self, norms: Norms) -> Scales:
@@ -204,7 +55,7 @@ class Shared:
         return dict(self.rule.scales(norms))
 
     def state(self) -> dict[str, float]:
-        names = {""} if isinstance(self.rule, reference.LogClipGlobal) else self.names
+        names = {""} if self.once else self.names
         kept = {f"{slot}:{name}": x for name in names for slot, x in self.rule.memory(name).items() if slot != "count"}
         return {key: x for key, x in kept.items() if is_set(x)}
 
@@ -266,10 +117,10 @@ def exact_norm(grad: Tensor) -> float:
 class Trial:
     """A clipper and its reference, fed the same gradients step by step, and compared after each."""
 
-    def __init__(self, policy: Any, reference: Any, nonfinite: str = "propagate", seed: int = 0) -> None:
+    def __init__(self, policy: Any, nonfinite: str = "propagate", seed: int = 0) -> None:
         self.params = {name: nn.Parameter(torch.zeros(shape)) for name, shape in SHAPES.items()}
         self.clipper = dist_clip.GradClipper(list(self.params.items()), policy, nonfinite=nonfinite)
-        self.reference = reference
+        self.reference = Reference(policy)
         self.nonfinite = nonfinite
         self.t = 0
         self.rng, self.gen = random.Random(seed), torch.Generator().manual_seed(seed)
@@ -299,7 +150,7 @@ class Trial:
     def check(self, report: Any, grads: dict[str, Tensor | None], norms: Norms) -> None:
         scales = self.expected(norms)
         where = f"step {self.t}"
-        scale_rtol = getattr(self.reference, "scale_rtol", RTOL)
+        scale_rtol = self.reference.scale_rtol
         names = list(report.names)
         assert names == list(SHAPES)
         assert report.num_grads == len(norms)
@@ -336,16 +187,15 @@ class Trial:
                 )
         finite = {n: x for n, x in norms.items() if math.isfinite(x) or self.nonfinite != "zero"}
         assert report.global_norm is not None
-        assert report.global_norm.item() == pytest.approx(total(finite), rel=RTOL, nan_ok=True), f"{where}: global norm"
+        global_norm = pytest.approx(reference.total_norm(finite), rel=RTOL, nan_ok=True)
+        assert report.global_norm.item() == global_norm, f"{where}: global norm"
         state = snapshot(self.clipper.memory)
         assert state["step"] == self.t
         want = self.reference.state()
         got = flat_state(state)
-        if not getattr(self.reference, "warm", True):  # how ZClip keeps its record is its own affair
-            got = {}
         assert got.keys() == want.keys(), f"{where}: {got} {want}"
         for key, value in want.items():
-            rel, floor = getattr(self.reference, "state_rtol", RTOL), SUBNORMAL
+            rel, floor = self.reference.state_rtol, SUBNORMAL
             if key.startswith("var"):
                 rel, floor = 4 * RTOL, 4 * RTOL * want[key.replace("var", "mean")] ** 2
             assert got[key] == pytest.approx(value, rel=rel, abs=floor), f"{where}: {key}"
@@ -374,24 +224,20 @@ def flat_state(state: dict[str, Any]) -> dict[str, float]:
         for name, entry in state["tensors"].items():
             if slot in entry and is_set(float(entry[slot])):
                 out[f"{slot}:{name}"] = float(entry[slot])
-    for slot in ("gamma", "level", "streak"):
+    for slot in ("gamma", "level", "streak", "mean", "var"):
         out |= {f"{slot}:": x for x in leaves(state["global"], slot) if is_set(x)}
-    mean, var = leaves(state["global"], "mean"), leaves(state["global"], "var")
-    if mean and is_set(mean[0]):
-        out |= {"mean": mean[0], "var": var[0]}
     return out
 
 
 def run(
     policy: Any,
-    reference: Any,
     draw: Draw,
     whole: dict[int, str],
     nonfinite: str = "propagate",
     seed: int = 0,
     steps: int = STEPS,
 ) -> None:
-    trial = Trial(policy, reference, nonfinite, seed)
+    trial = Trial(policy, nonfinite, seed)
     for step in range(1, steps + 1):
         trial.step(trial.kinds(step, draw, whole))
 
@@ -403,12 +249,12 @@ MODES = ["propagate", "zero", "skip"]
 @pytest.mark.parametrize("stream", STREAMS)
 @pytest.mark.parametrize("max_norm", [1.0, 0.3, 50.0])
 def test_global_norm(max_norm: float, stream: str) -> None:
-    run(dist_clip.GlobalNorm(max_norm=max_norm), RefGlobalNorm(max_norm), *STREAMS[stream])
+    run(dist_clip.GlobalNorm(max_norm=max_norm), *STREAMS[stream])
 
 
 @pytest.mark.parametrize("nonfinite", MODES)
 def test_global_norm_nonfinite(nonfinite: str) -> None:
-    run(dist_clip.GlobalNorm(max_norm=0.5), RefGlobalNorm(0.5), dirty, WHOLE_STEP_DIRTY, nonfinite)
+    run(dist_clip.GlobalNorm(max_norm=0.5), dirty, WHOLE_STEP_DIRTY, nonfinite)
 
 
 @pytest.mark.parametrize("stream", STREAMS)
@@ -416,7 +262,7 @@ def test_global_norm_nonfinite(nonfinite: str) -> None:
 @pytest.mark.parametrize("scope", ["tensor", "shard", "global"])
 def test_adagc(scope: str, gamma_init: str, stream: str) -> None:
     settings = {"warmup_steps": WARMUP, "scope": scope, "gamma_init": gamma_init}
-    run(dist_clip.AdaGC(**settings), RefAdaGC(**settings), *STREAMS[stream], seed=1)
+    run(dist_clip.AdaGC(**settings), *STREAMS[stream], seed=1)
 
 
 @pytest.mark.parametrize("nonfinite", MODES)
@@ -424,7 +270,7 @@ def test_adagc(scope: str, gamma_init: str, stream: str) -> None:
 @pytest.mark.parametrize("scope", ["tensor", "shard", "global"])
 def test_adagc_nonfinite(scope: str, gamma_init: str, nonfinite: str) -> None:
     settings = {"warmup_steps": WARMUP, "scope": scope, "gamma_init": gamma_init}
-    run(dist_clip.AdaGC(**settings), RefAdaGC(**settings), dirty, WHOLE_STEP_DIRTY, nonfinite, seed=2)
+    run(dist_clip.AdaGC(**settings), dirty, WHOLE_STEP_DIRTY, nonfinite, seed=2)
 
 
 @pytest.mark.parametrize(
@@ -447,11 +293,11 @@ def test_adagc_nonfinite(scope: str, gamma_init: str, nonfinite: str) -> None:
 )
 def test_adagc_settings(settings: dict[str, Any]) -> None:
     settings = {"warmup_steps": WARMUP, **settings}
-    run(dist_clip.AdaGC(**settings), RefAdaGC(**settings), *STREAMS["mild"], seed=3)
+    run(dist_clip.AdaGC(**settings), *STREAMS["mild"], seed=3)
 
 
 def test_adagc_defaults_are_the_papers() -> None:
-    run(dist_clip.AdaGC(), RefAdaGC(), *STREAMS["mild"], seed=4, steps=180)
+    run(dist_clip.AdaGC(), *STREAMS["mild"], seed=4, steps=180)
 
 
 ZCLIP_MODES = [
@@ -468,7 +314,7 @@ ZCLIP_MODES = [
 @pytest.mark.parametrize("mode", ZCLIP_MODES, ids=lambda m: "-".join(m.values()))
 def test_zclip(mode: dict[str, Any], extra: dict[str, Any], stream: str) -> None:
     settings = {**mode, **extra}
-    run(dist_clip.ZClip(**settings), RefZClip(**settings), *STREAMS[stream], seed=5)
+    run(dist_clip.ZClip(**settings), *STREAMS[stream], seed=5)
 
 
 @pytest.mark.parametrize(
@@ -477,14 +323,14 @@ def test_zclip(mode: dict[str, Any], extra: dict[str, Any], stream: str) -> None
     ids=str,
 )
 def test_zclip_settings(settings: dict[str, Any]) -> None:
-    run(dist_clip.ZClip(**settings), RefZClip(**settings), *STREAMS["mild"], seed=6)
+    run(dist_clip.ZClip(**settings), *STREAMS["mild"], seed=6)
 
 
 @pytest.mark.parametrize("nonfinite", MODES)
 @pytest.mark.parametrize("mode", ZCLIP_MODES, ids=lambda m: "-".join(m.values()))
 def test_zclip_nonfinite(mode: dict[str, Any], nonfinite: str) -> None:
     settings = {**mode, "warmup_steps": WARMUP}
-    run(dist_clip.ZClip(**settings), RefZClip(**settings), dirty, WHOLE_STEP_DIRTY, nonfinite, seed=7)
+    run(dist_clip.ZClip(**settings), dirty, WHOLE_STEP_DIRTY, nonfinite, seed=7)
 
 
 @pytest.mark.parametrize("stream", STREAMS)
@@ -492,14 +338,13 @@ def test_zclip_nonfinite(mode: dict[str, Any], nonfinite: str) -> None:
 @pytest.mark.parametrize("scope", ["tensor", "shard"])
 def test_zclip_for_each_tensor(scope: Any, extra: dict[str, Any], stream: str) -> None:
     ours = dist_clip.ZClip(scope=scope, warmup_steps=WARMUP, **extra)
-    run(ours, Shared(reference.ZClipEach(warmup_steps=WARMUP, **extra)), *STREAMS[stream], seed=8)
+    run(ours, *STREAMS[stream], seed=8)
 
 
 @pytest.mark.parametrize("nonfinite", MODES)
 def test_zclip_for_each_tensor_nonfinite(nonfinite: str) -> None:
     ours = dist_clip.ZClip(scope="tensor", warmup_steps=WARMUP)
-    theirs = Shared(reference.ZClipEach(warmup_steps=WARMUP))
-    run(ours, theirs, dirty, WHOLE_STEP_DIRTY, nonfinite, seed=9)
+    run(ours, dirty, WHOLE_STEP_DIRTY, nonfinite, seed=9)
 
 
 # Each of them meets its patience within the run.
@@ -515,10 +360,8 @@ LOGCLIP_SETTINGS: list[dict[str, Any]] = [
 ]
 
 
-def log_clips(scope: Any, settings: dict[str, Any]) -> tuple[dist_clip.LogClip, Shared]:
-    settings = {"warmup_steps": WARMUP, **settings}
-    rule = reference.LogClipGlobal if scope == "global" else reference.LogClip
-    return dist_clip.LogClip(scope=scope, **settings), Shared(rule(**settings))
+def log_clip(scope: Any, settings: dict[str, Any]) -> dist_clip.LogClip:
+    return dist_clip.LogClip(scope=scope, **{"warmup_steps": WARMUP, **settings})
 
 
 LOGCLIP_CASES = [
@@ -530,18 +373,18 @@ LOGCLIP_CASES = [
 @pytest.mark.parametrize("stream", STREAMS)
 @pytest.mark.parametrize(("scope", "settings"), LOGCLIP_CASES, ids=str)
 def test_logclip(scope: str, settings: dict[str, Any], stream: str) -> None:
-    run(*log_clips(scope, settings), *STREAMS[stream], seed=10)
+    run(log_clip(scope, settings), *STREAMS[stream], seed=10)
 
 
 @pytest.mark.parametrize("nonfinite", MODES)
 @pytest.mark.parametrize("settings", [LOGCLIP_SETTINGS[1], LOGCLIP_SETTINGS[-1]], ids=str)
 @pytest.mark.parametrize("scope", ["tensor", "shard", "global"])
 def test_logclip_nonfinite(scope: str, settings: dict[str, Any], nonfinite: str) -> None:
-    run(*log_clips(scope, settings), dirty, WHOLE_STEP_DIRTY, nonfinite, seed=11)
+    run(log_clip(scope, settings), dirty, WHOLE_STEP_DIRTY, nonfinite, seed=11)
 
 
 def test_logclip_defaults() -> None:
-    run(dist_clip.LogClip(), Shared(reference.LogClip()), *STREAMS["mild"], seed=12, steps=180)
+    run(dist_clip.LogClip(), *STREAMS["mild"], seed=12, steps=180)
 
 
 def decide(policy: Policy, state: State, norms: Tensor, total: Tensor | None, t: Tensor) -> tuple[Tensor, State]:

@@ -61,18 +61,6 @@ def check(case: Case, ranks: list[dict[str, Any]]) -> None:
     Checker(case, ranks).run()
 
 
-def reference_rule(policy: Any) -> Any:
-    options = dataclasses.asdict(policy)
-    whole = options.pop("scope", "global") == "global"
-    rules: dict[str, tuple[Any, Any]] = {  # at scope "global", and at the others
-        "GlobalNorm": (reference.GlobalGC, None),
-        "AdaGC": (reference.AdaGCGlobal, reference.AdaGC),
-        "LogClip": (reference.LogClipGlobal, reference.LogClip),
-        "ZClip": (reference.ZClip, reference.ZClipEach),
-    }
-    return rules[type(policy).__name__][0 if whole else 1](**options)
-
-
 @dataclasses.dataclass
 class Group:
     """The tensors that one policy rules, and the reference of it."""
@@ -121,7 +109,7 @@ class Checker:
         require(held == set(self.logical), "the test is to blame: tensors", sorted(held ^ set(self.logical)))
         self.check_cover()
         self.excluded = {n for n in self.logical if any(fnmatch.fnmatchcase(n, p) for p in case.exclude)}
-        self.groups = [Group(pattern, policy, reference_rule(policy), []) for pattern, policy in case.rules]
+        self.groups = [Group(pattern, policy, reference.rule_of(policy), []) for pattern, policy in case.rules]
         self.group_of: dict[str, Group] = {}
         for name in self.logical:
             if name not in self.excluded:
