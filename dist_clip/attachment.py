@@ -1,19 +1,27 @@
-"""Clipping in a pre-hook of ``optimizer.step``."""
+"""Clipping in ``optimizer.step``."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import functools
+import types
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
+from torch import Tensor
 from torch.amp import GradScaler
 from torch.distributed.tensor import DTensor
 
 from dist_clip.errors import LayoutError
 from dist_clip.layouts import Layout
+from dist_clip.layouts.process_groups import any_rank
 from dist_clip.reduction.grad_version import ClippedGradients
 from dist_clip.step import ClipReport
 from dist_clip.step.grad_scaler import check_unscaled
+
+BY_HAND = "clip by hand instead: clipper.clip_() before its step, and no step where clipper.last_report.skip is set"
 
 
 class Detachable(Protocol):
@@ -30,22 +38,28 @@ class Detachable(Protocol):
 
 
 class Attachment:
-    """Step pre-hooks on one or more optimizers, which clip once a round. `GradClipper.attach` makes it.
+    """Clips in the ``step`` of one or more optimizers, once a round. `GradClipper.attach` makes it.
 
     A round is one clip and the steps of the attached optimizers that follow it. It ends when all of them have stepped,
     when one steps again, or when one steps whose gradients changed since the last clip. Optimizers may therefore take
     turns, and a GradScaler may leave one out.
 
+    It replaces ``step`` on the optimizer objects, and not only hooks into it: torch runs step hooks twice where a subclass
+    calls its parent's step, and never where a wrapper's step is not torch's. A hook only guards: a step that reaches the
+    optimizer on another way is an error, because nothing would clip it.
+
     Args:
-        optimizers: torch optimizers, at least one, each once.
+        optimizers: objects with ``step`` and ``param_groups``, at least one, each once. Wrappers that keep the optimizer
+            as ``.optimizer`` (Accelerate, Lightning Fabric) are unwrapped: they may decide not to step.
         clip_: clips all gradients and returns the report.
         layout: the logical tensors that are clipped.
         known: ids of all parameters of the clipper's target, excluded ones included.
         may_skip: whether a report may ask for its step to be skipped.
         scaler: the GradScaler, whose optimizers must all be unscaled before a clip; None without one.
+        process_group: all ranks that train the model; None for all there are.
 
     Raises:
-        TypeError: no optimizer, or an object that is none.
+        TypeError: no optimizer, or an object that is none, or one whose ``step`` cannot be replaced.
         RuntimeError: the same optimizer twice.
         LayoutError: an optimizer holds a parameter that is not in `known`.
 
@@ -61,47 +75,55 @@ class Attachment:
 
     def __init__(
         self,
-        optimizers: tuple[torch.optim.Optimizer, ...],
+        optimizers: tuple[Any, ...],
         *,
         clip_: Callable[[], ClipReport],
         layout: Layout,
         known: frozenset[int],
         may_skip: bool,
         scaler: GradScaler | None,
+        process_group: dist.ProcessGroup | None = None,
     ) -> None:
         if not optimizers:
             raise TypeError("attach() needs an optimizer")
-        for optimizer in optimizers:
-            if not hasattr(optimizer, "register_step_pre_hook"):
-                raise TypeError(f"attach() needs torch optimizers, got {type(optimizer).__name__}: {optimizer!r}")
+        optimizers = tuple(_unwrapped(optimizer) for optimizer in optimizers)
         if len({id(optimizer) for optimizer in optimizers}) < len(optimizers):
             raise RuntimeError("attach() got the same optimizer twice: gradients would be clipped twice a step")
         self._clip_, self._layout, self._known = clip_, layout, known
-        self._may_skip, self._scaler = may_skip, scaler
+        self._may_skip, self._scaler, self._process_group = may_skip, scaler, process_group
+        self._optimizers = optimizers
         self._stepped: set[int] = set()
+        self._inside: Any = None  # the optimizer whose step is running
         self._report: ClipReport | None = None
         self._clipped = ClippedGradients()
-        self._sizes: dict[int, list[int]] = {}
-        self._found_inf: dict[int, Any] = {}
+        self._params: dict[int, list[int]] = {}
         for optimizer in optimizers:
             self._check_parameters(optimizer)
-        self._handles = [optimizer.register_step_pre_hook(self._before_step) for optimizer in optimizers]
-        if may_skip:
-            self._handles += [optimizer.register_step_post_hook(self._after_step) for optimizer in optimizers]
-        self._optimizers = optimizers
+        # Nothing is left on the optimizers unless all of them can be attached to.
+        self._undo = contextlib.ExitStack()
+        with contextlib.ExitStack() as undo:
+            for optimizer in optimizers:
+                undo.callback(_replace_step(optimizer, self._step))
+                undo.callback(_guard(optimizer, self._check_inside))
+            self._undo = undo.pop_all()
+        self._attached = True
 
     @property
     def attached(self) -> bool:
-        """Whether the hooks are on the optimizers: `remove` has not been called."""
-        return bool(self._handles)
+        """Whether the optimizers' steps clip: `remove` has not been called."""
+        return self._attached
 
     def remove(self) -> None:
-        """Remove the hooks from the optimizers."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        """Detach from the optimizers: their own ``step`` is back."""
+        self._attached = False
+        self._undo.close()
 
-    def _check_parameters(self, optimizer: torch.optim.Optimizer) -> None:
+    def follow(self, layout: Layout, known: frozenset[int]) -> None:
+        """Go on with another layout of the same clipper."""
+        self._layout, self._known = layout, known
+        self._clipped = ClippedGradients()
+
+    def _check_parameters(self, optimizer: Any) -> None:
         for g, group in enumerate(optimizer.param_groups):
             for i, param in enumerate(group["params"]):
                 if id(param) not in self._known:
@@ -110,26 +132,47 @@ class Attachment:
                         f"number {i}, shape {list(param.shape)}): it would not be clipped. Construct the clipper from "
                         "the same parameters after the model was parallelised, or name it in exclude="
                     )
-        self._sizes[id(optimizer)] = [len(group["params"]) for group in optimizer.param_groups]
+        self._params[id(optimizer)] = _ids(optimizer)
 
-    def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        closure = kwargs.get("closure") if kwargs else None
-        if closure is None and args:
-            closure = next((a for a in args if callable(a)), None)
-        if closure is not None:
+    def _check_inside(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        """Raise for a step that did not come through `_step`; the steps that one takes inside itself did."""
+        if self._inside is None:
             raise RuntimeError(
-                "step(closure) computes gradients inside the step, after this hook: call clipper.clip_() at the end of the "
-                "closure instead of attach()"
+                f"{type(optimizer).__name__}.step was called past the attached clipper, so its gradients are not clipped: "
+                "call optimizer.step() of the object that was attached, not a reference to step from before attach()"
             )
+
+    def _step(self, optimizer: Any, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Clip if this step begins a round, then step; or skip where the round's clip says so."""
+        if not self._attached or self._inside is not None:
+            return step(*args, **kwargs)  # a step inside of a step belongs to it
+        _refuse_closure(args, kwargs)
+        self._inside = optimizer
+        try:
+            if self._initialises_state(optimizer, args, kwargs):
+                return step(*args, **kwargs)
+            self._clip_round(optimizer)
+            if not self._may_skip:
+                return step(*args, **kwargs)
+            assert self._report is not None
+            skip = self._report.skip
+            if getattr(optimizer, "_step_supports_amp_scaling", False) and not _holds_dtensors(optimizer):
+                with _found_inf(optimizer, skip):
+                    return step(*args, **kwargs)
+            return None if bool(skip) else step(*args, **kwargs)
+        finally:
+            self._inside = None
+
+    def _clip_round(self, optimizer: Any) -> None:
         if getattr(optimizer, "grad_scale", None) is not None:
             raise RuntimeError(
                 "the gradients are still multiplied by the GradScaler's scale (a fused optimizer unscales inside its "
                 "step): call scaler.unscale_(optimizer) before scaler.step(optimizer)"
             )
-        if [len(group["params"]) for group in optimizer.param_groups] != self._sizes[id(optimizer)]:
-            self._check_parameters(optimizer)  # parameters were added since
-        # The order of steps is the same on every rank, so it alone starts a round on a rank without gradients. New
-        # gradients are a second reason to start one; their absence is never a reason not to.
+        if _ids(optimizer) != self._params[id(optimizer)]:
+            self._check_parameters(optimizer)  # parameters were added or replaced since
+        # The order of steps is the same on every rank; gradients are a second reason to clip, never one not to: a rank
+        # that has none of them goes by the order alone.
         if not self._stepped or id(optimizer) in self._stepped or self._has_new_gradients(optimizer):
             if self._scaler is not None:
                 for other in self._optimizers:
@@ -141,36 +184,120 @@ class Attachment:
         self._stepped.add(id(optimizer))
         if len(self._stepped) == len(self._optimizers):
             self._stepped = set()
-        if self._may_skip:
-            self._make_skip(optimizer)
 
-    def _has_new_gradients(self, optimizer: torch.optim.Optimizer) -> bool:
-        """Return whether a gradient of `optimizer` was replaced or written to since the last clip."""
+    def _has_new_gradients(self, optimizer: Any) -> bool:
+        """Whether a gradient of `optimizer` is another one, or has been written to, since the last clip."""
         covered = {id(tensor.param) for tensor in self._layout}
         params = [param for group in optimizer.param_groups for param in group["params"]]
         return any(id(param) in covered and self._clipped.is_new(param) for param in params)
 
-    def _make_skip(self, optimizer: torch.optim.Optimizer) -> None:
-        """Make the step of `optimizer` change nothing if the round's report says to skip it."""
-        assert self._report is not None
-        skip = self._report.skip
-        if getattr(optimizer, "_step_supports_amp_scaling", False) and not _holds_dtensors(optimizer):
-            # A fused optimizer reads this flag on the device. A GradScaler may have set its own flag already.
-            before = getattr(optimizer, "found_inf", None)
-            self._found_inf[id(optimizer)] = before
-            flag = skip.float()  # 0 or 1: the kernels compare it with exactly 1
-            optimizer.found_inf = flag if before is None else torch.maximum(before, flag)  # type: ignore[attr-defined]
-        elif bool(skip):
-            # Optimizers ignore parameters without a gradient, so the step does nothing, on every rank alike.
-            for group in optimizer.param_groups:
-                for param in group["params"]:
-                    param.grad = None
+    def _initialises_state(self, optimizer: Any, args: Any, kwargs: Any) -> bool:
+        """Whether this is no step of training, but one that torch.distributed.checkpoint takes to make an optimizer's state.
 
-    def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        if id(optimizer) in self._found_inf:
-            optimizer.found_inf = self._found_inf.pop(id(optimizer))  # type: ignore[attr-defined]
+        It calls ``step(closure=None)`` on a fresh optimizer, with zero gradients and a learning rate of 0 (pytorch#164929).
+        """
+        if args or kwargs != {"closure": None} or getattr(optimizer, "state", None):
+            return False
+        if any("lr" not in group or float(group["lr"]) != 0 for group in optimizer.param_groups):
+            return False
+        grads = [param.grad for group in optimizer.param_groups for param in group["params"] if param.grad is not None]
+        local = [grad.to_local() if isinstance(grad, DTensor) else grad for grad in grads]
+        flags = [grad.count_nonzero() > 0 for grad in local]
+        # Other ranks' shards may have gradients where this rank's have none.
+        device = flags[0].device if flags else torch.device("cpu")
+        found = torch.stack([flag.to(device) for flag in flags]).any() if flags else torch.zeros((), dtype=torch.bool)
+        return not bool(any_rank(found, self._process_group))
 
 
-def _holds_dtensors(optimizer: torch.optim.Optimizer) -> bool:
+def _unwrapped(optimizer: Any) -> Any:
+    """The optimizer inside of wrappers that keep it as ``.optimizer``.
+
+    Raises:
+        TypeError: no optimizer.
+    """
+    while _is_optimizer(inner := getattr(optimizer, "optimizer", None)):
+        optimizer = inner
+    if not _is_optimizer(optimizer):
+        raise TypeError(
+            f"attach() needs optimizers, with step() and param_groups, got {type(optimizer).__name__}: {optimizer!r}; "
+            f"{BY_HAND}"
+        )
+    return optimizer
+
+
+def _is_optimizer(value: Any) -> bool:
+    return callable(getattr(value, "step", None)) and isinstance(getattr(value, "param_groups", None), list)
+
+
+def _replace_step(optimizer: Any, run: Callable[..., Any]) -> Callable[[], None]:
+    """Have ``optimizer.step(...)`` call ``run(optimizer, its own step, ...)``. Returns what undoes it.
+
+    Raises:
+        TypeError: the object does not let its step be replaced.
+    """
+    step = optimizer.step
+    own = vars(optimizer).get("step") if hasattr(optimizer, "__dict__") else None
+
+    @functools.wraps(step)
+    def replaced(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return run(optimizer, step, *args, **kwargs)
+
+    # A method, for torch's schedulers ask for its __func__.
+    method = types.MethodType(replaced, optimizer)
+    try:
+        optimizer.step = method
+    except AttributeError:
+        method = None  # type: ignore[assignment]
+    if method is None or optimizer.step is not method:
+        raise TypeError(f"attach() cannot replace the step of {type(optimizer).__name__}; {BY_HAND}")
+
+    def undo() -> None:
+        # A scheduler that was made later has replaced it once more, and calls ours, which then only passes on.
+        if vars(optimizer).get("step") is method:
+            if own is None:
+                del optimizer.step
+            else:
+                optimizer.step = own
+
+    return undo
+
+
+def _guard(optimizer: Any, check: Callable[..., None]) -> Callable[[], None]:
+    """Run `check` in each step of `optimizer` that runs torch's hooks. Returns what undoes it."""
+    try:
+        return optimizer.register_step_pre_hook(check).remove
+    except (AttributeError, KeyError, TypeError):  # a wrapper that has torch's methods, but not what they work on
+        return lambda: None
+
+
+def _ids(optimizer: Any) -> list[int]:
+    return [id(param) for group in optimizer.param_groups for param in group["params"]]
+
+
+def _refuse_closure(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    if any(callable(argument) for argument in (*args, *kwargs.values())):
+        raise RuntimeError(
+            "step(closure) computes gradients inside the step, after this hook: call clipper.clip_() at the end of the "
+            "closure instead of attach()"
+        )
+
+
+@contextlib.contextmanager
+def _found_inf(optimizer: Any, skip: Tensor) -> Iterator[None]:
+    """Have a fused optimizer look at `skip` on the device. A GradScaler may have put a flag of its own there."""
+    absent = object()
+    before: Any = getattr(optimizer, "found_inf", absent)
+    flag = skip.float()  # 0 or 1: the kernels compare it with exactly 1
+    optimizer.found_inf = flag if before is absent or before is None else torch.maximum(before, flag)
+    try:
+        yield
+    finally:
+        if before is absent:
+            del optimizer.found_inf
+        else:
+            optimizer.found_inf = before
+
+
+def _holds_dtensors(optimizer: Any) -> bool:
     # A fused kernel refuses a plain flag beside DTensor parameters.
     return any(isinstance(param, DTensor) for group in optimizer.param_groups for param in group["params"])

@@ -110,6 +110,7 @@ class GradClipper:
             detect_desync,
         )
         self.policy = policy
+        self._target, self._arguments = target, options
         self.last_report: ClipReport | None = None
         self.attachment: Detachable | None = None
         # The state is updated in place, which torch forbids for tensors that were made in inference mode.
@@ -219,8 +220,7 @@ class GradClipper:
         self._partial.reduce_(self.layout.tensors)
         grads = [tensor.grad() for tensor in self.layout]
         num_grads = sum(grad is not None for grad in grads)
-        if self.memory.calls == 0 or num_grads == 0:
-            self._made.check_not_stale()
+        self._made.check_not_stale(thorough=self.memory.calls == 0 or num_grads == 0)
         return grads, num_grads
 
     def _raise_if_nonfinite(self, squares: Tensor, flag: Tensor) -> None:
@@ -260,24 +260,28 @@ class GradClipper:
     # --------------------------------------------------------------------------------- optimizers, state, explanation
 
     def attach(self, *optimizers: torch.optim.Optimizer) -> Attachment:
-        """Clip in a pre-hook of ``optimizer.step``, so that the training loop stays as it is.
+        """Clip in ``optimizer.step``, so that the training loop stays as it is.
 
         With several optimizers (Muon and AdamW) gradients are clipped once a round, before the first of them steps. An
         optimizer whose gradients changed since the last clip starts a new round. Where steps may be skipped
         (``nonfinite="skip"``, ``skip_above``) a fused optimizer gets the flag as its ``found_inf``. For other
-        optimizers the host reads the flag and drops the gradients, so that their step does nothing.
+        optimizers the host reads the flag and does not call their step.
+
+        A clip belongs to a step that is taken, of real gradients: steps inside of a step are part of it, and the steps by
+        which torch.distributed.checkpoint makes an optimizer's state are none.
 
         Args:
-            optimizers: torch optimizers that step parameters of the clipper's target, each once.
+            optimizers: objects with ``step`` and ``param_groups`` that step parameters of the clipper's target, each once:
+                torch optimizers, and wrappers of them.
 
         Returns:
             A handle; ``handle.remove()`` detaches. (``dist_clip.<framework>.attach`` makes a clipper and returns it.)
 
         Raises:
             LayoutError: an optimizer holds a parameter that this clipper does not know.
-            TypeError: no optimizer, or an object that is none.
-            RuntimeError: already attached, or the same optimizer twice. At a step: a closure, or gradients that a
-                GradScaler has not unscaled yet.
+            TypeError: no optimizer, or an object that is none, or one whose step cannot be replaced.
+            RuntimeError: already attached, or the same optimizer twice. At a step: a closure, gradients that a GradScaler
+                has not unscaled yet, or a step that reaches the optimizer past the clipper.
 
         Example:
             >>> import dist_clip
@@ -294,9 +298,46 @@ class GradClipper:
             known=self._made.known,
             may_skip=self.may_skip,
             scaler=self._options.scaler,
+            process_group=self._options.process_group,
         )
         self.attachment = attachment
         return attachment
+
+    def refresh(self) -> None:
+        """Read the model again, after parameters were added, replaced or removed. Collective, as the construction is.
+
+        The step count and the states of tensors whose name and shape are as before stay; the others start afresh. An
+        attached optimizer stays attached.
+
+        Raises:
+            LayoutError, TypeError, ValueError: as the constructor; the clipper is then as it was.
+            TypeError: the clipper was constructed from parameters, and not from modules.
+
+        Example:
+            >>> import dist_clip
+            >>> model = torch.nn.Sequential(torch.nn.Linear(2, 2))
+            >>> clipper = dist_clip.GradClipper(model, dist_clip.LogClip())
+            >>> model.append(torch.nn.Linear(2, 1))
+            Sequential(
+              (0): Linear(in_features=2, out_features=2, bias=True)
+              (1): Linear(in_features=2, out_features=1, bias=True)
+            )
+            >>> clipper.refresh()
+            >>> clipper.layout.names
+            ('0.weight', '0.bias', '1.weight', '1.bias')
+        """
+        if self._made.watch is None:
+            raise TypeError(
+                "refresh() needs the modules, and this clipper was constructed from parameters: construct another one, and "
+                "load_state_dict(clipper.state_dict(), strict=False)"
+            )
+        saved, shapes = self.state_dict(), {tensor.name: tensor.shape for tensor in self.layout}
+        with torch.inference_mode(False), torch.no_grad():
+            self._build(self._target, self.policy, self._arguments)
+        kept = {tensor.name for tensor in self.layout if shapes.get(tensor.name) == tensor.shape}
+        state_dict.carry_over(self.memory, saved, kept)
+        if isinstance(self.attachment, Attachment):
+            self.attachment.follow(self.layout, self._made.known)
 
     def explain(self) -> str:
         """Return a table of the tensors, how each is reduced and clipped, followed by what a step costs.

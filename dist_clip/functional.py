@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import numbers
 import warnings
-import weakref
 from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.utils.weak import WeakIdKeyDictionary
 
 from dist_clip.errors import NonFiniteGradError
 from dist_clip.kernels import Kernels, choose
@@ -104,14 +103,18 @@ def clip_grad_norm_(
     return norm if dtypes == {torch.float64} else norm.float()
 
 
-# What `_prepare` found for a list of parameters, by the first of them. Keys and values hold parameters weakly, so that
-# a model can be freed.
-_prepared: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_MARK = "_dist_clip_list"
+"""Attribute of a parameter: which list it was in, and where. A weak reference would keep torch from moving the model."""
+
+_KEPT = 16
+_prepared: dict[int, _Prepared] = {}
+"""What `_prepare` found for the last lists of parameters, by their number. It holds no parameter."""
+
+_numbers = itertools.count()
 
 
 @dataclasses.dataclass(frozen=True)
 class _Prepared:
-    params: tuple[weakref.ref[Tensor], ...]
     stages: int
     described: tuple[str, ...]
     plan: ReductionPlan
@@ -121,9 +124,7 @@ class _Prepared:
     def fits(self, layout: Layout, stages: int) -> bool:
         return (
             stages == self.stages
-            and len(self.params) == len(layout)
-            and all(ref() is tensor.param for ref, tensor in zip(self.params, layout, strict=True))
-            and self.described == tuple(t.placement for t in layout)
+            and self.described == tuple(t.describe() for t in layout)
             and all(group_alive(collective.group) for collective in self.plan.collectives)
         )
 
@@ -132,22 +133,28 @@ def _prepare(layout: Layout, stages: int, device: torch.device) -> _Prepared:
     """Return the plan, reducer and kernels for a list of parameters, made at the first call with it.
 
     They are kept because making them is slow: the plan sends positions to the device, the reducer exchanges on the host
-    which gradients are Partial, and kernels are tried out before they are used.
+    which gradients are Partial, and kernels are tried out before they are used. All ranks find them or none does, because
+    the marks depend only on the calls.
     """
-    first = layout.tensors[0].param if len(layout) else None
-    found: _Prepared | None = _prepared.get(first) if first is not None else None  # type: ignore[no-untyped-call]
-    if found is not None and found.fits(layout, stages):
+    params = [tensor.param for tensor in layout]
+    number, _ = getattr(params[0], _MARK, (None, 0)) if params else (None, 0)
+    found = _prepared.get(number) if number is not None else None
+    same = all(getattr(param, _MARK, None) == (number, i) for i, param in enumerate(params))
+    if found is not None and same and found.fits(layout, stages):
         return found
     made = _Prepared(
-        params=tuple(weakref.ref(tensor.param) for tensor in layout if tensor.param is not None),
         stages=stages,
-        described=tuple(t.placement for t in layout),
+        described=tuple(t.describe() for t in layout),
         plan=ReductionPlan(layout, copies_among=group_size(None) // stages),
         partial=PartialReducer(layout.tensors),
         kernels=choose(None, device),
     )
-    if first is not None:
-        _prepared[first] = made
+    number = next(_numbers)
+    _prepared[number] = made
+    for old in list(_prepared)[:-_KEPT]:
+        del _prepared[old]
+    for i, param in enumerate(params):
+        setattr(param, _MARK, (number, i))
     return made
 
 

@@ -173,8 +173,10 @@ class RunLog:
     def _tensors(self, step: int, report: ClipReport, state: dict[str, Any]) -> None:
         """Each tensor's norm and scale, and what the rule remembers of it. Ranks of other stages have other tensors."""
         remembered = {
-            # What only a warm-up records is a list, and left out.
-            name: {slot: value.item() for slot, value in entry.items() if isinstance(value, Tensor)}
+            # Numbers only: what only a warm-up records is a list, and a policy may keep several numbers a tensor.
+            name: {
+                slot: value.item() for slot, value in entry.items() if isinstance(value, Tensor) and value.numel() == 1
+            }
             for name, entry in state.get("tensors", {}).items()
         }
         values = zip(

@@ -356,16 +356,22 @@ def test_torchrun_command_line_writes_everything(tmp_path: Path) -> None:
 
 def test_a_rule_of_ones_own_trains_from_the_command_line(tmp_path: Path) -> None:
     (tmp_path / "my_rules.py").write_text(
-        "import dataclasses, dist_clip\n"
+        "import dataclasses, dist_clip, torch\n"
         "@dist_clip.register('halve')\n"
         "@dataclasses.dataclass(frozen=True)\n"
         "class Halve(dist_clip.Policy):\n"
         "    strength: float = 0.5\n"
+        "    nan_slots = ('last',)\n"
+        "    def init_state(self, n, device):  # the last norms, of which there are several a tensor\n"
+        "        return {'last': inputs_of(n, device), 'count': inputs_of(n, device)[0] * 0}\n"
         "    def step(self, state, inputs):\n"
         "        return inputs.norms * 0 + self.strength, state\n"
+        "def inputs_of(n, device):\n"
+        "    return torch.ones(3, n, device=device)\n"
     )
     options = (
-        "--policy-module my_rules --clip halve --halve-strength 0.25 --steps 2 --validation-batches 1 --no-tensorboard"
+        "--policy-module my_rules --clip halve --halve-strength 0.25 --steps 2 --validation-batches 1 --no-tensorboard "
+        "--tensors-every 1"
     )
     done = subprocess.run(
         [sys.executable, "-m", "launch.train", *options.split(), "--device", "cpu", "--out", str(tmp_path)],
@@ -375,6 +381,7 @@ def test_a_rule_of_ones_own_trains_from_the_command_line(tmp_path: Path) -> None
     got = read_run(tmp_path)
     assert got.header["policy"] == {"policy": "Halve", "strength": 0.25}
     assert got.series("mean_scale") == [0.25, 0.25]
+    assert set(got.tensors[0]["state"]["embed.weight"]) == {"count"}, "numbers only"
     assert rule_of(got) == "Halve (strength 0.25)"  # also where nobody has imported the module
     assert (tmp_path / "plot.png").exists()
 

@@ -17,7 +17,7 @@ from dist_clip.construction.coverage import check_coverage
 from dist_clip.construction.options import CheckedOptions, Options
 from dist_clip.errors import LayoutError
 from dist_clip.kernels import TORCH, Kernels, choose
-from dist_clip.layouts import Layout, LayoutReader, build_layout, named_parameters
+from dist_clip.layouts import Layout, LayoutReader, ParameterWatch, build_layout, named_parameters
 from dist_clip.layouts.process_groups import current_rank, device_of, group_size, stage_of
 from dist_clip.memory import Rule, checked_rules
 from dist_clip.reduction import ReductionPlan
@@ -46,25 +46,29 @@ class Construction:
     device: torch.device
     kernels: Kernels
     plan: ReductionPlan
-    target: Any
+    watch: ParameterWatch | None
     known: frozenset[int]
     counted: tuple[bool, ...]
     elsewhere: Mapping[str, int]
 
-    def check_not_stale(self) -> None:
-        """Check that the modules still have the parameters of the construction, since others would not be clipped.
+    def check_not_stale(self, *, thorough: bool) -> None:
+        """Check that no parameter came after the construction whose gradient would be missed.
+
+        Args:
+            thorough: also look at parameters without a gradient, as is worth it once.
 
         Raises:
-            LayoutError: a parameter was replaced.
+            LayoutError: there is one.
         """
-        if self.target is None:
+        if self.watch is None or not (thorough or self.watch.changed()):
             return
-        for name, param in named_parameters(self.target):
-            if id(param) not in self.known:
+        for name, param in self.watch.unknown(self.known):
+            if thorough or (param.requires_grad and param.grad is not None):
                 raise LayoutError(
                     f"rank {current_rank()}: {name!r} is another parameter than when the clipper was constructed, so its "
-                    "gradient would not be clipped: construct the clipper after whatever replaces parameters (fully_shard, "
-                    "parallelize_module, to_empty, a new head), and outside forward and backward"
+                    "gradient would not be clipped: construct the clipper after whatever replaces or adds parameters "
+                    "(fully_shard, parallelize_module, to_empty, a new head or adapter), outside forward and backward; or "
+                    "call clipper.refresh() on every rank, which takes them in and keeps what is known of the others"
                 )
 
 
@@ -96,7 +100,7 @@ def construct(target: Any, policy: object, options: Options) -> Construction:
         device=draft.device,
         kernels=draft.kernels,
         plan=plan,
-        target=draft.modules,
+        watch=None if draft.modules is None else ParameterWatch(draft.modules),
         known=draft.known,
         counted=tuple(name not in earlier for name in draft.layout.names),
         elsewhere={name: n for name, n in elsewhere.items() if name not in names},

@@ -4,11 +4,13 @@ from dist_clip.layouts.layout import Layout, LayoutReader, LogicalTensor
 from dist_clip.layouts.naming import modules_of, named_parameters
 from dist_clip.layouts.partial import PartialReducer
 from dist_clip.layouts.plain import build_layout, layout_of_parameters
+from dist_clip.layouts.watch import ParameterWatch
 
 __all__ = [
     "Layout",
     "LayoutReader",
     "LogicalTensor",
+    "ParameterWatch",
     "PartialReducer",
     "build_layout",
     "layout_of_parameters",

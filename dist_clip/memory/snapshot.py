@@ -13,7 +13,7 @@ from torch import Tensor
 from dist_clip.layouts.layout import LogicalTensor
 from dist_clip.layouts.process_groups import current_rank
 from dist_clip.memory.memory import Memory, PolicyGroup
-from dist_clip.policies.base import Policy, State
+from dist_clip.policies.base import Policy, State, may_hold
 
 FORMAT_VERSION = 2
 _READABLE = (1, 2)
@@ -212,14 +212,6 @@ def rows_of(values: Mapping[str, Sequence[Any]], n: int) -> list[dict[str, Any]]
     return [{slot: column[k] for slot, column in values.items()} for k in range(n)]
 
 
-def storable(policy: Policy, slot: str, value: Tensor) -> bool:
-    """Return whether `value` may be in a checkpoint: it is finite, but for NaN in the policy's `nan_slots`."""
-    if not value.is_floating_point():
-        return True
-    fine = value.isfinite() | value.isnan() if slot in policy.nan_slots else value.isfinite()
-    return bool(fine.all())
-
-
 def _fill(policy: Policy, state: State, slots: Sequence[str], elements: Mapping[str, Any]) -> None:
     """Copy `elements`, {where: {slot: tensor}}, into the columns of `state`.
 
@@ -239,11 +231,11 @@ def _fill(policy: Policy, state: State, slots: Sequence[str], elements: Mapping[
         return
     for slot in slots:
         column = torch.stack([element[slot].to("cpu") for element in elements.values()])
-        if not storable(policy, slot, column):
+        if not may_hold(policy, slot, column):
             where, value = next(
                 (where, element[slot])
                 for where, element in elements.items()
-                if not storable(policy, slot, element[slot])
+                if not may_hold(policy, slot, element[slot])
             )
             allowed = "finite or NaN" if slot in policy.nan_slots else "finite"
             raise ValueError(f"the state of {where} has {slot} = {value.tolist()}: it must be {allowed}")

@@ -26,10 +26,9 @@ from dist_clip.memory.snapshot import (
     policies_fit,
     rows_of,
     shard_of,
-    storable,
     take_over,
 )
-from dist_clip.policies.base import Policy
+from dist_clip.policies.base import Policy, may_hold
 
 _LAYOUT = "layout"
 """Key, beside a tensor's shards, of the placement that cut the tensor into them."""
@@ -102,6 +101,11 @@ def load_state_dict(memory: Memory, loaded: Mapping[str, Any], *, strict: bool =
         return
     _check_names(memory, loaded["names"], sections, on_mismatch)
     take_over(memory, _chosen(memory, step, sections, set(loaded["names"])))
+
+
+def carry_over(memory: Memory, saved: Mapping[str, Any], names: set[str]) -> None:
+    """Go on from a state dict of the same policies with the tensors of `names`; the others start afresh."""
+    take_over(memory, _chosen(memory, int(saved["step"]), saved, names))
 
 
 def _chosen(memory: Memory, step: int, sections: Mapping[str, Mapping[str, Any]], names: set[str]) -> dict[str, Any]:
@@ -219,7 +223,7 @@ def _some(names: Iterable[str]) -> str:
 
 def _warn_of_nonfinite(group: PolicyGroup, columns: Mapping[str, Tensor]) -> None:
     for slot, column in columns.items():
-        if not storable(group.policy, slot, column):
+        if not may_hold(group.policy, slot, column):
             warnings.warn(
                 f"the state of {type(group.policy).__name__} for {group.pattern!r} has NaN or Inf in {slot!r}: it is saved, "
                 "but will be refused when it is loaded. The policy must keep the old value where dist_clip.observed says so",

@@ -78,7 +78,8 @@ class Policy:
 
     Attributes:
         scope: what one element is. A subclass may set it for the class or declare it as a field.
-        nan_slots: names of the state's slots in which NaN is a value. In other slots a NaN raises.
+        nan_slots: names of the state's slots in which NaN is a value. In other slots NaN is an error; Inf is in
+            all.
         post_max_norm: threshold, above 0, of a global clip after the rule; None for none. The policy's scaled gradients
             are clipped together, at their norm ``N' = sqrt(sum (scale_i n_i)^2)``. Where the scales differ, this costs
             a collective on every step across pipeline stages and, with scope "shard", over the norm groups.
@@ -187,6 +188,14 @@ class Policy:
             {'policy': 'GlobalNorm', 'max_norm': 0.5}
         """
         return {"policy": type(self).__name__, **{f.name: _plain(getattr(self, f.name)) for f in _fields(self)}}
+
+
+def may_hold(policy: Policy, slot: str, value: Tensor) -> bool:
+    """Return whether `slot` may hold `value` and go into a checkpoint: it is finite, but for NaN in ``nan_slots``."""
+    if not value.is_floating_point():
+        return True
+    fine = value.isfinite() | value.isnan() if slot in policy.nan_slots else value.isfinite()
+    return bool(fine.all())
 
 
 def _fields(policy: Policy) -> tuple[dataclasses.Field[Any], ...]:

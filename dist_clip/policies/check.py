@@ -6,6 +6,20 @@ import math
 import numbers
 
 
+def check_frozen_dataclass(cls: type) -> None:
+    """Raise unless `cls` is a frozen dataclass.
+
+    Raises:
+        TypeError: it is none.
+    """
+    params = getattr(cls, "__dataclass_params__", None)
+    if params is None or not params.frozen:
+        raise TypeError(
+            f"{cls.__name__} must be a frozen dataclass (@dataclasses.dataclass(frozen=True)): its hyper-parameters are "
+            "saved with the state and compared between ranks, so they must be fields that cannot change"
+        )
+
+
 def check_number(
     owner: str, name: str, value: object, low: float, high: float = math.inf, *, open_low: bool = False
 ) -> None:

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from dist_clip.policies.base import Policy, Scope
+from dist_clip.policies.check import check_frozen_dataclass
 
 _P = TypeVar("_P", bound=type[Policy])
 
@@ -143,7 +144,7 @@ def options_of(cls: type[Policy]) -> tuple[Option, ...]:
     hints = typing.get_type_hints(cls)
     helps = _docstring_args(cls.__doc__ or "")
     out = []
-    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+    for field in _fields_of(cls):
         if field.name == "scope" or not field.init:
             continue
         kind, choices, optional = _resolve(hints[field.name])
@@ -173,8 +174,14 @@ def _docstring_args(doc: str) -> dict[str, str]:
 
 
 def _has_scope(cls: type[Policy]) -> bool:
-    return any(field.name == "scope" for field in dataclasses.fields(cls))  # type: ignore[arg-type]
+    return any(field.name == "scope" for field in _fields_of(cls))
 
 
 def _default_scope(cls: type[Policy]) -> object:
-    return next(field.default for field in dataclasses.fields(cls) if field.name == "scope")  # type: ignore[arg-type]
+    return next(field.default for field in _fields_of(cls) if field.name == "scope")
+
+
+def _fields_of(cls: type[Policy]) -> tuple[dataclasses.Field[Any], ...]:
+    # Not in `register`, which may stand below the decorator that makes the class a dataclass.
+    check_frozen_dataclass(cls)
+    return dataclasses.fields(cls)  # type: ignore[arg-type]

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from dist_clip.policies.base import Need, Policy, Scope, State, StepInputs
-from dist_clip.policies.check import check_number
+from dist_clip.policies.base import Need, Policy, Scope, State, StepInputs, may_hold
+from dist_clip.policies.check import check_frozen_dataclass, check_number
 
 _CPU = torch.device("cpu")
 _NORMS = (1.0, 0.0, float("nan"), float("inf"), 3.0)
@@ -41,12 +41,7 @@ def check_policy(policy: object, argument: str = "policy") -> Policy:
 
 
 def _check_class(policy: Policy, name: str) -> None:
-    params = getattr(policy, "__dataclass_params__", None)
-    if params is None or not params.frozen:
-        raise TypeError(
-            f"{name} must be a frozen dataclass (@dataclasses.dataclass(frozen=True)): its hyper-parameters are saved with "
-            "the state and compared between ranks, so they must be fields that cannot change"
-        )
+    check_frozen_dataclass(type(policy))
     own = type(policy).__dict__
     undeclared = sorted(set(inspect.get_annotations(type(policy))) - {f.name for f in dataclasses.fields(policy)})  # type: ignore[arg-type]
     if undeclared and "__dataclass_params__" not in own:
@@ -94,7 +89,7 @@ def _check_state(policy: Policy, name: str) -> None:
                     f"{name}.init_state: slot {slot!r} is {value.dtype} on {value.device}; it must be real and on the "
                     "device that init_state is given"
                 )
-            if slot not in policy.nan_slots and value.is_floating_point() and not bool(value.isfinite().all()):
+            if not may_hold(policy, slot, value):
                 raise ValueError(
                     f"{name}.init_state: slot {slot!r} starts with NaN or Inf: choose another value for 'nothing observed', "
                     f"or list it in nan_slots = ({slot!r},) if NaN is a value"
@@ -143,10 +138,10 @@ def _check_new_state(policy: Policy, shown: str, state: State, new: State) -> No
         if not isinstance(value, Tensor) or value.shape != old.shape or value.dtype != old.dtype:
             got = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
             raise ValueError(f"{shown}, made slot {slot!r} {got}, where init_state has {old.dtype} {list(old.shape)}")
-        if slot not in policy.nan_slots and value.is_floating_point() and not bool(value.isfinite().all()):
+        if not may_hold(policy, slot, value):
             raise ValueError(
                 f"{shown}, put {value.tolist()} into slot {slot!r}: NaN and Inf must not enter the state. Keep the old "
-                f"value where dist_clip.observed(norms) is false, or list the slot in nan_slots if NaN is a value"
+                f"value where dist_clip.observed(norms) is false, or list the slot in nan_slots if NaN (not Inf) is a value"
             )
 
 

@@ -1,8 +1,8 @@
-"""The versions of gradients, which show whether they changed since the last clip."""
+"""Whether gradients are other ones than those that were clipped last."""
 
 from __future__ import annotations
 
-import weakref
+import itertools
 from collections.abc import Iterable
 
 from torch import Tensor
@@ -10,53 +10,45 @@ from torch.distributed.tensor import DTensor
 
 from dist_clip.layouts.layout import LogicalTensor
 
-
-class GradVersion:
-    """The version of a parameter's gradient: which tensor it is, and how often it has been written to.
-
-    torch does not count every write: collectives and `torch._foreach_*` on DTensors are not counted.
-    """
-
-    def __init__(self, param: Tensor) -> None:
-        self._grad = None if param.grad is None else weakref.ref(param.grad)
-        self._versions = _versions(param.grad)
-
-    def unchanged(self, param: Tensor) -> bool:
-        """Return whether `param` still has this gradient, and torch has counted no write since."""
-        grad = None if self._grad is None else self._grad()
-        return param.grad is grad and (grad is None) == (self._grad is None) and self._versions == _versions(param.grad)
+_numbers = itertools.count()
 
 
 class ClippedGradients:
-    """The versions of the gradients that were clipped last."""
+    """Marks the gradients that were clipped: which tensors, and how often they had been written to.
+
+    The mark is an attribute of the gradient, a few numbers, and goes away with it. A weak reference would do as well, but
+    torch refuses to move a model whose parameters or gradients have one; the gradient itself would keep its memory.
+
+    Not every write is counted: collectives and `torch._foreach_*` on DTensors are not.
+    """
 
     def __init__(self) -> None:
-        self._clipped: dict[int, GradVersion] = {}
+        self._attribute = f"_dist_clip_{next(_numbers)}"
+        self._clip = 0
 
     def remember(self, tensors: Iterable[LogicalTensor]) -> None:
-        """Record the versions of the gradients. Call it after clipping, which writes to them."""
-        params = (t.param for t in tensors if t.param is not None and t.param.grad is not None)
-        self._clipped = {id(param): GradVersion(param) for param in params}
+        """Mark the gradients as they are now. Call it after clipping, which writes to them."""
+        self._clip += 1
+        for tensor in tensors:
+            if tensor.param is not None and tensor.param.grad is not None:
+                grad = tensor.param.grad
+                setattr(grad, self._attribute, (self._clip, _versions(grad)))
 
     def is_new(self, param: Tensor) -> bool:
-        """Return whether `param` has a gradient that was replaced or written to since `remember`."""
-        if param.grad is None:
-            return False
-        seen = self._clipped.get(id(param))
-        return seen is None or not seen.unchanged(param)
+        """Whether `param` has a gradient that is another one, or has been written to, since `remember`."""
+        grad = param.grad
+        return grad is not None and getattr(grad, self._attribute, None) != (self._clip, _versions(grad))
 
     def all_clipped(self, tensors: Iterable[LogicalTensor]) -> bool:
-        """Return whether this rank has gradients, and none of them is new since `remember`."""
+        """Whether this rank has gradients, and none of them is new since `remember`."""
         params = [t.param for t in tensors if t.param is not None and t.param.grad is not None]
         return bool(params) and not any(self.is_new(param) for param in params)
 
 
-def _versions(grad: Tensor | None) -> tuple[int | None, ...]:
-    """Return how often the gradient has been written to in place; None where torch does not count (inference mode).
+def _versions(grad: Tensor) -> tuple[int | None, ...]:
+    """How often the tensor has been written to in place; None where that is not counted (inference mode).
 
-    A DTensor's local tensor is counted as well, because FSDP2 adds to it.
+    Of a DTensor, and of its local tensor by itself: that is what FSDP2 adds to.
     """
-    if grad is None:
-        return ()
     tensors = (grad, grad._local_tensor) if isinstance(grad, DTensor) else (grad,)
     return tuple(None if tensor.is_inference() else tensor._version for tensor in tensors)

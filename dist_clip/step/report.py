@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +28,11 @@ class ReportedNorms:
         # Replays of a CUDA graph compute only what was captured, so the norms must be captured now.
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             self.get()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # How the norms are found holds collectives under way; what they are can be sent to another process.
+        self.get()
+        return vars(self)
 
     def get(self) -> tuple[Tensor | None, Tensor | None]:
         """Return the norm before clipping and the norm after it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import math
 from typing import Any
 
@@ -177,7 +178,8 @@ def in_place(self: Any, state: State, inputs: Any) -> Any:
 
 
 def keeps_nan(self: Any, state: State, inputs: Any) -> Any:
-    return torch.ones_like(inputs.norms), {**state, "log_level": inputs.norms.float()}
+    kept = torch.where(inputs.norms == math.inf, math.nan, inputs.norms)
+    return torch.ones_like(inputs.norms), {**state, "log_level": kept.float()}
 
 
 class Plain(dist_clip.Policy):
@@ -262,6 +264,15 @@ def test_refused_at_construction(case: str) -> None:
         dist_clip.GradClipper(model_of(4), dist_clip.GlobalNorm(), overrides={"p0": make()})
 
 
+def test_a_registered_class_that_is_no_dataclass_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    registry = importlib.import_module("dist_clip.policies.registry")
+    monkeypatch.setattr(registry, "_registered", {**registry._registered})
+    dist_clip.register("plain")(Plain)
+    for call in (lambda: dist_clip.policy("plain"), dist_clip.policies.modes):
+        with pytest.raises(TypeError, match="Plain must be a frozen dataclass"):
+            call()
+
+
 def test_nan_is_a_value_where_the_policy_says_so() -> None:
     policy = policy_with(step=keeps_nan, nan_slots=("log_level",))
     model = model_of(4, 9)
@@ -269,6 +280,18 @@ def test_nan_is_a_value_where_the_policy_says_so() -> None:
     run(clipper, model, math.nan)
     again, _ = resumed(policy, clipper.state_dict())
     assert bool(again.memory.groups[0].state["log_level"].isnan().all())
+
+
+def test_inf_is_no_value_anywhere() -> None:
+    """It would be refused when the state is loaded: said at construction, where a step with an infinite norm is tried."""
+    with pytest.raises(ValueError, match=r"put .*inf.* into slot 'log_level'.*NaN \(not Inf\)"):
+        dist_clip.GradClipper(
+            model_of(4),
+            policy_with(
+                nan_slots=("log_level",),
+                step=lambda self, s, x: (torch.ones_like(x.norms), {**s, "log_level": x.norms.float()}),
+            ),
+        )
 
 
 def test_an_infinite_state_is_a_warning_when_it_is_saved_and_an_error_when_it_is_loaded() -> None:

@@ -1,0 +1,190 @@
+"""Parameters that come, go or change after construction: an error at the first clip that would miss one, or refresh()."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+import dist_clip
+from dist_clip.layouts import ParameterWatch
+
+
+def model_of() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.ModuleDict({"body": nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), "head": nn.Linear(4, 2)})
+
+
+def set_grads(model: nn.Module, value: float = 1.0) -> None:
+    for param in model.parameters():
+        param.grad = torch.full_like(param, value)
+
+
+def new_head(model: nn.Module) -> None:
+    model["head"] = nn.Linear(4, 2)  # type: ignore[operator]
+
+
+def new_module(model: nn.Module) -> None:
+    model["adapter"] = nn.Linear(4, 4)  # type: ignore[operator]
+
+
+def new_parameter(model: nn.Module) -> None:
+    model["body"][0].register_parameter("lora", nn.Parameter(torch.zeros(4, 2)))  # type: ignore[index]
+
+
+def recreated_weight(model: nn.Module) -> None:
+    model["body"][1].weight = nn.Parameter(torch.zeros(4, 4))  # type: ignore[index]
+
+
+def resized_weight(model: nn.Module) -> None:
+    model["head"].weight = nn.Parameter(torch.zeros(6, 4))  # type: ignore[index]
+
+
+def assigned(model: nn.Module) -> None:
+    state = copy.deepcopy(model.state_dict())
+    model.load_state_dict(state, assign=True)
+
+
+def untied(model: nn.Module) -> None:
+    model["body"][1].weight = nn.Parameter(model["body"][0].weight.detach().clone())  # type: ignore[index]
+
+
+CHANGES: list[Callable[[nn.Module], None]] = [
+    new_head,
+    new_module,
+    new_parameter,
+    recreated_weight,
+    resized_weight,
+    assigned,
+]
+
+
+@pytest.mark.parametrize("attached", [False, True])
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_the_first_clip_that_would_miss_one_says_so(change: Callable[[nn.Module], None], attached: bool) -> None:
+    model = model_of()
+    clipper = dist_clip.GradClipper(model, dist_clip.GlobalNorm(0.1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    step = optimizer.step if not attached else lambda: optimizer.step()
+    if attached:
+        clipper.attach(optimizer)
+    clip = step if attached else clipper.clip_
+    for _ in range(3):
+        set_grads(model)
+        clip()
+    change(model)
+    optimizer.zero_grad()
+    for param in model.parameters():
+        param.grad = None
+    set_grads(model)
+    before = clipper.steps
+    with pytest.raises(dist_clip.LayoutError, match=r"is another parameter .*clipper\.refresh\(\)"):
+        clip()
+    assert clipper.steps == before
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_refresh_takes_them_in_and_keeps_the_rest(change: Callable[[nn.Module], None]) -> None:
+    model = model_of()
+    clipper = dist_clip.GradClipper(model, dist_clip.AdaGC(warmup_steps=1))
+    for value in (0.01, 0.02, 0.03):
+        set_grads(model, value)
+        clipper.clip_()
+    before = clipper.state_dict()
+    shapes = {name: param.shape for name, param in model.named_parameters()}
+    change(model)
+    clipper.refresh()
+    after = clipper.state_dict()
+    assert after["step"] == 3
+    assert list(clipper.layout.names) == [name for name, _ in model.named_parameters()]
+    for name, param in model.named_parameters():
+        known = shapes.get(name) == param.shape
+        assert after["tensors"][name]["gamma"] == (before["tensors"][name]["gamma"] if known else 0.0)
+    set_grads(model, 1.0)
+    report = clipper.clip_()
+    assert report.num_grads == len(list(model.parameters()))
+
+
+def test_a_parameter_without_a_gradient_is_not_missed() -> None:
+    """A module that is there but not trained: what it has is nobody's yet."""
+    model = model_of()
+    clipper = dist_clip.GradClipper(model, dist_clip.GlobalNorm(0.1))
+    set_grads(model)
+    clipper.clip_()
+    new_module(model)
+    for param in model["adapter"].parameters():  # type: ignore[index]
+        param.requires_grad_(False)
+    clipper.clip_()
+    assert clipper.steps == 2
+
+
+def test_untied_after_construction() -> None:
+    model = model_of()
+    body = model["body"]  # type: ignore[index]
+    body[1].weight = body[0].weight
+    clipper = dist_clip.GradClipper(model, dist_clip.GlobalNorm(0.1))
+    set_grads(model)
+    clipper.clip_()
+    untied(model)
+    set_grads(model)
+    with pytest.raises(dist_clip.LayoutError, match=r"'body\.1\.weight'"):
+        clipper.clip_()
+
+
+def test_refresh_with_an_attached_optimizer() -> None:
+    model = model_of()
+    clipper = dist_clip.GradClipper(model, dist_clip.GlobalNorm(0.1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    clipper.attach(optimizer)
+    set_grads(model)
+    optimizer.step()
+    new_module(model)
+    clipper.refresh()
+    optimizer.add_param_group({"params": list(model["adapter"].parameters())})  # type: ignore[index]
+    before = [param.detach().clone() for param in model.parameters()]
+    set_grads(model)
+    optimizer.step()
+    moved = torch.cat([(p.detach() - b).flatten() for p, b in zip(model.parameters(), before, strict=True)])
+    assert float(moved.norm()) == pytest.approx(0.1)
+    assert clipper.steps == 2
+
+
+def test_a_replaced_entry_of_an_attached_optimizers_group() -> None:
+    """The same number of parameters, one of them another one."""
+    weight, other = nn.Parameter(torch.zeros(4)), nn.Parameter(torch.zeros(4))
+    clipper = dist_clip.GradClipper([("w", weight)], dist_clip.GlobalNorm(0.1))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    clipper.attach(optimizer)
+    weight.grad = torch.ones(4)
+    optimizer.step()
+    optimizer.param_groups[0]["params"][0] = other
+    other.grad = torch.ones(4)
+    with pytest.raises(dist_clip.LayoutError, match="holds a parameter the clipper does not know"):
+        optimizer.step()
+
+
+def test_refresh_needs_modules_and_fails_without_a_change() -> None:
+    model = model_of()
+    with pytest.raises(TypeError, match="constructed from parameters"):
+        dist_clip.GradClipper(model.named_parameters(), dist_clip.GlobalNorm()).refresh()
+    clipper = dist_clip.GradClipper(model, dist_clip.AdaGC(warmup_steps=1), exclude=["head.*"])
+    set_grads(model)
+    clipper.clip_()
+    before, layout = str(clipper.state_dict()), clipper.layout
+    del model["head"]  # type: ignore[attr-defined]
+    with pytest.raises(dist_clip.LayoutError, match="no tensor on any rank matches"):
+        clipper.refresh()
+    assert clipper.layout is layout
+    assert str(clipper.state_dict()) == before
+
+
+def test_the_watch_sees_no_change_where_there_is_none() -> None:
+    model = model_of()
+    watch = ParameterWatch(model)
+    set_grads(model)
+    torch.optim.AdamW(model.parameters()).step()
+    model.train().requires_grad_(False).double()
+    assert not watch.changed()

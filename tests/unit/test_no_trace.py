@@ -1,0 +1,98 @@
+"""What calls of ours leave on the user's model: nothing that keeps torch from moving, casting or copying it."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+
+import dist_clip
+
+CALLS: dict[str, Callable[[nn.Module, torch.optim.Optimizer], Any]] = {
+    "clip_": lambda model, optimizer: dist_clip.GradClipper(model, dist_clip.LogClip()).clip_(),
+    "detect_desync": lambda model, optimizer: dist_clip.GradClipper(
+        model, dist_clip.LogClip(), detect_desync=True
+    ).clip_(),
+    "clip_grad_norm_": lambda model, optimizer: dist_clip.clip_grad_norm_(model.parameters(), 1.0),
+    "attach": lambda model, optimizer: attach_and_step(model, optimizer),
+    "refresh": lambda model, optimizer: dist_clip.GradClipper(model, dist_clip.LogClip()).refresh(),
+}
+
+
+def attach_and_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> dist_clip.GradClipper:
+    clipper = dist_clip.GradClipper(model, dist_clip.LogClip(), nonfinite="skip")
+    clipper.attach(optimizer)
+    optimizer.step()
+    return clipper
+
+
+def made(sharded: bool) -> tuple[nn.Module, torch.optim.Optimizer]:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    if sharded:
+        for layer in model:
+            fully_shard(layer)
+        fully_shard(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(torch.ones(2, 4)).sum().backward()
+    return model, optimizer
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.usefixtures("world_of_one")
+def test_the_model_can_be_moved_and_cast(call: str, sharded: bool, gradients: bool) -> None:
+    """torch swaps tensors to do it, which a weak reference forbids (pytorch#187008)."""
+    model, optimizer = made(sharded)
+    result = CALLS[call](model, optimizer)
+    if not gradients:
+        optimizer.zero_grad()
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        model.cpu()
+        model.double()
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    assert all(param.dtype == torch.float64 for param in model.parameters())
+    del result
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_the_model_and_the_optimizer_can_be_saved_and_copied(call: str) -> None:
+    model, optimizer = made(sharded=False)
+    result = CALLS[call](model, optimizer)
+    file = io.BytesIO()
+    torch.save({"model": model, "optimizer": optimizer.state_dict()}, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)["model"]
+    for one, other in zip(model.parameters(), loaded.parameters(), strict=True):
+        assert torch.equal(one, other)
+    copy.deepcopy(model)
+    pickle.loads(pickle.dumps(optimizer))
+    del result
+
+
+def test_lists_of_parameters_are_told_apart() -> None:
+    """What was found out about one list is not used for another one that begins with the same parameter."""
+    weights = [nn.Parameter(torch.zeros(4)) for _ in range(3)]
+    for chosen in (weights, weights[:2], weights, [weights[0], weights[2]]):
+        for param in weights:
+            param.grad = torch.ones(4)
+        assert float(dist_clip.clip_grad_norm_(chosen, 1.0)) == pytest.approx((4 * len(chosen)) ** 0.5)
+
+
+@pytest.mark.parametrize("policy", [dist_clip.GlobalNorm(), dist_clip.AdaGC(scope="shard", warmup_steps=0)], ids=str)
+def test_a_report_can_be_sent_to_another_process(policy: dist_clip.Policy) -> None:
+    model, _ = made(sharded=False)
+    report = dist_clip.GradClipper(model, policy).clip_()
+    again = pickle.loads(pickle.dumps(report))
+    assert str(again) == str(report)
+    assert torch.equal(again.scales, report.scales)
+    assert again.global_norm == report.global_norm
