@@ -99,21 +99,27 @@ class _Groups:
         return groups[self.asked[key] - 1]
 
 
-def build(config: Config, *, seed: int = 0) -> Setup:
-    """The model and its optimizer on this rank; the groups of an earlier test are taken down first."""
+def fresh() -> None:
+    """Megatron as it is before anything is initialized: what an earlier test made is taken down."""
     start()
     from megatron.core import parallel_state
-    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-    from megatron.core.num_microbatches_calculator import (
-        destroy_num_microbatches_calculator,
-        init_num_microbatches_calculator,
-    )
-    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+    from megatron.core.num_microbatches_calculator import destroy_num_microbatches_calculator
 
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
     dist.new_group.asked.clear()
+    destroy_num_microbatches_calculator()
+
+
+def build(config: Config, *, seed: int = 0) -> Setup:
+    """The model and its optimizer on this rank."""
+    fresh()
+    from megatron.core import parallel_state
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+    from megatron.core.num_microbatches_calculator import init_num_microbatches_calculator
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tp,
         pipeline_model_parallel_size=config.pp,
@@ -123,7 +129,6 @@ def build(config: Config, *, seed: int = 0) -> Setup:
         expert_tensor_parallel_size=config.etp,
         num_distributed_optimizer_instances=config.instances,
     )
-    destroy_num_microbatches_calculator()
     init_num_microbatches_calculator(dist.get_rank(), None, BATCH, BATCH // MICRO_BATCHES, 1)
     model_parallel_cuda_manual_seed(1234)
     transformer = transformer_config(config)

@@ -19,6 +19,7 @@ from dist_clip import megatron as clipping
 from dist_clip.megatron import launcher
 from dist_clip.policies import modes, registered
 from launch.metrics import read_run
+from tests.harness import pool
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = Path(__file__).parent / "scripts" / "pretrain_small.py"
@@ -276,6 +277,23 @@ def train(ranks: int, *arguments: Any) -> Any:
     return read_run(Path(arguments[arguments.index("--out") + 1]))
 
 
+def train_here(*arguments: str) -> None:
+    """The same in a process that is there already, on this rank."""
+    from launch import train_megatron
+
+    from .setups import fresh
+
+    fresh()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["train_megatron", *arguments])
+        train_megatron.train(train_megatron.parse())
+
+
+def resume(ranks: int, *arguments: Any) -> Any:
+    pool(ranks, "megatron").run(train_here, *map(str, (*SMALL, *arguments)), timeout=240)
+    return read_run(Path(arguments[arguments.index("--out") + 1]))
+
+
 def test_training_on_real_text_and_resuming_half_way(tmp_path: Path) -> None:
     """TP2 x PP2, 40 steps; resumed on the same layout it is bitwise the same, and on another it trains the same."""
     save = tmp_path / "ckpt"
@@ -287,11 +305,11 @@ def test_training_on_real_text_and_resuming_half_way(tmp_path: Path) -> None:
     assert max(straight.series("clipped_fraction")[10:]) > 0
     assert straight.header["policy"]["policy"] == "AdaGC"
     (save / "latest_checkpointed_iteration.txt").write_text("20")
-    same = train(4, *TP_PP, "--load", save, "--out", tmp_path / "same")
+    same = resume(4, *TP_PP, "--load", save, "--out", tmp_path / "same")
     assert same.series("loss") == losses[20:]
     assert same.series("grad_norm") == straight.series("grad_norm")[20:]
     assert same.series("smallest_scale") == straight.series("smallest_scale")[20:]
-    other = train(1, "--use-distributed-optimizer", "--load", save, "--out", tmp_path / "other")
+    other = resume(2, "--use-distributed-optimizer", "--load", save, "--out", tmp_path / "other")
     assert other.series("loss") == pytest.approx(losses[20:], abs=1e-4)
     assert other.series("grad_norm") == pytest.approx(straight.series("grad_norm")[20:], rel=1e-3)
     assert other.validation[-1]["loss"] == pytest.approx(straight.validation[-1]["loss"], abs=1e-4)
