@@ -145,8 +145,8 @@ def record(out: Annotated[Path, tyro.conf.Positional], only: str = "*") -> int:
             for policy in policies:
                 what = {key: digest(rank[policy][key] for rank in ranks) for key in ranks[0][policy]}
                 runs[f"{name} on {world}, {policy}"] = what
+            out.write_text(json.dumps(runs, indent=1) + "\n")  # each time: an interrupted recording is of use, too
         pool(world, kind).close()  # idle gloo processes take time, too
-    out.write_text(json.dumps(runs, indent=1) + "\n")
     print(f"{len(runs)} runs in {time.monotonic() - started:.0f} s; failed: {', '.join(failed) or 'none'}")
     return 1 if failed or not runs else 0
 

@@ -348,7 +348,7 @@ def sharded_cases() -> Iterator[Any]:
                 yield pytest.param(layout, policy, kernels, nonfinite, id=f"{layout}-{policy}-{kernels}-{nonfinite}")
 
 
-@pytest.mark.parametrize(("layout", "policy", "kernels", "nonfinite"), sharded_cases(), indirect=["kernels"])
+@pytest.mark.parametrize(("layout", "policy", "kernels", "nonfinite"), [*sharded_cases()], indirect=["kernels"])
 @pytest.mark.usefixtures("ranks", "kernels")
 def test_a_sharded_step_has_no_host_sync(layout: str, policy: str, nonfinite: Any) -> None:
     sharded_steps(layout, policy, nonfinite)
