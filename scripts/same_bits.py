@@ -8,6 +8,7 @@
 at most 4, and the suite's Megatron configurations likewise. Each run's optimizer follows that run's own policy. Digests
 cover the parameters at the end, the scales and tensor norms of each step and the values of the clipper's state at the end,
 on all ranks. `compare` lists the runs that differ and fails if there are any. It also lists the runs that only one file has.
+Layouts, models and steps are those of tests/: where a change touches those, record both with the same tests.
 """
 
 from __future__ import annotations
