@@ -98,7 +98,7 @@ class PartialReducer:
         merged = {**found, **self._partial}
         self._partial = {name: merged[name] for name in self._candidates if name in merged}
 
-    def _reduce_batch(self, group: Any, op: str, members: list[tuple[DTensor, str, int]]) -> None:
+    def _reduce_batch(self, group: dist.ProcessGroup, op: str, members: list[tuple[DTensor, str, int]]) -> None:
         pieces = [self._addend(param, name, dim, group) for param, name, dim in members]
         flat = torch.cat(pieces)
         dist.all_reduce(flat, group=group)
@@ -115,7 +115,7 @@ class PartialReducer:
                     local, grad.device_mesh, placements, run_check=False, shape=grad.shape, stride=grad.stride()
                 )
 
-    def _addend(self, param: DTensor, name: str, dim: int, group: Any) -> Tensor:
+    def _addend(self, param: DTensor, name: str, dim: int, group: dist.ProcessGroup) -> Tensor:
         """Return this rank's addend of the gradient's sum along `dim`, flat."""
         grad = param.grad
         if isinstance(grad, DTensor) and (grad.placements[dim].is_partial() or dist.get_rank(group) == 0):

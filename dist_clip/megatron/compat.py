@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from dist_clip.errors import LayoutError
@@ -31,13 +32,13 @@ class Groups:
         stage: all ranks of this rank's pipeline stage.
     """
 
-    tp: Any
-    expt_tp: Any
-    dp: Any
-    expt_dp: Any
-    ep: Any
-    pp: Any
-    stage: Any
+    tp: dist.ProcessGroup | None
+    expt_tp: dist.ProcessGroup | None
+    dp: dist.ProcessGroup | None
+    expt_dp: dist.ProcessGroup | None
+    ep: dist.ProcessGroup | None
+    pp: dist.ProcessGroup | None
+    stage: dist.ProcessGroup | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +113,7 @@ def process_groups(pg_collection: Any) -> Groups:
         names = ["tp", "expt_tp", "intra_dp_cp", "intra_expt_dp", "dp_cp", "expt_dp", "ep", "pp", "tp_dp_cp"]
         pg_collection = ProcessGroupCollection.use_mpu_process_groups(required_pgs=names)
 
-    def find(*names: str) -> Any:
+    def find(*names: str) -> dist.ProcessGroup | None:
         return next((g for g in (getattr(pg_collection, name, None) for name in names) if g is not None), None)
 
     for name in ("gtp_remat", "expt_gtp_remat"):
@@ -219,7 +220,7 @@ def refuse_unknown(name: str, module: nn.Module, param: Tensor, groups: Groups) 
             "their own: use TEGroupedMLP (Transformer Engine) or SequentialMLP"
         )
     if is_routed_expert(name):
-        if groups.expt_tp is None:
+        if groups.expt_tp is None or groups.tp is None:
             raise LayoutError(f"{name!r} belongs to an expert, but there is no expert-tensor-parallel group")
         if not is_expert_parallel(param) and groups.expt_tp.size() != groups.tp.size():
             raise LayoutError(

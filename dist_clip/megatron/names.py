@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from dist_clip.errors import LayoutError
@@ -19,7 +19,7 @@ _EXPERT_NUMBERS = (
 )
 
 
-def global_names(chunks: Sequence[nn.Module], ep: Any) -> Iterator[tuple[str, nn.Module, nn.Parameter]]:
+def global_names(chunks: Sequence[nn.Module], ep: dist.ProcessGroup | None) -> Iterator[tuple[str, nn.Module, nn.Parameter]]:
     """Yield (global name, owning module, parameter) of each trainable parameter of the chunks, in order and each once.
 
     Layers get their number in the whole model (`layer_number`, which Megatron counts over all stages), and experts
@@ -78,7 +78,7 @@ def _layer_numbers(chunk: nn.Module) -> Iterator[tuple[str, int]]:
             yield prefix, number - 1
 
 
-def _experts_before(chunk: nn.Module, ep: Any) -> int:
+def _experts_before(chunk: nn.Module, ep: dist.ProcessGroup | None) -> int:
     """Return how many experts of a layer the lower expert-parallel ranks hold."""
     if ep is None or ep.size() == 1:
         return 0

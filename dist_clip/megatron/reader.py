@@ -132,6 +132,8 @@ class MegatronReader:
         expert = compat.is_expert_parallel(param)
         tp = self._groups.expt_tp if expert else self._groups.tp
         dp = self._groups.expt_dp if expert else self._groups.dp
+        if tp is None or dp is None:
+            raise LayoutError(f"{name!r}: Megatron has no tensor- or data-parallel group for it; pass pg_collection=")
         shape = list(param.shape)
         groups, words = [], ["expert" if expert else "dense"]
         if compat.is_tensor_parallel(param) and tp.size() > 1:
@@ -193,5 +195,5 @@ def _nothing() -> None:
     return None
 
 
-def _ranks(group: Any) -> tuple[int, ...]:
+def _ranks(group: dist.ProcessGroup | None) -> tuple[int, ...]:
     return () if group is None else tuple(dist.get_process_group_ranks(group))
