@@ -178,8 +178,8 @@ class GradClipper:
             DesyncError: with ``detect_desync``: ranks are out of step. Raised on the CPU before anything is clipped,
                 and elsewhere at the next call, so that the host need not wait.
             NonFiniteGradError: with ``nonfinite="raise"``: a gradient is NaN or Inf.
-            LayoutError: the module's parameters were replaced since the construction. Checked at the first call and at
-                calls without gradients.
+            LayoutError: the modules have a parameter with a gradient that came after the construction: see `refresh`. The
+                first call, and calls without gradients, look at parameters without one as well.
 
         Example:
             >>> import dist_clip
