@@ -19,7 +19,9 @@ _EXPERT_NUMBERS = (
 )
 
 
-def global_names(chunks: Sequence[nn.Module], ep: dist.ProcessGroup | None) -> Iterator[tuple[str, nn.Module, nn.Parameter]]:
+def global_names(
+    chunks: Sequence[nn.Module], ep: dist.ProcessGroup | None
+) -> Iterator[tuple[str, nn.Module, nn.Parameter]]:
     """Yield (global name, owning module, parameter) of each trainable parameter of the chunks, in order and each once.
 
     Layers get their number in the whole model (`layer_number`, which Megatron counts over all stages), and experts

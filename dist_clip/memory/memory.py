@@ -43,13 +43,9 @@ class PolicyGroup:
     numel: Tensor
     state: State
 
-    @property
-    def one_element(self) -> bool:
-        return self.policy.elements.one
-
-    @property
-    def per_shard(self) -> bool:
-        return self.policy.elements.per_rank
+    def __post_init__(self) -> None:
+        self.one_element = self.policy.elements.one
+        self.per_shard = self.policy.elements.per_rank
 
     @property
     def num_elements(self) -> int:

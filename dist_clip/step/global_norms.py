@@ -16,7 +16,7 @@ from dist_clip.step.nonfinite import NonFiniteMode
 from dist_clip.step.report import ReportedNorms
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(slots=True)
 class Totals:
     """What a step knows of the whole model before clipping.
 
@@ -34,7 +34,7 @@ class Totals:
     skip: Tensor | None
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(slots=True)
 class Scales:
     """What a step multiplies the gradients by.
 

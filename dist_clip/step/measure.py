@@ -15,7 +15,7 @@ from dist_clip.reduction import Channel
 from dist_clip.step.nonfinite import NonFiniteMode
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(slots=True)
 class Measured:
     """The measurements of one step, each [n] for the layout's n tensors.
 

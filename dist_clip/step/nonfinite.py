@@ -22,27 +22,23 @@ NonFinite = Literal["propagate", "zero", "skip", "raise"]
 class NonFiniteMode:
     """One of the modes of ``GradClipper(nonfinite=)``.
 
+    Attributes:
+        zeroes, skips, raises: which of the modes it is.
+
     Raises:
         ValueError: there is no such mode.
     """
 
     name: NonFinite
+    zeroes: bool = dataclasses.field(init=False)
+    skips: bool = dataclasses.field(init=False)
+    raises: bool = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
         if self.name not in get_args(NonFinite):
             raise ValueError(f"nonfinite must be one of {', '.join(map(repr, get_args(NonFinite)))}, got {self.name!r}")
-
-    @property
-    def zeroes(self) -> bool:
-        return self.name == "zero"
-
-    @property
-    def skips(self) -> bool:
-        return self.name == "skip"
-
-    @property
-    def raises(self) -> bool:
-        return self.name == "raise"
+        for attribute, name in (("zeroes", "zero"), ("skips", "skip"), ("raises", "raise")):
+            object.__setattr__(self, attribute, self.name == name)
 
     def clean(self, values: Tensor, bad: Tensor) -> Tensor:
         """Return `values` as the policies see them: with "zero", 0 where `bad` is set."""
