@@ -261,3 +261,9 @@ def test_several_modules(module: str, tmp_path: Path) -> None:
     (tmp_path / "more_rules.py").write_text(MODULE.format(name="more").replace("Third", "More"))
     import_modules("--policy-module", ["--policy-module", module, "--seed", "1", "--policy-module", "more_rules"])
     assert {"third", "more"} <= set(registered())
+
+
+def test_the_launcher_clips_with_the_setting_that_the_study_supports() -> None:
+    """docs/stability.md found AdaGC's default, the minimum of the warm-up, worse than GlobalNorm in most settings."""
+    clipping = pytest.importorskip("launch.clipping")
+    assert clipping.ClipConfig().policy() == dist_clip.LogClip()
