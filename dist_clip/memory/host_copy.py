@@ -29,3 +29,8 @@ class HostCopy:
         if self._event is not None:
             self._event.synchronize()
         return self._value
+
+
+def capturing(device: torch.device) -> bool:
+    """Return whether a CUDA graph is being captured, during which the host may not read from the device."""
+    return device.type == "cuda" and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()

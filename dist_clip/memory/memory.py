@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dist_clip.layouts.layout import Layout
-from dist_clip.memory.host_copy import HostCopy
+from dist_clip.memory.host_copy import HostCopy, capturing
 from dist_clip.policies.base import Need, Policy, State
 from dist_clip.policies.trial import check_policy
 
@@ -146,7 +146,7 @@ class Memory:
             return self.calls
         if self.device.type == "cpu":
             return int(self.t)
-        if not _capturing(self.device):
+        if not capturing(self.device):
             if self._pending is None and self.calls % _ASK_EVERY == 0 and self.calls > 0:
                 self._pending = HostCopy(self.t)
             if self._pending is not None and self._pending.arrived():
@@ -215,8 +215,3 @@ def checked_rules(policy: object, overrides: object, exclude: object) -> list[Ru
         if not isinstance(pattern, str):
             raise TypeError(f"exclude: a pattern must be a string, got {pattern!r}")
     return [*rules, ("*", checked)]
-
-
-def _capturing(device: torch.device) -> bool:
-    """Return whether a CUDA graph is being captured, during which the host may not read from the device."""
-    return device.type == "cuda" and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()

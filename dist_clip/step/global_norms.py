@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dist_clip.memory import Memory
+from dist_clip.memory.host_copy import capturing
 from dist_clip.policies.base import global_clip_scale, is_nonfinite
 from dist_clip.reduction import Channel
 from dist_clip.step.measure import Measured
@@ -157,12 +158,13 @@ class GlobalNorms:
 
         They are None where they would cost a collective, unless ``every_norm`` is set, which pays for it here.
         """
+        at_once = capturing(self._memory.device)
         if not self._every_norm and (self._channel.has_stages or self._sharded_scales):
             # This rank does not know other ranks' scales, but the scale of a group that has one is the same everywhere.
             pairs = [(norm, one) for norm, one in zip(totals.norms, scales.one, strict=True) if norm is not None]
             if len(pairs) < len(totals.norms):
                 return ReportedNorms(lambda: (None, None), known=False)
-            return ReportedNorms(lambda: _together(pairs))
+            return ReportedNorms(lambda: _together(pairs), at_once=at_once)
         assert measured.whole is not None
         # A collective must run now, on all ranks, and not when one rank reads the report.
         clipped = self._squares_after(measured, scales, sharded=True) if self._sharded_scales else None
@@ -174,10 +176,10 @@ class GlobalNorms:
             return torch.stack([before.sum(), after.sum()])
 
         if not self._channel.has_stages:
-            return ReportedNorms(lambda: _roots(sums()))
+            return ReportedNorms(lambda: _roots(sums()), at_once=at_once)
         # Only reading the norm waits for the other stages, so that the optimizer step need not.
         pending = self._channel.start_sum_over_stages(sums())
-        return ReportedNorms(lambda: _roots(pending.result()))
+        return ReportedNorms(lambda: _roots(pending.result()), at_once=at_once)
 
     def _squares(self, norms: Tensor) -> list[Tensor]:
         """Return the squared global norm of each group's tensors on this stage, float64 0-dim, from tensors' norms."""

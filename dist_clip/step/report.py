@@ -19,14 +19,20 @@ class ReportedNorms:
     Args:
         find: computes both.
         known: whether the norm before clipping is not None.
+        at_once: compute them now. Replays of a CUDA graph compute only what was captured with it.
     """
 
-    def __init__(self, find: Callable[[], tuple[Tensor | None, Tensor | None]], *, known: bool = True) -> None:
+    def __init__(
+        self,
+        find: Callable[[], tuple[Tensor | None, Tensor | None]],
+        *,
+        known: bool = True,
+        at_once: bool = False,
+    ) -> None:
         self.known = known
         self._find: Callable[[], tuple[Tensor | None, Tensor | None]] | None = find
         self._norms: tuple[Tensor | None, Tensor | None] = (None, None)
-        # Replays of a CUDA graph compute only what was captured, so the norms must be captured now.
-        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        if at_once:
             self.get()
 
     def __getstate__(self) -> dict[str, Any]:
