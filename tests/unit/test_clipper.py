@@ -985,3 +985,14 @@ def test_on_a_device_the_host_learns_of_the_end_of_a_warm_up_without_waiting(mon
     assert known[:33] == [0] * 33
     assert known[34:] == [32, 32]
     assert "history" not in clipper.memory.groups[0].state
+
+
+def test_a_captured_graph_computes_its_reports_norms(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its replays compute only what was captured, so the norms cannot wait for a reader. Capturing is a stand-in here."""
+    monkeypatch.setattr("dist_clip.step.global_norms.capturing", lambda device: True)
+    model = nn.Linear(3, 2)
+    set_grads(model, 1.0)
+    report = dist_clip.GradClipper(model, dist_clip.LogClip()).clip_()
+    with Operators() as operators:
+        assert report.global_norm is not None
+    assert operators.seen == []
