@@ -26,6 +26,7 @@ class _Spread:
     mesh_ranks: frozenset[int]
     device: torch.device
     placement: str
+    cut: str
 
 
 class MeshGroups:
@@ -84,6 +85,7 @@ def read_dtensor(name: str, param: DTensor, groups: MeshGroups) -> LogicalTensor
         weight=lambda: wait(param.to_local().detach()),
         device=spread.device,
         placement=spread.placement,
+        cut=spread.cut,
     )
 
 
@@ -118,6 +120,7 @@ def _spread(name: str, mesh: Any, placements: tuple[Any, ...], groups: MeshGroup
         # The mesh's device, not the shard's: a CPU-offloaded shard is reduced on the accelerators of its mesh.
         device=current_device(mesh.device_type),
         placement=f"{placements} on a mesh {tuple(mesh.shape)}, norm groups of {sizes}",
+        cut=f"{tuple(placements[dim] for dim in sharded)} over {sizes}" if sharded else "whole",
     )
 
 

@@ -103,6 +103,7 @@ class _Unit:
             device=self._handle.device,
             # The tensor's offset in the flat parameter belongs to its placement, because it decides where the tensor is
             # cut.
+            cut=f"FSDP1 over {group.size()} ranks, from {self._starts[position]} of {whole}" if self._sharded else "whole",
             placement=f"{strategy} (FSDP1) over {group.size()} ranks, from {self._starts[position]} of {whole}",
         )
 

@@ -35,6 +35,8 @@ class LogicalTensor:
         weight: returns this rank's shard of the parameter itself, or None where this rank holds none.
         device: where this tensor's share of the reduction is computed.
         placement: a description of how the tensor is laid out, the same on every rank that takes part in it.
+        cut: what decides which elements each shard has, whatever mesh is around it: shards of the same cut are the same.
+            None: `placement` says so.
         everywhere: whether every rank of the pipeline stage holds a piece of one of its copies.
     """
 
@@ -51,6 +53,7 @@ class LogicalTensor:
     grad: Callable[[], Tensor | None] = _nothing
     weight: Callable[[], Tensor | None] = _nothing
     everywhere: bool = True
+    cut: str | None = None
 
     @property
     def numel(self) -> int:

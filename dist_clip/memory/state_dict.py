@@ -31,7 +31,7 @@ from dist_clip.memory.snapshot import (
 from dist_clip.policies.base import Policy, may_hold
 
 _LAYOUT = "layout"
-"""Key, beside a tensor's shards, of the placement that cut the tensor into them."""
+"""Key, beside a tensor's shards, of how the tensor was cut into them."""
 
 
 def state_dict(memory: Memory) -> dict[str, Any]:
@@ -58,7 +58,7 @@ def state_dict(memory: Memory) -> dict[str, Any]:
         for i, value in zip(group.indices, values, strict=True):
             tensor = memory.layout.tensors[i]
             if group.per_shard:
-                shards[tensor.name] = {_LAYOUT: tensor.placement, shard_of(tensor): value}
+                shards[tensor.name] = {_LAYOUT: tensor.cut or tensor.placement, shard_of(tensor): value}
             else:
                 tensors[tensor.name] = value
     return {
@@ -119,7 +119,7 @@ def _chosen(memory: Memory, step: int, sections: Mapping[str, Mapping[str, Any]]
         entry = sections["tensors"].get(name)
         if name in chosen["shards"]:
             pieces = sections["shards"].get(name)
-            if not isinstance(pieces, Mapping) or pieces.get(_LAYOUT) != tensor.placement:
+            if not isinstance(pieces, Mapping) or pieces.get(_LAYOUT) not in (tensor.cut, tensor.placement):
                 pieces = {}
             entry = pieces.get(chosen["shards"][name])
             if entry is None:

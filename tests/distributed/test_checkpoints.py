@@ -219,6 +219,21 @@ def test_shards_of_another_layout_start_afresh_and_say_so(tmp_path: Path) -> Non
         assert set(rank["state"].values()) == {0.0}
 
 
+@pytest.mark.parametrize(("first", "second"), [(("hsdp", 4), ("fsdp", 2)), (("fsdp", 2), ("hsdp", 4))])
+def test_shards_of_the_same_cut_load_whatever_the_mesh(
+    first: tuple[str, int], second: tuple[str, int], tmp_path: Path
+) -> None:
+    """As when HSDP resumes with another number of replicas: rank k of two holds the same shards."""
+    before = pool(first[1]).run(save_and_go_on, first[0], DENSE, ("adagc-shard",), str(tmp_path))
+    after = pool(second[1]).run(load_and_go_on, second[0], DENSE, ("adagc-shard",), str(tmp_path))
+    for number, rank in enumerate(after):
+        twin = before[number % 2]
+        assert rank["warnings"] == []
+        assert rank["loaded"] == twin["saved"]
+        for key, value in rank["state"].items():
+            assert value == pytest.approx(twin["state"][key], rel=1e-5), key
+
+
 def damaged(layout: str, path: str) -> dict[str, Any]:
     training = Training(layout, DENSE, ("adagc-median",))
     training.steps(1, 3)
