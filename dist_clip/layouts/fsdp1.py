@@ -88,6 +88,7 @@ class _Unit:
         info = flat._shard_param_infos[position]
         numel = info.numel_in_shard or 0
         strategy, whole = self._handle._sharding_strategy.name, flat._unpadded_unsharded_size.numel()
+        where = f"(FSDP1) over {group.size()} ranks, from {self._starts[position]} of {whole}"
         return LogicalTensor(
             name=name,
             shape=tuple(flat._shapes[position]),
@@ -101,10 +102,9 @@ class _Unit:
             weight=lambda: _flat_range(flat.detach(), info) if param is flat else param.detach(),
             # The model's device, because gradients may be offloaded to the CPU but the group reduces on this device.
             device=self._handle.device,
-            # The tensor's offset in the flat parameter belongs to its placement, because it decides where the tensor is
-            # cut.
-            cut=f"FSDP1 over {group.size()} ranks, from {self._starts[position]} of {whole}" if self._sharded else "whole",
-            placement=f"{strategy} (FSDP1) over {group.size()} ranks, from {self._starts[position]} of {whole}",
+            # Where the tensor is in the flat parameter decides where it is cut.
+            cut=where if self._sharded else "whole",
+            placement=f"{strategy} {where}",
         )
 
 
