@@ -94,6 +94,7 @@ class Memory:
         self._may_skip = may_skip
         self._known_steps = 0
         self._pending: HostCopy | None = None
+        self._asked = 0
         self._needs: tuple[int, list[frozenset[Need]]] = (0, [])
         self.groups = [self._group(k, elsewhere) for k in range(len(self._rules))]
 
@@ -146,11 +147,12 @@ class Memory:
             return self.calls
         if self.device.type == "cpu":
             return int(self.t)
-        if not capturing(self.device):
-            if self._pending is None and self.calls % _ASK_EVERY == 0 and self.calls > 0:
-                self._pending = HostCopy(self.t)
-            if self._pending is not None and self._pending.arrived():
-                self._known_steps, self._pending = int(self._pending.read()), None
+        if self.calls % _ASK_EVERY == 0 and self.calls > self._asked and not capturing(self.device):
+            # Read when the next copy is made, and not when it arrives: all ranks must know the same at the same step, or
+            # they would drop the record of a warm-up at different steps. A copy of so long ago need not be waited for.
+            if self._pending is not None:
+                self._known_steps = int(self._pending.read())
+            self._pending, self._asked = HostCopy(self.t), self.calls
         return self._known_steps
 
     def advance(self, new_states: Sequence[State], skip: Tensor | None) -> None:
@@ -177,7 +179,7 @@ class Memory:
 
     def set_steps(self, steps: int) -> None:
         """Set the step count, `calls` included, to `steps`."""
-        self.calls = self._known_steps = steps
+        self.calls = self._known_steps = self._asked = steps
         self._pending = None
         self.t.fill_(steps)
 

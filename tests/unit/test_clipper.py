@@ -956,19 +956,19 @@ def test_a_warm_up_ends_where_steps_may_be_skipped(kwargs: Any) -> None:
 
 
 def test_on_a_device_the_host_learns_of_the_end_of_a_warm_up_without_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On fake CUDA, where the copy to the host is a stand-in: asked for every 32 steps, used once it has arrived."""
-    arrived: list[bool] = []
+    """On fake CUDA, where the copy to the host is a stand-in: made every 32 steps and read 32 steps later, on every rank
+    at the same step, however fast its device is. Ranks that drop a record at different steps would look out of step."""
+    made: list[int] = []
 
     class Copy:
         def __init__(self, t: torch.Tensor) -> None:
             assert t.device.type == "cuda"
-            arrived.append(False)
-
-        def arrived(self) -> bool:
-            return arrived[-1]
+            made.append(clipper.memory.calls)
+            self.value = clipper.memory.calls
 
         def read(self) -> int:
-            return 32
+            assert clipper.memory.calls == self.value + 32, "long done: nobody waits"
+            return self.value
 
     monkeypatch.setattr("dist_clip.memory.memory.HostCopy", Copy)
     with fake_cuda(strict=False):
@@ -976,15 +976,14 @@ def test_on_a_device_the_host_learns_of_the_end_of_a_warm_up_without_waiting(mon
         param.grad = torch.empty(4, device="cuda")
         policy = dist_clip.AdaGC(warmup_steps=30, gamma_init="median")
         clipper = dist_clip.GradClipper([("p", param)], policy, nonfinite="skip", kernels="torch")
-        known = []
-        for step in range(36):
-            if step == 34:
-                arrived[-1] = True
+        known, kept = [], []
+        for _ in range(70):
             clipper.clip_()
             known.append(clipper.memory.steps_done)
-    assert known[:33] == [0] * 33
-    assert known[34:] == [32, 32]
-    assert "history" not in clipper.memory.groups[0].state
+            kept.append("history" in clipper.memory.groups[0].state)
+    assert known == [0] * 63 + [32] * 7
+    assert kept == [True] * 64 + [False] * 6
+    assert made == [32, 64]
 
 
 def test_a_captured_graph_computes_its_reports_norms(monkeypatch: pytest.MonkeyPatch) -> None:
