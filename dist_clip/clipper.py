@@ -17,6 +17,7 @@ from dist_clip.explain import explain_table
 from dist_clip.kernels import Kernels
 from dist_clip.layouts import PartialReducer
 from dist_clip.layouts.process_groups import distributed
+from dist_clip.layouts.sharded import ShardedBy
 from dist_clip.memory import Memory, state_dict
 from dist_clip.policies import Policy
 from dist_clip.reduction import Channel, DesyncDetector
@@ -57,6 +58,13 @@ class GradClipper:
             parallelism that comes too late, so call `clip_` yourself there.
         detect_desync: check, at each step that reduces anything, that all ranks have clipped equally often and share
             one state. The check travels with the packed vector and costs no collective; see `check_in_sync`.
+        sharded: {FQN pattern: how}, for tensors that are divided among ranks although nothing marks them so. The first
+            match wins. A process group or 1-D mesh: its ranks hold parts of one tensor, or tensors of their own (plain
+            experts under one name), which are measured and clipped as one. (dim, group): parts along that dimension. A
+            dimension alone: parts over `process_group`, or under Megatron over the tensor-parallel group. None: a
+            replicated tensor that Megatron marks as divided.
+        check_replicas: compare the norms of tensors that should have copies on several ranks at the clips 1, 2, 4, 8, ...
+            of this clipper, at the cost of a host sync and a few collectives. False where ranks train apart on purpose.
 
     Attributes:
         policy: the policy of all tensors that no override matches.
@@ -96,6 +104,8 @@ class GradClipper:
         kernels: str | Kernels | None = None,
         scaler: GradScaler | None = None,
         detect_desync: bool = False,
+        sharded: Mapping[str, ShardedBy] | None = None,
+        check_replicas: bool = True,
     ) -> None:
         options = Options(
             pp_group,
@@ -108,6 +118,8 @@ class GradClipper:
             kernels,
             scaler,
             detect_desync,
+            sharded,
+            check_replicas,
         )
         self.policy = policy
         self._target, self._arguments = target, options
@@ -180,6 +192,8 @@ class GradClipper:
             NonFiniteGradError: with ``nonfinite="raise"``: a gradient is NaN or Inf.
             LayoutError: the modules have a parameter with a gradient that came after the construction: see `refresh`. The
                 first call, and calls without gradients, look at parameters without one as well.
+            LayoutError: copies of a tensor have gradients of different norms: see `sharded`. Raised on every rank before
+                anything is changed.
 
         Example:
             >>> import dist_clip
@@ -194,6 +208,7 @@ class GradClipper:
         self._channel.begin()
         grads, num_grads = self._read()
         measured = self._meter.measure(grads)
+        self._made.replicas.check(measured.local, self._meter.weight_squares)
         totals = self._global_norms.before(measured, overflow)
         if scaler is not None and totals.skip is not None:
             share_skip(scaler, totals.skip)
@@ -356,7 +371,7 @@ class GradClipper:
             no collective for tensor norms: every tensor is whole on this rank
             kernels: torch (the default)
         """
-        return explain_table(self.memory, self._channel, self._made.kernels, self._made.counted)
+        return explain_table(self.memory, self._channel, self._made)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of this rank's pipeline stage by FQN, with the policies' configuration.

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from dist_clip.kernels import Kernels
+from dist_clip.construction import Construction
 from dist_clip.layouts import LogicalTensor
-from dist_clip.layouts.process_groups import group_label
+from dist_clip.layouts.process_groups import distributed, group_label
 from dist_clip.memory import Memory, PolicyGroup
 from dist_clip.reduction import Channel
 
 
-def explain_table(memory: Memory, channel: Channel, kernels: Kernels, counted: Sequence[bool]) -> str:
-    """Return one row a tensor, followed by the collectives that a step costs.
-
-    Args:
-        counted: [n], whether this pipeline stage counts the tensor in the global norm.
-    """
+def explain_table(memory: Memory, channel: Channel, made: Construction) -> str:
+    """Return one row a tensor, followed by the collectives that a step costs."""
     plan = channel.plan
     header = ("tensor", "shape", "placement", "norm groups", "reduction", "policy", "counts")
     labels = {i: f"{type(g.policy).__name__}[{g.policy.scope}]" for g in memory.groups for i in g.indices}
@@ -30,7 +24,7 @@ def explain_table(memory: Memory, channel: Channel, kernels: Kernels, counted: S
                 " ".join(group_label(g) for g in tensor.norm_groups) or "none",
                 plan.describe(i),
                 labels[i],
-                "yes" if counted[i] else "on an earlier stage",
+                "yes" if made.counted[i] else "on an earlier stage",
             )
         )
     widths = [max(len(row[c]) for row in rows) for c in range(len(header))]
@@ -43,11 +37,13 @@ def explain_table(memory: Memory, channel: Channel, kernels: Kernels, counted: S
         )
     if not plan.collectives:
         lines.append("no collective for tensor norms: every tensor is whole on this rank")
-    lines.append(f"kernels: {kernels.name} ({kernels.why})")
+    lines.append(f"kernels: {made.kernels.name} ({made.kernels.why})")
     if channel.pp_group is not None:
         lines.append(
             f"pipeline {group_label(channel.pp_group)}: one gather of a few numbers on steps that need the global norm"
         )
+    if distributed():
+        lines.append(made.replicas.describe())
     lines += [_post_clip(group, channel) for group in memory.groups if group.policy.post_max_norm is not None]
     return "\n".join(lines)
 

@@ -18,9 +18,10 @@ from dist_clip.construction.options import CheckedOptions, Options
 from dist_clip.errors import LayoutError
 from dist_clip.kernels import TORCH, Kernels, choose
 from dist_clip.layouts import Layout, LayoutReader, ParameterWatch, build_layout, named_parameters
-from dist_clip.layouts.process_groups import current_rank, device_of, group_size, stage_of
+from dist_clip.layouts.process_groups import current_rank, device_of, distributed, group_size, stage_of
+from dist_clip.layouts.sharded import Division, divide, join
 from dist_clip.memory import Rule, checked_rules
-from dist_clip.reduction import ReductionPlan
+from dist_clip.reduction import ReductionPlan, ReplicaCheck
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Construction:
         target: the modules that were passed, whose parameters can be read again; None if no modules were passed.
         known: ids of all parameters of the target, excluded ones included.
         counted: whether this stage's copy of each tensor counts in the global norm.
+        replicas: compares what should be copies of one tensor.
         elsewhere: number of elements of each tensor that only other pipeline stages hold.
     """
 
@@ -50,6 +52,7 @@ class Construction:
     known: frozenset[int]
     counted: tuple[bool, ...]
     elsewhere: Mapping[str, int]
+    replicas: ReplicaCheck
 
     def check_not_stale(self, *, thorough: bool) -> None:
         """Check that no parameter came after the construction whose gradient would be missed.
@@ -84,26 +87,30 @@ def construct(target: Any, policy: object, options: Options) -> Construction:
     everyone = agree(mine, checked.process_group, checked.pp_group)
     assert draft.layout is not None
     assert draft.device is not None  # agree() has raised what went wrong
-    names = frozenset(draft.layout.names)
+    layout = join(draft.layout, draft.divisions, checked.process_group)
+    names = frozenset(layout.names)
     # The first stage that holds a name counts it.
     earlier = {name for config in everyone.values() if config.stage < mine.stage for name in config.names}
     elsewhere: dict[str, int] = {}
     for config in everyone.values():
         if config.stage != mine.stage:
             elsewhere.update((name, math.prod(shape)) for name, shape in zip(config.names, config.shapes, strict=True))
-    plan = _plan(draft.layout, checked, shared=elsewhere)
-    check_coverage(draft.layout, plan, checked.process_group)
+    plan = _plan(layout, checked, shared=elsewhere)
+    check_coverage(layout, plan, checked.process_group)
     return Construction(
         options=checked,
-        layout=draft.layout,
+        layout=layout,
         rules=draft.rules,
         device=draft.device,
         kernels=draft.kernels,
         plan=plan,
         watch=None if draft.modules is None else ParameterWatch(draft.modules),
         known=draft.known,
-        counted=tuple(name not in earlier for name in draft.layout.names),
+        counted=tuple(name not in earlier for name in layout.names),
         elsewhere={name: n for name, n in elsewhere.items() if name not in names},
+        replicas=ReplicaCheck(
+            layout, {*names, *elsewhere}, checked.process_group, draft.device, enabled=checked.check_replicas
+        ),
     )
 
 
@@ -134,6 +141,7 @@ class _Draft:
         self.modules: Any = None
         self.known: frozenset[int] = frozenset()
         self.kernels: Kernels = TORCH
+        self.divisions: Mapping[str, Division] = {}
         self._excluded: set[str] = set()
 
     def rank_config(self) -> RankConfig:
@@ -150,7 +158,9 @@ class _Draft:
         _check_process_group(layout, options.process_group)
         self.device = layout.device or device_of(options.pp_group)
         self.kernels = choose(self.options.kernels, self.device)
-        patterns = frozenset(self.options.exclude) | {pattern for pattern, _ in self.rules[:-1]}
+        patterns = (
+            frozenset(self.options.exclude) | {pattern for pattern, _ in self.rules[:-1]} | set(options.divisions)
+        )
         matched = self._excluded | {p for p in patterns for name in layout.names if fnmatch.fnmatchcase(name, p)}
         policies = ", ".join(f"{pattern!r}: {rule!r}" for pattern, rule in self.rules)
         return RankConfig(
@@ -166,7 +176,7 @@ class _Draft:
 
     def _read(self) -> Layout:
         target = self.target
-        if isinstance(target, LayoutReader):
+        if isinstance(target, LayoutReader):  # which knows what the user says
             return target.read_layout(self._excludes)
         if not isinstance(target, (nn.Module, torch.optim.Optimizer, Tensor, Mapping)) and isinstance(target, Iterable):
             target = list(target)  # a generator can be read once
@@ -175,7 +185,10 @@ class _Draft:
         if all(isinstance(module, nn.Module) for module in modules):
             self.modules = target
         self.known = frozenset(id(param) for _, param in named_parameters(target))
-        return layout
+        self.divisions = self.checked.divisions
+        one_stage = distributed() and self.checked.pp_group is None
+        everyone = (self.checked.process_group or dist.group.WORLD) if one_stage else None
+        return divide(layout, self.divisions, everyone)
 
     def _excludes(self, name: str) -> bool:
         """Return whether `name` is excluded, and record the patterns that match it."""

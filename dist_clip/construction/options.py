@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from dist_clip.kernels import Kernels
 from dist_clip.layouts.process_groups import checked_group
+from dist_clip.layouts.sharded import Division, ShardedBy, checked_divisions
 from dist_clip.policies import Policy
 from dist_clip.step.grad_scaler import checked_scaler
 from dist_clip.step.nonfinite import NonFinite, NonFiniteMode
@@ -32,6 +33,8 @@ class Options:
     kernels: str | Kernels | None
     scaler: GradScaler | None
     detect_desync: bool
+    sharded: Mapping[str, ShardedBy] | None
+    check_replicas: bool
 
     def checked(self) -> CheckedOptions:
         """Check the options that need no parameters, but `overrides`, `exclude` and `kernels`, which others check.
@@ -43,7 +46,7 @@ class Options:
         pp_group = checked_group(self.pp_group, "pp_group")
         mode = NonFiniteMode(self.nonfinite)
         scaler = checked_scaler(self.scaler, self.nonfinite)
-        for name in ("log_global_norm", "detect_desync"):
+        for name in ("log_global_norm", "detect_desync", "check_replicas"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be a bool, got {getattr(self, name)!r}")
         above = self.skip_above
@@ -60,6 +63,8 @@ class Options:
             None if above is None else float(above),
             scaler,
             self.detect_desync,
+            checked_divisions(self.sharded),
+            self.check_replicas,
         )
 
 
@@ -74,6 +79,8 @@ class CheckedOptions:
     skip_above: float | None = None
     scaler: GradScaler | None = None
     detect_desync: bool = False
+    divisions: Mapping[str, Division] = dataclasses.field(default_factory=dict)
+    check_replicas: bool = True
 
     @property
     def may_skip(self) -> bool:
@@ -85,5 +92,6 @@ class CheckedOptions:
         return (
             f"nonfinite={self.nonfinite.name!r}, log_global_norm={self.log_global_norm}, skip_above={self.skip_above}, "
             f"pp_group={'given' if self.pp_group is not None else None}, detect_desync={self.detect_desync}, "
-            f"scaler={'given' if self.scaler is not None else None}"
+            f"scaler={'given' if self.scaler is not None else None}, check_replicas={self.check_replicas}, "
+            f"sharded={{{', '.join(f'{pattern!r}: {said.describe()}' for pattern, said in self.divisions.items())}}}"
         )

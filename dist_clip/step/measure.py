@@ -71,8 +71,7 @@ class Meter:
         local = self._kernels.power_sums(grads, 2.0, self._memory.device)
         weights = None
         if any("weight_norms" in needs for needs in self._memory.needs()):
-            shards = [tensor.weight() for tensor in self._memory.layout]
-            weights = self._kernels.power_sums(shards, 2.0, self._memory.device)
+            weights = self.weight_squares()
         whole = weight_whole = None
         if self.reduces():
             sums = local
@@ -88,6 +87,10 @@ class Meter:
         if whole is not None and self._nonfinite.zeroes:
             whole = torch.where(is_finite(whole), whole, 0.0)
         return Measured(local, whole, norms, self._nonfinite.clean(norms, bad), bad, weight_norms, weight_whole)
+
+    def weight_squares(self) -> Tensor:
+        """Return the squared norms of this rank's shards of the parameters, float64 [n]."""
+        return self._kernels.power_sums([t.weight() for t in self._memory.layout], 2.0, self._memory.device)
 
     def _of_elements(self, local: Tensor, whole: Tensor | None) -> Tensor:
         """Return the norms of the policies' elements from the shards' squared norms and the norms of whole tensors."""

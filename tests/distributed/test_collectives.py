@@ -28,7 +28,7 @@ from .counting import Collective, CollectiveLog
 from .layouts import CASES, LAYOUTS, Setup
 from .model import Config, make_net
 
-WARMUP = 2
+WARMUP = 3
 
 
 def clipper_of(setup: Setup, policy: str) -> Any:

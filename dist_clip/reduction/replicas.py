@@ -1,0 +1,217 @@
+"""The comparison of replicas: what the layout takes for copies of one tensor must have gradients of the same norm.
+
+A framework's marks can be wrong. Where ranks hold other tensors under one name, or parts of one tensor that nothing
+marks as parts, each rank would find a norm of its own and clip by it. So each copy is measured by itself at a few clips,
+and the norms are compared over all ranks that train the model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dist_clip.errors import LayoutError
+from dist_clip.layouts.layout import Layout
+from dist_clip.layouts.process_groups import any_rank, gather, group_size
+
+TOLERANCE = 1e-3
+"""Relative difference of two copies' norms that no rounding explains; `_tolerance` adds what one of few elements does."""
+
+_SAME = 1e-6
+"""Relative difference below which the norms of two shards are taken for equal."""
+
+
+@dataclasses.dataclass
+class Rounding:
+    """Differences between copies that rounding explains, as by kernels that are not deterministic.
+
+    Attributes:
+        clip: number of the last clip at which copies were compared; 0 before the first.
+        names: the tensors whose copies differed.
+        worst: the largest relative difference of two norms.
+        where: the tensor of that difference.
+    """
+
+    clip: int = 0
+    names: set[str] = dataclasses.field(default_factory=set)
+    worst: float = 0.0
+    where: str = ""
+
+
+class ReplicaCheck:
+    """Compares the norms of copies at the clips 1, 2, 4, 8, and so on. Construction is collective over `process_group`.
+
+    Args:
+        layout: the logical tensors of this rank.
+        names: names of all tensors of the model, other pipeline stages' included, the same on every rank.
+        process_group: all ranks that train the model; None: all ranks.
+        device: where norms live.
+        enabled: whether to compare at all, the same on every rank.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        names: Iterable[str],
+        process_group: dist.ProcessGroup | None,
+        device: torch.device,
+        *,
+        enabled: bool,
+    ) -> None:
+        self._layout, self._process_group = layout, process_group
+        self._names = sorted(set(names))
+        self._clips = 0
+        self._marked = any(tensor.marked_groups for tensor in layout)
+        self.rounding = Rounding()
+        self.enabled = enabled
+        self.needed = enabled and group_size(process_group) > 1 and self._any_copies(device)
+
+    def _any_copies(self, device: torch.device) -> bool:
+        everyone = frozenset(dist.get_process_group_ranks(self._process_group or dist.group.WORLD))
+        mine = self._marked or any(tensor.replica_ranks not in (frozenset(), everyone) for tensor in self._layout)
+        return bool(any_rank(torch.tensor(mine, device=device), self._process_group))
+
+    def check(self, squares: Tensor, weight_squares: Callable[[], Tensor]) -> None:
+        """Compare copies, if it is their turn: then collective over the norm groups and `process_group`, with a host sync.
+
+        Args:
+            squares: float64 [n], squared norms of this rank's shards of the gradients.
+            weight_squares: returns those of the parameters; called only where a mark alone says that a tensor is split.
+
+        Raises:
+            LayoutError: copies differ by more than rounding, or the shards of a tensor look like copies. The same on
+                every rank.
+        """
+        if not self.needed:
+            return
+        self._clips += 1
+        if self._clips & (self._clips - 1) or _capturing(squares.device):
+            return
+        columns = [squares, weight_squares()] if self._marked else [squares]
+        sums, alike = self._per_copy(torch.stack(columns, dim=1))
+        norms = sums[:, 0].sqrt()
+        held = torch.tensor([bool(tensor.replica_ranks) for tensor in self._layout], device=norms.device)
+        known = held & torch.isfinite(norms)
+        tolerances = torch.tensor([_tolerance(tensor.dtype, tensor.numel) for tensor in self._layout])
+        mine = torch.stack([norms, -norms, alike, tolerances.to(norms)], dim=1)
+        most = norms.new_full((len(self._names), 4), -torch.inf)
+        position = {name: i for i, name in enumerate(self._names)}
+        places = torch.tensor([position[name] for name in self._layout.names], dtype=torch.int64, device=norms.device)
+        most[places] = torch.where(known.unsqueeze(1), mine, -torch.inf)
+        dist.all_reduce(most, op=dist.ReduceOp.MAX, group=self._process_group)
+        self._judge(
+            most.cpu(), dict(zip(self._layout.names, torch.where(known, norms, torch.nan).tolist(), strict=True))
+        )
+
+    def _per_copy(self, sums: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the sums, float64 [n, k], over the ranks that hold one copy, and which tensors' shards are alike, [n].
+
+        The groups that nothing but a mark vouches for come last, so that what is compared along them is whole otherwise.
+        """
+        alike = torch.zeros_like(sums[:, 0])
+        for marked in (False, True):
+            groups: dict[int, tuple[dist.ProcessGroup, list[int]]] = {}
+            for i, tensor in enumerate(self._layout):
+                for group in tensor.norm_groups:
+                    if any(group is mark for mark in tensor.marked_groups) is marked:
+                        groups.setdefault(id(group), (group, []))[1].append(i)
+            for group, members in groups.values():
+                index = torch.tensor(members, device=sums.device)
+                packed = sums[index]
+                if marked:
+                    alike[index] = torch.maximum(alike[index], _all_alike(packed, group))
+                dist.all_reduce(packed, group=group)
+                sums[index] = packed
+        return sums, alike
+
+    def _judge(self, most: Tensor, mine: dict[str, float]) -> None:
+        highest, lowest = most[:, 0], -most[:, 1]
+        spread = torch.where(highest > 0, (highest - lowest) / highest, 0.0)
+        self.rounding.clip = self._clips
+        for i in spread.nonzero().flatten().tolist():
+            self.rounding.names.add(self._names[i])
+            if spread[i] > self.rounding.worst:
+                self.rounding.worst, self.rounding.where = float(spread[i]), self._names[i]
+        apart = [self._names[i] for i in (spread > most[:, 3]).nonzero().flatten().tolist()]
+        alike = [self._names[i] for i in (most[:, 2] > 0).nonzero().flatten().tolist()]
+        if apart:
+            theirs = gather({name: mine[name] for name in apart if name in mine}, self._process_group)
+            raise LayoutError(_apart(apart, theirs))
+        if alike:
+            raise LayoutError(_alike(alike))
+
+    def describe(self) -> str:
+        """Return one line for ``explain()``."""
+        if not self.enabled:
+            return "replicas: not compared (check_replicas=False)"
+        if not self.needed:
+            return "replicas: none, each tensor has one copy"
+        if not self.rounding.clip:
+            return "replicas: compared by their norms at clips 1, 2, 4, 8, ...; not yet"
+        found = self.rounding
+        result = (
+            f"{len(found.names)} tensors differed by rounding, at most by {found.worst:.1e} ({found.where!r})"
+            if found.names
+            else "all the same"
+        )
+        return f"replicas: compared by their norms at clips 1, 2, 4, 8, ...; up to clip {found.clip} {result}"
+
+
+def _capturing(device: torch.device) -> bool:
+    # A graph cannot hold what the host must read. The clips before the capture were compared.
+    return device.type == "cuda" and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def _tolerance(dtype: torch.dtype, numel: int) -> float:
+    """Return the relative difference of norms from which copies are no copies: that of few bf16 elements is larger."""
+    return TOLERANCE + 2 * torch.finfo(dtype).eps / max(numel, 1) ** 0.5
+
+
+def _all_alike(packed: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Return 1 where all values, [m, k], of a row are the same on the ranks of `group`, and its first is not 0; else 0."""
+    extremes = torch.cat([packed, -packed], dim=1)
+    extremes = torch.where(torch.isfinite(extremes), extremes, torch.inf)
+    dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=group)
+    highest, negated = extremes.chunk(2, dim=1)
+    same = ((highest + negated).abs() <= _SAME * highest.abs()).all(dim=1)
+    return (same & (highest[:, 0] > 0) & torch.isfinite(highest).all(dim=1)).to(packed.dtype)
+
+
+def _apart(names: Sequence[str], everyone: dict[int, dict[str, float]]) -> str:
+    first = names[0]
+    held = {
+        rank: theirs[first] for rank, theirs in everyone.items() if first in theirs and theirs[first] == theirs[first]
+    }
+    low, high = min(held, key=held.__getitem__), max(held, key=held.__getitem__)
+    middle = (held[low] + held[high]) / 2
+    sides = [[rank for rank in held if (held[rank] >= middle) is above] for above in (False, True)]
+    others = f" (and {len(names) - 1} more tensors differ, such as {names[1]!r})" if len(names) > 1 else ""
+    return (
+        f"{first!r} should be one tensor with copies on ranks {_shown(sorted(held))}, but the norms of its gradient differ: "
+        f"{held[low]:.7g} on {_ranks(sides[0])}, {held[high]:.7g} on {_ranks(sides[1])}{others}. If the ranks hold parts of "
+        f"one tensor, or tensors of their own (experts), say so: sharded={{{first!r}: dim or process group}}. If it is "
+        "replicated, average its gradient over the ranks before clip_(). If the ranks train apart on purpose (local SGD), "
+        "pass the process_group= of those that share gradients, or check_replicas=False"
+    )
+
+
+def _alike(names: Sequence[str]) -> str:
+    first = names[0]
+    others = f" (and {len(names) - 1} more tensors, such as {names[1]!r})" if len(names) > 1 else ""
+    return (
+        f"{first!r} is marked as split over the tensor-parallel ranks, but its weights and its gradient have the same norm "
+        f"on all of them{others}: it seems to be replicated, and would be counted once for each rank. Pass "
+        f"sharded={{{first!r}: None}} if it is replicated, or sharded={{{first!r}: dim}} if it is split along that dim"
+    )
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {_shown(ranks)}"
+
+
+def _shown(ranks: Sequence[int]) -> str:
+    return ", ".join(map(str, ranks)) if len(ranks) <= 8 else f"{', '.join(map(str, ranks[:7]))}, ..., {ranks[-1]}"
