@@ -207,8 +207,9 @@ class GradClipper:
         overflow = None if scaler is None else found_inf(scaler, self._made.device)
         self._channel.begin()
         grads, num_grads = self._read()
-        measured = self._meter.measure(grads)
-        self._made.replicas.check(measured.local, self._meter.weight_squares)
+        squares = self._meter.squares(grads)
+        self._made.replicas.check(squares, self._meter.weight_squares)
+        measured = self._meter.measure(squares)
         totals = self._global_norms.before(measured, overflow)
         if scaler is not None and totals.skip is not None:
             share_skip(scaler, totals.skip)

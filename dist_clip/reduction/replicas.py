@@ -21,6 +21,9 @@ from dist_clip.layouts.process_groups import any_rank, gather, group_size
 TOLERANCE = 1e-3
 """Relative difference of two copies' norms that no rounding explains; `_tolerance` adds what one of few elements does."""
 
+_EXACT = 1e-12
+"""Relative difference that the order of additions in float64 makes."""
+
 _SAME = 1e-6
 """Relative difference below which the norms of two shards are taken for equal."""
 
@@ -94,10 +97,12 @@ class ReplicaCheck:
         columns = [squares, weight_squares()] if self._marked else [squares]
         sums, alike = self._per_copy(torch.stack(columns, dim=1))
         norms = sums[:, 0].sqrt()
-        held = torch.tensor([bool(tensor.replica_ranks) for tensor in self._layout], device=norms.device)
+        held = torch.tensor(
+            [bool(tensor.replica_ranks) for tensor in self._layout], dtype=torch.bool, device=norms.device
+        )
         known = held & torch.isfinite(norms)
-        tolerances = torch.tensor([_tolerance(tensor.dtype, tensor.numel) for tensor in self._layout])
-        mine = torch.stack([norms, -norms, alike, tolerances.to(norms)], dim=1)
+        tolerances = [_tolerance(tensor.dtype, tensor.numel) for tensor in self._layout]
+        mine = torch.stack([norms, -norms, alike, torch.tensor(tolerances).to(norms)], dim=1)
         most = norms.new_full((len(self._names), 4), -torch.inf)
         position = {name: i for i, name in enumerate(self._names)}
         places = torch.tensor([position[name] for name in self._layout.names], dtype=torch.int64, device=norms.device)
@@ -130,13 +135,13 @@ class ReplicaCheck:
 
     def _judge(self, most: Tensor, mine: dict[str, float]) -> None:
         highest, lowest = most[:, 0], -most[:, 1]
-        spread = torch.where(highest > 0, (highest - lowest) / highest, 0.0)
+        spread = torch.where(highest > 0, (highest - lowest) / highest, 0.0)  # 0: no rank has a finite norm above 0
         self.rounding.clip = self._clips
-        for i in spread.nonzero().flatten().tolist():
+        for i in (spread > _EXACT).nonzero().flatten().tolist():
             self.rounding.names.add(self._names[i])
             if spread[i] > self.rounding.worst:
                 self.rounding.worst, self.rounding.where = float(spread[i]), self._names[i]
-        apart = [self._names[i] for i in (spread > most[:, 3]).nonzero().flatten().tolist()]
+        apart = [self._names[i] for i in ((spread > most[:, 3]) & (highest > 0)).nonzero().flatten().tolist()]
         alike = [self._names[i] for i in (most[:, 2] > 0).nonzero().flatten().tolist()]
         if apart:
             theirs = gather({name: mine[name] for name in apart if name in mine}, self._process_group)

@@ -62,13 +62,16 @@ class Meter:
             [i in shards for i in range(len(memory.layout))], dtype=torch.bool, device=memory.device
         )
 
-    def measure(self, grads: Sequence[Tensor | None]) -> Measured:
-        """Measure this rank's shards of the gradients, in the layout's order. Collective where `reduces` is true.
+    def squares(self, grads: Sequence[Tensor | None]) -> Tensor:
+        """Return the squared norms of this rank's shards of the gradients, float64 [n], in the layout's order."""
+        return self._kernels.power_sums(grads, 2.0, self._memory.device)
+
+    def measure(self, local: Tensor) -> Measured:
+        """Work out all norms from the `squares`. Collective where `reduces` is true.
 
         Raises:
             DesyncError: with ``detect_desync``, on the CPU: ranks are out of step.
         """
-        local = self._kernels.power_sums(grads, 2.0, self._memory.device)
         weights = None
         if any("weight_norms" in needs for needs in self._memory.needs()):
             weights = self.weight_squares()

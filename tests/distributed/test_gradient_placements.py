@@ -82,7 +82,7 @@ def late(count: int, missing_on_last: bool) -> tuple[list[int], float]:
     for param in params:
         param.requires_grad_(False)
     named = [("always", always), *((f"late{i}", param) for i, param in enumerate(params))]
-    clipper = dist_clip.GradClipper(named, dist_clip.GlobalNorm(1e9))
+    clipper = dist_clip.GradClipper(named, dist_clip.GlobalNorm(1e9), check_replicas=False)
     counts, worst = [], 0.0
     for step in range(1, 8):
         always.grad = distribute_tensor(torch.ones(SHAPE), device_mesh, [Shard(0)])

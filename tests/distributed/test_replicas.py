@@ -79,7 +79,9 @@ def backward(kind: str, model: nn.Module) -> None:
     gradients = whole_gradients(world)
     for name, param in model.named_parameters():
         whole = gradients[name]
-        param.grad = distribute_tensor(whole, param.device_mesh, [Shard(0)]) if isinstance(param, DTensor) else whole[rank]
+        param.grad = (
+            distribute_tensor(whole, param.device_mesh, [Shard(0)]) if isinstance(param, DTensor) else whole[rank]
+        )
 
 
 def clip(kind: str, **arguments: Any) -> Any:
@@ -96,7 +98,12 @@ def clip(kind: str, **arguments: Any) -> Any:
         same = all(torch.equal(local(p.grad), local(before[name])) for name, p in model.named_parameters())
         return {"error": str(error), "untouched": same, "steps": clipper.steps}
     norms = dict(zip(report.names, report.tensor_norms.tolist(), strict=True))
-    return {"global": float(report.global_norm), "norms": norms, "scale": report.scales.tolist(), "text": clipper.explain()}
+    return {
+        "global": float(report.global_norm),
+        "norms": norms,
+        "scale": report.scales.tolist(),
+        "text": clipper.explain(),
+    }
 
 
 def local(grad: torch.Tensor) -> torch.Tensor:
