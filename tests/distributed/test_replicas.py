@@ -5,7 +5,9 @@ The oracle is one process with plain tensors: the whole gradients of all ranks i
 
 from __future__ import annotations
 
+import dataclasses
 import re
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,8 +19,10 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import dist_clip
+from dist_clip.layouts import Layout, build_layout
 from tests.harness import pool
 
+from .counting import CollectiveLog
 from .layouts import mesh
 
 
@@ -149,3 +153,211 @@ def test_off_by_argument() -> None:
     for rank in pool(2).run(clip, "ddp", check_replicas=False):
         assert "error" not in rank
         assert "replicas: not compared (check_replicas=False)" in rank["text"]
+
+
+# ------------------------------------------------------------------------------------------- when, and at what price
+
+
+def clips_with(noise: float) -> dict[str, Any]:
+    """Ten clips of replicas whose gradients are `noise` apart; the collectives of each, and what explain() says."""
+    model = nn.Linear(8, 8)
+    clipper = dist_clip.GradClipper(model, dist_clip.GlobalNorm(1.0))
+    counts, texts = [], [clipper.explain()]
+    for step in range(1, 11):
+        for param in model.parameters():
+            param.grad = torch.full_like(param, step * (1 + noise * dist.get_rank()))
+        with CollectiveLog() as log:
+            clipper.clip_()
+        counts.append(len(log.entries))
+    return {"counts": counts, "texts": [*texts, clipper.explain()]}
+
+
+def test_compared_at_clips_that_double_and_rounding_is_counted() -> None:
+    for rank in pool(2).run(clips_with, 1e-5):
+        assert rank["counts"] == [1, 1, 0, 1, 0, 0, 0, 1, 0, 0]
+        assert "replicas: compared by their norms at clips 1, 2, 4, 8, ...; not yet" in rank["texts"][0]
+        found = re.search(r"up to clip 8 2 tensors differed by rounding, at most by (\S+)", rank["texts"][1])
+        assert found is not None
+        assert float(found[1]) == pytest.approx(1e-5, rel=0.05)
+    for rank in pool(2).run(clips_with, 0.0):
+        assert "up to clip 8 all the same" in rank["texts"][1]
+
+
+def nothing_to_compare() -> tuple[list[int], str]:
+    """One copy of each tensor, divided among all ranks."""
+    model = nn.Linear(8, 8)
+    fully_shard(model, mesh=mesh((dist.get_world_size(),), ("dp",)))
+    clipper = dist_clip.GradClipper(model, dist_clip.GlobalNorm(1.0))
+    counts = []
+    for _ in range(4):
+        model(torch.ones(2, 8)).sum().backward()
+        with CollectiveLog() as log:
+            clipper.clip_()
+        counts.append(len(log.entries))
+    return counts, clipper.explain()
+
+
+def test_no_collective_where_each_tensor_has_one_copy() -> None:
+    for counts, text in pool(2).run(nothing_to_compare):
+        assert counts == [1] * 4
+        assert "replicas: none, each tensor has one copy" in text
+
+
+def one_lacks(what: str) -> str:
+    """Copies of which one has no gradient, a NaN, or, alone in bf16 and of one element, another rounding."""
+    rank = dist.get_rank()
+    param = nn.Parameter(torch.ones(1 if what == "bf16" else 4, dtype=torch.bfloat16 if what == "bf16" else None))
+    clipper = dist_clip.GradClipper([("w", param)], dist_clip.GlobalNorm(1.0))
+    param.grad = torch.ones_like(param)
+    if rank == 1:
+        param.grad = {"gradient": None, "nan": param.grad * torch.nan, "bf16": param.grad * (1 + 2**-7)}[what]
+    try:
+        clipper.clip_()
+    except dist_clip.LayoutError as error:
+        return str(error)
+    return "nothing"
+
+
+def test_a_copy_without_a_gradient_is_no_copy_and_nan_is_no_difference() -> None:
+    for text in pool(2).run(one_lacks, "gradient"):
+        assert "0 on rank 1, 2 on rank 0" in text
+    assert pool(2).run(one_lacks, "nan") == ["nothing"] * 2
+    assert pool(2).run(one_lacks, "bf16") == ["nothing"] * 2
+
+
+# ------------------------------------------------------------------------------------------------ by hand, everywhere
+
+
+def cut_by_hand(how: str) -> tuple[float, tuple[int, ...], list[float], list[float]]:
+    """A weight cut by hand along dim 1 without any mark, as in a tensor-parallel layer of the user's own."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    whole, grad = torch.zeros(4, 2 * world), torch.randn(4, 2 * world, generator=torch.Generator().manual_seed(3))
+    part = nn.Parameter(whole[:, 2 * rank : 2 * rank + 2].clone())
+    copy = nn.Parameter(torch.zeros(4))
+    said = {"dim": 1, "dim from the end": -1, "pair": (1, dist.group.WORLD), "mesh": (1, mesh((world,), ("tp",)))}[how]
+    clipper = dist_clip.GradClipper(
+        [("part", part), ("copy", copy)], dist_clip.AdaGC(warmup_steps=0), sharded={"pa*": said}
+    )
+    norms, scales = [], []
+    for factor in (1.0, 50.0):
+        part.grad = factor * grad[:, 2 * rank : 2 * rank + 2]
+        copy.grad = torch.full((4,), factor)
+        report = clipper.clip_()
+        norms.append(float(report.tensor_norms[0]))
+        scales.append(float(report.scales[0]))
+    return float(grad.norm()), clipper.layout.tensors[0].shape, norms, scales
+
+
+@pytest.mark.parametrize("how", ["dim", "dim from the end", "pair", "mesh"])
+def test_a_dimension_by_hand(how: str) -> None:
+    ranks = pool(2).run(cut_by_hand, how)
+    for whole, shape, norms, scales in ranks:
+        assert shape == (4, 4)
+        assert norms == pytest.approx([whole, 50 * whole], rel=1e-5)
+        assert scales == ranks[0][3]
+
+
+def experts_in_expert_meshes() -> tuple[float, float, tuple[int, ...], float]:
+    """Experts that FSDP2 shards over two ranks, other ones in each of two expert-parallel groups, under one name."""
+    both = mesh((2, 2), ("ep", "fsdp"))
+    ep, fsdp = both["ep"].get_local_rank(), both["fsdp"]
+    grads = [torch.randn(4, 3, generator=torch.Generator().manual_seed(7 + i)) for i in range(2)]
+    dense = nn.Parameter(torch.zeros(5))
+    expert = nn.Parameter(distribute_tensor(torch.zeros(4, 3), fsdp, [Shard(0)]))
+    clipper = dist_clip.GradClipper(
+        [("dense", dense), ("expert", expert)], dist_clip.GlobalNorm(0.1), sharded={"expert": both["ep"]}
+    )
+    dense.grad = torch.ones(5)
+    expert.grad = distribute_tensor(grads[ep], fsdp, [Shard(0)])
+    report = clipper.clip_()
+    right = torch.cat([g.flatten() for g in (*grads, torch.ones(5))]).norm()
+    return float(right), float(report.global_norm), clipper.layout.tensors[1].shape, float(report.scales[1])
+
+
+def test_experts_that_fsdp_shards_within_expert_groups() -> None:
+    for right, found, shape, scale in pool(4).run(experts_in_expert_meshes):
+        assert found == pytest.approx(right, rel=1e-5)
+        assert shape == (2, 4, 3)
+        assert scale == pytest.approx(0.1 / right, rel=1e-4)
+
+
+BAD = {
+    "no tensor": ({"nothing*": 0}, "no tensor on any rank matches ['nothing*']"),
+    "out of range": ({"part": 2}, "cut along dim 2, but its shape is [4, 2]"),
+    "no mapping": ([("part", 0)], "sharded must be a mapping"),
+    "no pattern": ({3: 0}, "FQN patterns, which are strings, got 3"),
+    "a bool": ({"part": True}, "must be a dimension, a process group"),
+    "a word": ({"part": "columns"}, "must be a dimension, a process group"),
+    "two dims": ({"part": (0, 1)}, "must be a dimension, a process group"),
+    "replicated": ({"dtensor": None}, "is replicated, but it is laid out as"),
+    "twice": ({"dtensor": 0}, "over which it is divided already"),
+    "on one rank": ({"part": 0}, "is configured differently"),
+}
+
+
+def construct_badly(case: str) -> str:
+    device_mesh = mesh((dist.get_world_size(),), ("tp",))
+    named = [
+        ("part", nn.Parameter(torch.zeros(4, 2))),
+        ("dtensor", nn.Parameter(distribute_tensor(torch.zeros(4, 2), device_mesh, [Shard(0)]))),
+    ]
+    sharded = BAD[case][0] if case != "on one rank" or dist.get_rank() == 1 else None
+    try:
+        dist_clip.GradClipper(named, dist_clip.AdaGC(), sharded=sharded)  # type: ignore[arg-type]
+    except (TypeError, dist_clip.LayoutError) as error:
+        dist.barrier()
+        return str(error)
+    return "nothing"
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_error_on_all_ranks(case: str) -> None:
+    texts = pool(2).run(construct_badly, case)
+    assert texts[0] == texts[1]
+    assert BAD[case][1] in texts[0]
+
+
+# ----------------------------------------------------------------------------------- marks that nothing else vouches for
+
+
+@dataclasses.dataclass
+class Marked:
+    """A framework whose mark says that its one tensor is divided over all ranks."""
+
+    param: nn.Parameter
+
+    def read_layout(self, skip: Callable[[str], bool]) -> Layout:
+        group, world = dist.group.WORLD, dist.get_world_size()
+        tensor = build_layout([("w", self.param)]).tensors[0]
+        ranks = frozenset(range(world))
+        shape = (self.param.shape[0] * world, *self.param.shape[1:])
+        marked = dataclasses.replace(
+            tensor, shape=shape, norm_groups=(group,), marked_groups=(group,), replica_ranks=ranks, mesh_ranks=ranks
+        )
+        return Layout((marked,))
+
+
+def clip_marked(truly: bool) -> tuple[str, float]:
+    rank = dist.get_rank() if truly else 0
+    values = torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(20 + rank))
+    param = nn.Parameter(values[0].clone())
+    clipper = dist_clip.GradClipper(Marked(param), dist_clip.GlobalNorm(1.0))
+    param.grad = values[1].clone()
+    try:
+        return "", float(clipper.clip_().global_norm)
+    except dist_clip.LayoutError as error:
+        assert torch.equal(param.grad, values[1])
+        return str(error), 0.0
+
+
+def test_copies_that_are_marked_as_parts() -> None:
+    for text, _ in pool(2).run(clip_marked, False):
+        assert (
+            "'w' is marked as split over the tensor-parallel ranks, but its weights and its gradient have the same"
+            in text
+        )
+        assert "sharded={'w': None}" in text
+    grads = [torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(20 + rank))[1] for rank in range(2)]
+    for text, norm in pool(2).run(clip_marked, True):
+        assert text == ""
+        assert norm == pytest.approx(float(torch.stack(grads).norm()), rel=1e-5)
