@@ -341,6 +341,8 @@ class Checker:
         silent = warm and case.nonfinite in ("propagate", "zero") and not case.log_global_norm
         if not silent or case.skip_above is not None or any(step_.reload for step_ in case.steps[: step - 1]):
             return
+        if step & (step - 1) == 0:  # replicas are compared
+            return
         if isinstance(case.model, Hand) and case.model.pp > 1:
             per = case.world // case.model.pp
             across = [call for call in log if len({r // per for r in call[1]}) > 1]

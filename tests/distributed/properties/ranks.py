@@ -169,7 +169,8 @@ def make_clipper(case: Case, model: Model) -> Any:
         log_global_norm=case.log_global_norm,
         skip_above=case.skip_above,
         pp_group=model.pp_group,
-        detect_desync=case.seed % 2 == 1,  # there is nothing to find: half of the cases say so
+        # There is nothing to find: half of the cases say so.
+        detect_desync=case.seed % 2 == 1,
     )
 
 
