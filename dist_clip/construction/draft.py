@@ -95,8 +95,24 @@ def construct(target: Any, policy: object, options: Options) -> Construction:
     for config in everyone.values():
         if config.stage != mine.stage:
             elsewhere.update((name, math.prod(shape)) for name, shape in zip(config.names, config.shapes, strict=True))
-    plan = _plan(layout, checked, shared=elsewhere)
+    copies_among = group_size(checked.process_group) // (1 if checked.pp_group is None else checked.pp_group.size())
+    shared = names & elsewhere.keys()
+    whole = layout.stage_group
+    if whole is None and copies_among > 1 and checked.pp_group is None:
+        whole = checked.process_group or dist.group.WORLD
+    plan = ReductionPlan(
+        layout, process_group=whole, copies_among=copies_among, shared=shared, meet=checked.detect_desync
+    )
     check_coverage(layout, plan, checked.process_group)
+    replicas = ReplicaCheck(
+        layout,
+        {*names, *elsewhere},
+        checked.process_group,
+        draft.device,
+        copies_among=copies_among,
+        shared=shared,
+        enabled=checked.check_replicas,
+    )
     return Construction(
         options=checked,
         layout=layout,
@@ -108,24 +124,7 @@ def construct(target: Any, policy: object, options: Options) -> Construction:
         known=draft.known,
         counted=tuple(name not in earlier for name in layout.names),
         elsewhere={name: n for name, n in elsewhere.items() if name not in names},
-        replicas=ReplicaCheck(
-            layout, {*names, *elsewhere}, checked.process_group, draft.device, enabled=checked.check_replicas
-        ),
-    )
-
-
-def _plan(layout: Layout, options: CheckedOptions, shared: Iterable[str]) -> ReductionPlan:
-    world = group_size(options.process_group)
-    stages = 1 if options.pp_group is None else options.pp_group.size()
-    whole = layout.stage_group
-    if whole is None and world > 1 and options.pp_group is None:
-        whole = options.process_group or dist.group.WORLD
-    return ReductionPlan(
-        layout,
-        process_group=whole,
-        copies_among=world // stages,
-        shared=frozenset(shared),
-        meet=options.detect_desync,
+        replicas=replicas,
     )
 
 

@@ -79,6 +79,10 @@ class ReductionPlan:
     copies lie along another group of the chain (tensors that TP + FSDP2 shards over FSDP only), each instance
     all-reduces, and one instance's sum is then spread over that other group, in the gather that runs there anyway.
 
+    Copies. The gradients of a tensor's copies may differ by rounding, as kernels need not be deterministic. Where a vector
+    travels anyway, the copy with the lowest rank sends its sum for all, also that of a whole tensor, so that all scale by
+    the same bits.
+
     One union instead of a chain. One all-reduce over `process_group` replaces the chain in three cases: several groups
     are involved and one tensor's copy spans all ranks of `process_group` (TP + FSDP, EP + FSDP, the latter also inside
     pipeline stages); ranks take part in tensors of which they hold no piece (Megatron's experts); a group of more than
@@ -124,7 +128,7 @@ class ReductionPlan:
 
     def _plan_union(self, layout: Layout, group: dist.ProcessGroup, shared: Collection[str]) -> None:
         device = layout.device
-        indices = [i for i, t in enumerate(layout) if t.norm_groups or not t.everywhere]
+        indices = list(range(len(layout)))
         # The copy with the lowest rank sends. It takes a collective to find it, because a rank does not know the copies
         # of a tensor of which it holds no piece.
         sends = _lowest_sends([min(layout.tensors[i].replica_ranks, default=math.inf) for i in indices], group, device)
@@ -202,6 +206,7 @@ class _Chain:
             self._level[k] = 1 + max(self._level[h] for h in before) if before else 0
         self._spread: dict[int, list[int]] = {k: [] for k in self._order}
         self._kind = {k: self._choose(k, any(layout.names[i] in shared for i in members[k])) for k in self._order}
+        self._spread[self._order[0]] += [i for i, t in enumerate(layout) if not t.norm_groups and t.everywhere]
 
     def _choose(self, k: int, shared: bool) -> CollectiveKind:
         if self._level[k] > 0 or shared:

@@ -8,7 +8,7 @@ and the norms are compared over all ranks that train the model.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -53,6 +53,8 @@ class ReplicaCheck:
         names: names of all tensors of the model, other pipeline stages' included, the same on every rank.
         process_group: all ranks that train the model; None: all ranks.
         device: where norms live.
+        copies_among: number of ranks that may hold copies of this rank's tensors (world size over pipeline stages).
+        shared: names of tensors that other pipeline stages hold as well.
         enabled: whether to compare at all, the same on every rank.
     """
 
@@ -63,6 +65,8 @@ class ReplicaCheck:
         process_group: dist.ProcessGroup | None,
         device: torch.device,
         *,
+        copies_among: int,
+        shared: Collection[str],
         enabled: bool,
     ) -> None:
         self._layout, self._process_group = layout, process_group
@@ -71,12 +75,15 @@ class ReplicaCheck:
         self._marked = any(tensor.marked_groups for tensor in layout)
         self.rounding = Rounding()
         self.enabled = enabled
-        self.needed = enabled and group_size(process_group) > 1 and self._any_copies(device)
-
-    def _any_copies(self, device: torch.device) -> bool:
-        everyone = frozenset(dist.get_process_group_ranks(self._process_group or dist.group.WORLD))
-        mine = self._marked or any(tensor.replica_ranks not in (frozenset(), everyone) for tensor in self._layout)
-        return bool(any_rank(torch.tensor(mine, device=device), self._process_group))
+        # A tensor has one copy if its ranks are all that may hold it.
+        copies = self._marked or any(
+            len(tensor.replica_ranks) not in (0, copies_among) or tensor.name in shared for tensor in layout
+        )
+        self.needed = (
+            enabled
+            and group_size(process_group) > 1
+            and bool(any_rank(torch.tensor(copies, device=device), process_group))
+        )
 
     def check(self, squares: Tensor, weight_squares: Callable[[], Tensor]) -> None:
         """Compare copies, if it is their turn: then collective over the norm groups and `process_group`, with a host sync.

@@ -170,14 +170,17 @@ class AnsweringLog(CollectiveLog):
 
     def _members(self, group: Any, length: int) -> tuple[list[int], set[str]]:
         """The tensors that `length` numbers over `group` are of, in order, and the mesh dimensions that this completes."""
-        split = [i for i, by_dim in enumerate(self.splits) if by_dim]
-        if self._spans_stage(group):  # all of a tensor's shards at once
-            members, dims = split, {dim for by_dim in self.splits for dim in by_dim}
+        everything = list(range(len(self.splits)))
+        if self._spans_stage(group):  # all of a tensor's shards at once, and one copy's norm of a whole one
+            members, dims = everything, {dim for by_dim in self.splits for dim in by_dim}
         else:
             dim = self.groups[group.group_name]
-            members, dims = [i for i in split if dim in self.splits[i]], {dim}
-            if length != len(members):
-                members = split  # those that it does not split, it spreads
+            split = [i for i, by_dim in enumerate(self.splits) if by_dim]
+            own = [i for i in split if dim in self.splits[i]]
+            # What it does not split it may spread: whole tensors, or all.
+            whole = [i for i in everything if not self.splits[i]]
+            members = next((m for m in (own, sorted(own + whole), split) if len(m) == length), everything)
+            dims = {dim}
         if length != len(members):
             raise AssertionError(f"{length} numbers travel over {group.group_name}, expected {len(members)}")
         return members, dims
