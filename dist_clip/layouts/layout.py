@@ -38,6 +38,8 @@ class LogicalTensor:
         cut: what decides which elements each shard has, whatever mesh is around it: shards of the same cut are the same.
             None: `placement` says so.
         everywhere: whether every rank of the pipeline stage holds a piece of one of its copies.
+        marked_groups: the norm groups for which only a framework's mark vouches, the same on every rank that takes part
+            in the tensor. If the mark is wrong, their ranks hold copies, and the norm is too large.
     """
 
     name: str
@@ -54,6 +56,7 @@ class LogicalTensor:
     weight: Callable[[], Tensor | None] = _nothing
     everywhere: bool = True
     cut: str | None = None
+    marked_groups: tuple[dist.ProcessGroup, ...] = ()
 
     @property
     def numel(self) -> int:
