@@ -13,11 +13,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import dist_clip
 from dist_clip.clipper import GradClipper
-from dist_clip.megatron import compat
+from dist_clip.megatron import compat, marks
 from dist_clip.megatron.reader import MegatronReader
 from tests.harness import pool
 
@@ -322,3 +324,260 @@ def test_what_the_user_says_is_done_even_if_it_is_wrong() -> None:
         for name, norm in rank["norms"].items():
             right = expected(config.single)[name]
             assert math.isclose(norm, right, rel_tol=RTOL) != name.endswith("linear_proj.weight"), name
+
+
+# ---- how the description is read -------------------------------------------------------------------------------------
+
+
+class _Ops(TorchDispatchMode):
+    """The names of all operations on tensors, collectives among them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(f"{func.namespace}.{func._opname}")
+        return func(*args, **(kwargs or {}))
+
+
+def look(config: Config, gated: bool) -> dict[str, Any]:
+    setup = with_sinks(config, gated=gated)
+    params = global_params(setup)
+    before = {name: (param.data_ptr(), param._version, dict(vars(param))) for name, param in params.items()}
+    seeds = torch.get_rng_state()
+    with _Ops() as ops:
+        found = marks.describe(setup.chunks, groups().dp)
+    after = {name: (param.data_ptr(), param._version, dict(vars(param))) for name, param in params.items()}
+    assert str(before) == str(after)
+    assert torch.equal(seeds, torch.get_rng_state())
+    return {
+        "ops": ops.names,
+        "found": {name: found.get(id(param)) for name, param in params.items()},
+        "marks": {name: compat.is_tensor_parallel(param) for name, param in params.items()},
+        "index": (groups().tp.rank(), groups().expt_tp.rank()),
+    }
+
+
+@pytest.mark.parametrize(
+    ("world", "config", "gated"),
+    [
+        (2, Config(tp=2), True),
+        (4, Config(tp=2, ep=2, etp=2, experts=4, sequence_parallel=True), True),
+        (4, Config(tp=2, pp=2, vpp=2, layers=4, tied=True, bf16=True), False),
+    ],
+)
+def test_reading_the_state_dict_copies_nothing_and_communicates_nothing(
+    world: int, config: Config, gated: bool
+) -> None:
+    for rank in pool(world, "megatron").run(look, config, gated):
+        # Views only: SwiGLU's projection is looked at in two halves.
+        assert rank["ops"] <= {"aten.detach", "aten.split", "aten.alias", "aten.view"}
+        for name, found in rank["found"].items():
+            split = rank["marks"][name] or name.endswith(SINK)
+            dim = 1 if re.search(r"linear_(proj|fc2)\.weight$", name) else 0
+            index = rank["index"]["experts" in name]
+            assert found == marks.Described(dim if split else None, 2 if split else 1, index * split, True), name
+
+
+def descriptions() -> dict[str, Any]:
+    """Of modules that Megatron does not come with."""
+    setup = with_sinks(Config(tp=2))
+    from megatron.core.ssm.mamba_mixer import _split_tensor_factory
+    from megatron.core.transformer.module import MegatronModule
+    from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+
+    transformer = setup.chunks[0].config
+    tp, dp = groups().tp, groups().dp
+
+    class Default(MegatronModule):
+        def __init__(self) -> None:
+            super().__init__(transformer)
+            self.scale = nn.Parameter(torch.ones(4))
+            self.linear = nn.Linear(4, 4)
+
+    class Mixer(Default):
+        """As Mamba's: one parameter whose parts are cut one by one, and a child that it describes."""
+
+        def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> Any:
+            if broken:
+                raise RuntimeError("no")
+            state = make_sharded_tensors_for_checkpoint(
+                dict(self.named_parameters()),
+                prefix,
+                {"scale": 0, "linear.weight": 0},
+                ((0, 3, 8),),
+                tp_group=tp,
+                dp_cp_group=metadata["dp_cp_group"],
+            )
+            state["linear.weight"] = _split_tensor_factory(state["linear.weight"], [1, 3], ["x", "z"], 0)
+            state["again"] = [state["scale"]]
+            return state
+
+    class Child(Mixer):
+        """Says nothing of its own parameter."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate = nn.Parameter(torch.ones(4))
+
+    class Plain(nn.Module):
+        """As a LoRA wrapper: Megatron takes what it holds for replicated."""
+
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner, self.lora = inner, nn.Linear(4, 4, bias=False)
+
+    def say(module: nn.Module) -> dict[str, Any]:
+        found = marks.describe([module], dp)
+        return {name: found.get(id(param)) for name, param in module.named_parameters()}
+
+    broken = False
+    out = {"default": say(Default()), "mixer": say(Mixer()), "child": say(Child()), "plain": say(nn.Linear(2, 2))}
+    outer = Default()
+    outer.linear = Plain(Mixer())
+    out["wrapped"] = say(outer)
+    broken = True
+    out["broken"] = say(outer)
+    return {"rank": tp.rank(), **out}
+
+
+def test_descriptions_of_other_modules() -> None:
+    for found in pool(2, "megatron").run(descriptions):
+        weak = marks.Described(None, 1, 0, deliberate=False)
+        split = marks.Described(0, 2, found["rank"], deliberate=True)
+        assert found["default"] == {"scale": weak, "linear.weight": weak, "linear.bias": weak}
+        # The bias of a torch module, described by a user's: nothing is sure of it.
+        assert found["mixer"] == {"scale": split, "linear.weight": split, "linear.bias": weak}
+        assert found["child"] == {**found["mixer"], "gate": weak}
+        assert found["plain"] == {"weight": None, "bias": None}
+        inner = {f"linear.inner.{name}": said for name, said in found["mixer"].items()}
+        assert found["wrapped"] == {"scale": weak, **inner, "linear.lora.weight": weak}
+        assert found["broken"] == {**found["wrapped"], **dict.fromkeys(inner)}
+
+
+def judged(size: int, rank: int, mark_dim: int | None, described: marks.Described | None) -> marks.Verdict:
+    class Group:
+        def size(self) -> int:
+            return size
+
+        def rank(self) -> int:
+            return rank
+
+    param = torch.zeros(4, 4)
+    mark(param, mark_dim)
+    return marks.judge(param, described, Group())
+
+
+def test_whose_word_counts() -> None:
+    split, sure, weak = (
+        marks.Described(0, 2, 1, True),
+        marks.Described(None, 1, 0, True),
+        marks.Described(None, 1, 0, False),
+    )
+    Verdict = marks.Verdict
+    assert judged(1, 0, 0, None) == Verdict(None)
+    assert judged(2, 1, None, None) == Verdict(None)
+    assert judged(2, 1, 1, None) == Verdict(1, only_marked=True)
+    assert judged(2, 1, 0, split) == Verdict(0)
+    assert judged(2, 1, 1, split) == Verdict(0, "by sharded_state_dict; its mark says along dim 1")
+    assert judged(2, 1, None, split) == Verdict(0, "by sharded_state_dict; its mark says replicated")
+    assert judged(2, 1, None, sure) == judged(2, 1, None, weak) == Verdict(None)
+    assert judged(2, 1, 1, sure) == Verdict(None, "by sharded_state_dict; its mark says along dim 1")
+    assert judged(2, 1, 1, weak) == Verdict(1, only_marked=True)
+    # Cut over ranks of other groups, which is none of this group's business.
+    assert judged(2, 0, 1, split) == Verdict(1, only_marked=True)
+    assert judged(4, 1, 1, split) == Verdict(1, only_marked=True)
+    assert judged(4, 1, None, split) == Verdict(None)
+
+
+# ---- bad input -------------------------------------------------------------------------------------------------------
+
+
+def alone() -> Any:
+    """A group of rank 0, which other ranks get no handle of."""
+    return dist.new_group([0])
+
+
+BAD: dict[str, tuple[Callable[[], Any], str, list[str]]] = {
+    "no mapping": (lambda: ["*.softmax_offset"], "TypeError", ["sharded must map patterns", "1-D device mesh"]),
+    "no value": (lambda: {"*.softmax_offset": "tp"}, "TypeError", ["'*.softmax_offset': 'tp'", "None (replicated)"]),
+    "a bool": (lambda: {"*.softmax_offset": True}, "TypeError", ["split along that dimension"]),
+    "three things": (lambda: {"*.softmax_offset": (0, None, 1)}, "TypeError", ["(dimension, group)"]),
+    "no group": (lambda: {"*.softmax_offset": (0, None)}, "TypeError", ["(dimension, group)"]),
+    "out of range": (
+        lambda: {"*.softmax_offset": 1},
+        "LayoutError",
+        ["softmax_offset' along dimension 1, but it has 1 dimensions: its shape is [2]"],
+    ),
+    "below the range": (lambda: {"*.linear_qkv.weight": -3}, "LayoutError", ["along dimension -3"]),
+    "no member": (lambda: {"*.linear_qkv.weight": alone()}, "LayoutError", ["not a member of the group"]),
+    "across stages": (
+        lambda: {"decoder.*": dist.group.WORLD},
+        "LayoutError",
+        ["over ranks [0, 1, 2, 3]", "in another pipeline stage"],
+    ),
+    "the optimizer's": (
+        lambda: {"decoder.*.weight": groups().dp},
+        "LayoutError",
+        ["but the optimizer already divides it among ranks"],
+    ),
+    "on one rank": (
+        lambda: {"*.softmax_offset": 1 if dist.get_rank() == 1 else 0},
+        "LayoutError",
+        ["rank 1", "along dimension 1"],
+    ),
+    "other things on one rank": (
+        lambda: {"*.softmax_offset": None if dist.get_rank() == 1 else 0},
+        "LayoutError",
+        ["rank 1 has", "replicated (by sharded=)", "rank 0 has it [4]", "sharded="],
+    ),
+}
+
+
+def refused(case: str, config: Config) -> tuple[str, str]:
+    setup = with_sinks(config)
+    sharded = BAD[case][0]()
+    try:
+        MegatronReader(setup.optimizer, setup.chunks, groups(), sharded).read_layout(lambda name: False)
+    except Exception as error:
+        result = (type(error).__name__, str(error))
+    else:
+        result = ("nothing", "")
+    dist.barrier()  # no rank was left behind
+    return result
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_refused_alike_on_every_rank(case: str) -> None:
+    _, kind, words = BAD[case]
+    layouts = {
+        "across stages": "FP32Optimizer, PP",
+        "the optimizer's": "DistributedOptimizer",
+    }
+    world, config = LAYOUTS[layouts.get(case, "FP32Optimizer")]
+    results = pool(world, "megatron").run(refused, case, config)
+    for found, text in results:
+        assert found == kind, text
+        for word in words:
+            assert word in text, text
+    stages = {"across stages": 2}.get(case, 1)  # each stage has an error of its own
+    assert len({text for _, text in results}) == stages
+
+
+def differing_marks() -> str:
+    setup = with_sinks(Config(tp=2))
+    undescribed(setup)
+    if dist.get_rank() == 1:
+        for param in matching(setup, "layers.1.mlp.linear_fc1.weight"):
+            mark(param, None)
+    with pytest.raises(dist_clip.LayoutError) as error:
+        dist_clip.megatron.attach(setup.optimizer, dist_clip.GlobalNorm(0.1), model=setup.chunks)
+    return str(error.value)
+
+
+def test_ranks_whose_marks_differ() -> None:
+    """They would meet in different collectives."""
+    (text, other) = pool(2, "megatron").run(differing_marks)
+    assert text == other
+    assert "rank 1 has 'decoder.layers.1.mlp.linear_fc1.weight' [16, 16] as dense, but rank 0" in text
