@@ -117,16 +117,18 @@ def _ask(module: nn.Module, dp_group: dist.ProcessGroup | None) -> dict[int, lis
     except Exception as error:  # the module's own code, whose failure says nothing about clipping
         _log.debug("%s describes no checkpoint: %s: %s", type(module).__name__, type(error).__name__, error)
         return {}
-    by_id = {id(param): param for param in params}
-    by_place = {_place(param): param for param in params if param.numel() and not param.is_meta}
+    by_id: dict[int, Tensor] = {id(param): param for param in params}
+    by_place: dict[tuple[int, int, int], Tensor] | None = None
     found: dict[int, list[Any]] = {}
     for entry in entries:
         data = getattr(entry, "data", None)
         if not isinstance(data, Tensor):
             continue
         param = by_id.get(id(data))
-        if param is None and data.numel() and not data.is_meta:
-            param = by_place.get(_place(data))  # a view of the parameter
+        if param is None and data.numel() and not data.is_meta:  # a buffer, or a view of a parameter
+            if by_place is None:
+                by_place = {_place(each): each for each in params if each.numel() and not each.is_meta}
+            param = by_place.get(_place(data))
         if param is not None:
             found.setdefault(id(param), []).append(entry)
     return found

@@ -403,7 +403,7 @@ def descriptions() -> dict[str, Any]:
             if broken:
                 raise RuntimeError("no")
             state = make_sharded_tensors_for_checkpoint(
-                dict(self.named_parameters()),
+                self.state_dict(),  # detached: views of the parameters
                 prefix,
                 {"scale": 0, "linear.weight": 0},
                 ((0, 3, 8),),
