@@ -4,6 +4,7 @@ from dist_clip.layouts.layout import Layout, LayoutReader, LogicalTensor
 from dist_clip.layouts.naming import modules_of, named_parameters
 from dist_clip.layouts.partial import PartialReducer
 from dist_clip.layouts.plain import build_layout, layout_of_parameters
+from dist_clip.layouts.sharded import ShardedBy
 from dist_clip.layouts.watch import ParameterWatch
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "LogicalTensor",
     "ParameterWatch",
     "PartialReducer",
+    "ShardedBy",
     "build_layout",
     "layout_of_parameters",
     "modules_of",

@@ -33,28 +33,38 @@ class Division:
     group: dist.ProcessGroup | None = None
     whole: bool = False
 
-    def shape(self, name: str, local: tuple[int, ...], size: int) -> tuple[int, ...]:
-        """Return the shape of the whole tensor, of which each of `size` ranks holds a part of shape `local`.
-
-        Raises:
-            LayoutError: the dimension is out of range.
-        """
-        if self.dim is None:
-            return (size, *local)
-        if not -len(local) <= self.dim < len(local):
-            raise LayoutError(
-                f"rank {current_rank()}: sharded= says that {name!r} is cut along dim {self.dim}, but its shape is "
-                f"{list(local)}"
-            )
-        dim = self.dim % len(local)
-        return (*local[:dim], local[dim] * size, *local[dim + 1 :])
-
     def describe(self) -> str:
         """Return a description, the same on every rank."""
         if self.whole:
             return "replicated"
         over = "" if self.group is None else f" over {self.group.size()}"
         return f"{'stacked' if self.dim is None else f'dim {self.dim}'}{over}"
+
+
+def whole_shape(
+    name: str, local: tuple[int, ...], dim: int | None, parts: int, source: str = "sharded="
+) -> tuple[int, ...]:
+    """Return the shape of the whole tensor, of which each of `parts` ranks holds a part of shape `local`.
+
+    Args:
+        dim: the dimension along which it is cut; None: the parts are stacked along a new first one.
+        source: who says so, for the error.
+
+    Raises:
+        LayoutError: `dim` is out of range.
+
+    Example:
+        >>> whole_shape("weight", (4, 8), -1, 2), whole_shape("weight", (4, 8), None, 2)
+        ((4, 16), (2, 4, 8))
+    """
+    if dim is None:
+        return (parts, *local)
+    if not -len(local) <= dim < len(local):
+        raise LayoutError(
+            f"rank {current_rank()}: {source} says that {name!r} is cut along dim {dim}, but its shape is {list(local)}"
+        )
+    dim %= len(local)
+    return (*local[:dim], local[dim] * parts, *local[dim + 1 :])
 
 
 def checked_divisions(sharded: Mapping[str, ShardedBy] | None) -> dict[str, Division]:
@@ -146,7 +156,7 @@ def _divided(tensor: LogicalTensor, said: Division | None, default: dist.Process
         return tensor
     return dataclasses.replace(
         tensor,
-        shape=said.shape(name, tensor.shape, group.size()),
+        shape=whole_shape(name, tensor.shape, said.dim, group.size()),
         norm_groups=(*tensor.norm_groups, group),
         replica_ranks=ranks | tensor.replica_ranks,
         mesh_ranks=ranks | tensor.mesh_ranks,

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from dist_clip.clipper import GradClipper
 from dist_clip.errors import LayoutError
+from dist_clip.layouts import ShardedBy
 from dist_clip.megatron import checkpoint, compat
 from dist_clip.megatron.reader import MegatronReader
 from dist_clip.policies import Policy
@@ -32,6 +33,8 @@ def attach(
     log_global_norm: bool = True,
     kernels: str | None = None,
     detect_desync: bool = False,
+    sharded: Mapping[str, ShardedBy] | None = None,
+    check_replicas: bool = True,
     pg_collection: Any = None,
 ) -> GradClipper:
     """Replace a Megatron optimizer's gradient clipping by `policy`; the training loop stays as it is.
@@ -50,7 +53,9 @@ def attach(
             With "skip" a skipped step returns that it was not successful, as Megatron's own skipped steps do.
         log_global_norm: return the global norm also on steps where no policy needs it. Across pipeline stages it costs
             one gather of two numbers, which overlaps with the optimizer step. False: such steps return None.
-        kernels, detect_desync: as for `GradClipper`.
+        kernels, detect_desync, check_replicas: as for `GradClipper`.
+        sharded: as for `GradClipper`. A dimension without a group is split over the tensor's TP group, which is the expert
+            TP group for experts; None says that a tensor is replicated although it is marked as split.
         pg_collection: Megatron's ProcessGroupCollection. None: the groups of megatron.core.parallel_state.
 
     Returns:
@@ -85,7 +90,7 @@ def attach(
     pp_group = groups.pp if groups.pp is not None and groups.pp.size() > 1 else None
     skip_above = compat.skip_threshold(getattr(optimizer, "config", None))
     clipper = GradClipper(
-        MegatronReader(optimizer, chunks, groups),
+        MegatronReader(optimizer, chunks, groups, sharded),
         policy,
         pp_group=pp_group,
         nonfinite=nonfinite,
@@ -95,6 +100,8 @@ def attach(
         skip_above=skip_above,
         kernels=kernels,
         detect_desync=detect_desync,
+        sharded=sharded,
+        check_replicas=check_replicas,
     )
     clipper.attachment = MegatronAttachment(
         clipper, optimizer, pp_group, skips=nonfinite == "skip", norm_at_once=skip_above is not None

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,9 +13,10 @@ from torch import Tensor, nn
 
 from dist_clip.construction.agreement import sendable
 from dist_clip.errors import LayoutError
-from dist_clip.layouts import Layout, LogicalTensor
+from dist_clip.layouts import Layout, LogicalTensor, ShardedBy
 from dist_clip.layouts.process_groups import gather
-from dist_clip.megatron import compat
+from dist_clip.layouts.sharded import Division, checked_divisions, division_of, whole_shape
+from dist_clip.megatron import compat, marks
 from dist_clip.megatron.compat import Groups, Piece
 from dist_clip.megatron.names import global_names
 
@@ -27,16 +29,34 @@ class _Known:
     shape: tuple[int, ...]
     dtype: torch.dtype
     placement: str
+    cut: str
+    only_marked: bool
 
 
 @dataclasses.dataclass(frozen=True)
 class _Local:
-    """A parameter of this rank's model."""
+    """A parameter of this rank's model. `split_by`: the group that holds its parts; None: it is whole on each rank."""
 
     known: _Known
     param: nn.Parameter
-    groups: tuple[Any, ...]
+    split_by: dist.ProcessGroup | None
+    spread_by: dist.ProcessGroup | None
     piece: Piece | None
+
+    @property
+    def groups(self) -> tuple[dist.ProcessGroup, ...]:
+        return tuple(group for group in (self.split_by, self.spread_by) if group is not None)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Split:
+    """How a parameter is split: by which group (None: not at all), into what, and who says so."""
+
+    group: dist.ProcessGroup | None
+    shape: tuple[int, ...]
+    cut: str = ""
+    note: str = ""
+    only_marked: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,10 +70,25 @@ class _RankTensors:
 
 
 class MegatronReader:
-    """Reads the layout of model chunks and of the optimizer that steps them."""
+    """Reads the layout of model chunks and of the optimizer that steps them.
 
-    def __init__(self, optimizer: Any, chunks: Sequence[nn.Module], groups: Groups) -> None:
-        self._optimizer, self._chunks, self._groups = optimizer, chunks, groups
+    Megatron's marks of tensor parallelism are checked against the chunks' sharded state dicts (`marks`).
+
+    Args:
+        sharded: as for `GradClipper`. A dimension without a group is split over the tensor's TP group, which is the expert
+            TP group for experts.
+    """
+
+    def __init__(
+        self,
+        optimizer: Any,
+        chunks: Sequence[nn.Module],
+        groups: Groups,
+        sharded: Mapping[str, ShardedBy] | None = None,
+    ) -> None:
+        self._optimizer, self._chunks, self._groups, self._sharded = optimizer, chunks, groups, sharded
+        self._described: dict[int, marks.Described] = {}
+        self._divisions: Mapping[str, Division] = {}
 
     def read_layout(self, skip: Callable[[str], bool]) -> Layout:
         """Return the layout without the names for which `skip` is true. Collective over the ranks of the stage.
@@ -66,6 +101,8 @@ class MegatronReader:
         local: list[_Local] = []
         error: Exception | None = None
         try:
+            self._divisions = checked_divisions(self._sharded)
+            self._described = marks.describe(self._chunks, self._groups.dp)
             local = [entry for entry in self._local_tensors() if not skip(entry.known.name)]
         except Exception as failure:  # any error at all, because the other ranks wait for this one
             error = sendable(failure)
@@ -79,12 +116,8 @@ class MegatronReader:
             if theirs.error is not None:
                 raise type(theirs.error)(f"rank {rank}: {theirs.error}") from error
         by_name = {entry.known.name: entry for entry in local}
-        order: dict[str, _Known] = {}
-        holders: dict[str, int] = {}
-        for theirs in everyone.values():
-            for known in theirs.tensors:
-                order.setdefault(known.name, known)
-                holders[known.name] = holders.get(known.name, 0) + 1
+        order = _agreed(everyone)
+        holders = collections.Counter(known.name for theirs in everyone.values() for known in theirs.tensors)
         tensors = [
             self._logical(known, by_name.get(name), everyone, holders[name] == len(everyone))
             for name, known in order.items()
@@ -134,19 +167,67 @@ class MegatronReader:
         dp = self._groups.expt_dp if expert else self._groups.dp
         if tp is None or dp is None:
             raise LayoutError(f"{name!r}: Megatron has no tensor- or data-parallel group for it; pass pg_collection=")
-        shape = list(param.shape)
-        groups, words = [], ["expert" if expert else "dense"]
-        if compat.is_tensor_parallel(param) and tp.size() > 1:
-            dim = compat.partition_dim(param)
-            if shape:
-                shape[dim] *= tp.size()
-            groups.append(tp)
-            words.append(f"tensor parallel over {tp.size()} along dim {dim}")
-        if spread and dp.size() > 1:
-            groups.append(dp)
-            words.append(f"optimizer over {dp.size()}")
-        known = _Known(name, tuple(shape), param.dtype, ", ".join(words))
-        return _Local(known, param, tuple(groups), piece)
+        split = self._split(name, param, tp)
+        words = ["expert" if expert else "dense"]
+        spread_by = dp if spread and dp.size() > 1 else None
+        after = []
+        if spread_by is not None:
+            after.append(f"optimizer over {dp.size()}")
+            self._refuse_overlap(name, split.group, tp, dp)
+        cut = ", ".join([*words, *([split.cut] if split.cut else []), *after])
+        placement = cut
+        if split.note:
+            placement = ", ".join([*words, f"{split.cut or 'replicated'} ({split.note})", *after])
+        known = _Known(name, split.shape, param.dtype, placement, cut, split.only_marked)
+        return _Local(known, param, split.group, spread_by, piece)
+
+    def _split(self, name: str, param: nn.Parameter, tp: dist.ProcessGroup) -> _Split:
+        """Return how the parameter is split: as the user says, else as sharded state dict and mark say."""
+        shape = tuple(param.shape)
+        verdict = marks.judge(param, self._described.get(id(param)), tp)
+        said = division_of(name, self._divisions)
+        if said is not None:
+            group = tp if said.group is None else said.group
+            whole = whole_shape(name, shape, said.dim, group.size())  # checks the dimension
+            dim = None if said.dim is None else said.dim % len(shape)
+            if group is tp and verdict.dim is not None:
+                _refuse_contradiction(name, said, dim, verdict)
+            if said.whole or group.size() == 1:
+                return _Split(None, shape, note="by sharded=")
+            self._refuse_outside(name, group)
+            return _Split(group, whole, self._words(group, tp, dim), "by sharded=")
+        if verdict.dim is None:
+            return _Split(None, shape, note=verdict.note)
+        # A scalar has no dimension that could be split.
+        whole = whole_shape(name, shape, verdict.dim, tp.size(), "its mark") if shape else shape
+        return _Split(tp, whole, self._words(tp, tp, verdict.dim), verdict.note, verdict.only_marked)
+
+    @staticmethod
+    def _words(group: dist.ProcessGroup, tp: dist.ProcessGroup, dim: int | None) -> str:
+        what = "tensor parallel" if group is tp else "split"
+        return f"{what} over {group.size()} {'by stacking' if dim is None else f'along dim {dim}'}"
+
+    def _refuse_outside(self, name: str, group: dist.ProcessGroup) -> None:
+        here = {dist.get_rank(), *_ranks(self._groups.stage)}
+        outside = sorted(set(_ranks(group)) - here)
+        if outside:
+            raise LayoutError(
+                f"sharded= splits {name!r} over ranks {list(_ranks(group))}, of which {outside} are in another pipeline "
+                f"stage; this rank's stage has ranks {sorted(here)}"
+            )
+
+    @staticmethod
+    def _refuse_overlap(
+        name: str, group: dist.ProcessGroup | None, tp: dist.ProcessGroup, dp: dist.ProcessGroup
+    ) -> None:
+        if group is None or group is tp:
+            return
+        common = sorted(set(_ranks(group)) & set(_ranks(dp)))
+        if len(common) > 1:
+            raise LayoutError(
+                f"sharded= splits {name!r} over ranks {list(_ranks(group))}, but the optimizer already divides it among "
+                f"ranks {list(_ranks(dp))}, which hold copies"
+            )
 
     def _logical(
         self, known: _Known, local: _Local | None, everyone: dict[int, _RankTensors], everywhere: bool
@@ -158,6 +239,7 @@ class MegatronReader:
             "mesh_ranks": frozenset(everyone),
             "device": self._device(),
             "placement": known.placement,
+            "cut": known.cut,
             "everywhere": everywhere,
         }
         if local is None:
@@ -170,6 +252,7 @@ class MegatronReader:
             replica_ranks=self._replica_ranks(local, everyone),
             grad=_nothing if piece is None else piece.grad,
             weight=_nothing if piece is None else piece.weight,
+            marked_groups=(local.split_by,) if known.only_marked and local.split_by is not None else (),
             **common,
         )
 
@@ -178,16 +261,47 @@ class MegatronReader:
 
         They are this rank's tensor-parallel peers or, if the optimizer is spread, the ranks over which each peer's is.
         """
-        expert = compat.is_expert_parallel(local.param)
-        tp = self._groups.expt_tp if expert else self._groups.tp
-        peers = _ranks(tp) if any(group is tp for group in local.groups) else (dist.get_rank(),)
-        dp = self._groups.expt_dp if expert else self._groups.dp
-        if all(group is not dp for group in local.groups):
+        peers = (dist.get_rank(),) if local.split_by is None else _ranks(local.split_by)
+        if local.spread_by is None:
             return frozenset(peers)
+        expert = compat.is_expert_parallel(local.param)
         return frozenset(rank for peer in peers for rank in everyone[peer].optimizer_ranks[expert])
 
     def _device(self) -> torch.device:
         return next((p.device for chunk in self._chunks for p in chunk.parameters()), torch.device("cpu"))
+
+
+def _refuse_contradiction(name: str, said: Division, dim: int | None, verdict: marks.Verdict) -> None:
+    """Refuse what contradicts the sharded state dict, or another dimension than the mark's."""
+    if verdict.only_marked if said.whole else dim in (None, verdict.dim):
+        return
+    source = "its mark" if verdict.only_marked else "the model's sharded_state_dict"
+    raise LayoutError(
+        f"sharded= says of {name!r}: {said.describe()}. But {source} says that it is cut along dim {verdict.dim}: leave it "
+        f"out of sharded=, or correct {source}"
+    )
+
+
+def _agreed(everyone: Mapping[int, _RankTensors]) -> dict[str, _Known]:
+    """Return each tensor once, in order. Where only some ranks rely on a mark, all are taken to.
+
+    Raises:
+        LayoutError: ranks differ about a tensor. The same on every rank.
+    """
+    order: dict[str, _Known] = {}
+    first: dict[str, int] = {}
+    for rank, theirs in everyone.items():
+        for known in theirs.tensors:
+            held = order.setdefault(known.name, known)
+            other = first.setdefault(known.name, rank)
+            if (held.shape, held.cut) != (known.shape, known.cut):
+                raise LayoutError(
+                    f"rank {rank} has {known.name!r} {list(known.shape)} as {known.placement}, but rank {other} has it "
+                    f"{list(held.shape)} as {held.placement}: are their marks or modules different? sharded= says it by hand"
+                )
+            if known.only_marked and not held.only_marked:
+                order[known.name] = dataclasses.replace(held, only_marked=True)
+    return order
 
 
 def _nothing() -> None:
