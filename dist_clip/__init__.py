@@ -4,7 +4,7 @@ from typing import Any
 
 from dist_clip.attachment import Attachment
 from dist_clip.clipper import GradClipper
-from dist_clip.errors import DesyncError, LayoutError, NonFiniteGradError
+from dist_clip.errors import DesyncError, LayoutError, NonFiniteGradError, VerifyError
 from dist_clip.functional import clip_grad_norm_
 from dist_clip.kernels import Kernels
 from dist_clip.policies import (
@@ -22,6 +22,7 @@ from dist_clip.policies import (
     register,
 )
 from dist_clip.step import ClipReport, NonFinite
+from dist_clip.verify import VerifiedNorm, VerifyReport
 
 __version__ = "0.2.0.dev0"
 
@@ -52,6 +53,9 @@ __all__ = [
     "Scope",
     "State",
     "StepInputs",
+    "VerifiedNorm",
+    "VerifyError",
+    "VerifyReport",
     "ZClip",
     "__version__",
     "clip_grad_norm_",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,7 @@ from dist_clip.policies import Policy
 from dist_clip.reduction import Channel, DesyncDetector
 from dist_clip.step import ClipReport, GlobalNorms, Meter, NonFinite, decide, raise_nonfinite
 from dist_clip.step.grad_scaler import found_inf, share_skip
+from dist_clip.verify import VerifyReport, verify
 
 
 class GradClipper:
@@ -252,6 +253,43 @@ class GradClipper:
     def steps(self) -> int:
         """Number of steps taken, without those that were skipped. Syncs the host."""
         return self.memory.steps
+
+    @torch.no_grad()
+    def verify(self, *, device: Literal["cpu"] | None = None, tolerance: float = 1e-5) -> VerifyReport:
+        """Compare the norms that `clip_` would find with those of the whole gradients. Run it once on your own cluster.
+
+        Call it on every rank, after backward (and unscaling) and before `clip_`. It changes neither gradients nor state
+        nor the step count. Collective over `process_group`; the report is the same on every rank.
+
+        Each gradient is put together whole, one copy at a time and in chunks: of the ranks that hold a copy, one
+        receives the others' pieces and measures them in float64. Neither norm groups nor the kernels take part. The
+        report says which tensor and which rank's shard differs, which copies differ, and whether copies are taken for
+        parts. Which ranks hold a copy is what the layout says; Partial gradients are reduced as for `clip_`.
+
+        Args:
+            device: where the whole gradients are measured. None: where they are; "cpu": on the CPU.
+            tolerance: the relative difference up to which norms count as the same, between 0 and 1. Copies of one
+                tensor may differ by 1e-3, because kernels that are not deterministic round differently.
+
+        Returns:
+            The report: ``report.ok``, one row a tensor, and the table as ``print(report)``.
+
+        Raises:
+            RuntimeError: no rank has a gradient, or a gradient cannot be read, as for `clip_`.
+            TypeError, ValueError: an argument of the wrong type or value, or other arguments on another rank.
+            LayoutError: the modules have a parameter that came after the construction.
+
+            Each of them is raised on every rank.
+
+        Example:
+            >>> import dist_clip
+            >>> model = torch.nn.Linear(2, 2)
+            >>> clipper = dist_clip.GradClipper(model, dist_clip.LogClip())
+            >>> model(torch.ones(1, 2)).sum().backward()
+            >>> clipper.verify().ok
+            True
+        """
+        return verify(self._made, self.memory, lambda: self._read()[0], device=device, tolerance=tolerance)
 
     def check_in_sync(self) -> None:
         """Compare the steps and states of all ranks, under any layout.

@@ -11,3 +11,7 @@ class NonFiniteGradError(RuntimeError):
 
 class DesyncError(RuntimeError):
     """Ranks are out of step: they differ in the number of clips or in the policies' state. See docs/faults.md."""
+
+
+class VerifyError(RuntimeError):
+    """``verify()`` found a norm that differs from that of the whole gradient. The same on every rank."""

@@ -47,6 +47,8 @@ class Config:
     """cpu with gloo, or cuda with nccl; auto: cuda where there is a GPU for each rank."""
     seed: int = 0
     """Of the initial weights, the batches and the faults; none of them depends on the layout."""
+    verify: bool = False
+    """At the first step, compare all norms with those of the whole gradients; exit with status 1 if any differs."""
 
 
 def train(cfg: Config, device: torch.device, corpus: Corpus | None = None) -> None:
@@ -91,6 +93,9 @@ def train(cfg: Config, device: torch.device, corpus: Corpus | None = None) -> No
             if cfg.fault.active("grad", step):
                 add_garbage(parallel.module.named_parameters(), cfg.fault, cfg.seed)
 
+            if cfg.verify and step == done + 1:
+                verify(clipper)
+
             # After the whole batch's gradient is there (accumulated and reduced), before the optimizer looks at it.
             report = clipper.clip_()
             if cfg.fault.answered("zero", step):
@@ -117,6 +122,15 @@ def validate(parallel: ParallelModel, corpus: Corpus, cfg: Config) -> Tensor:
     parallel.module.train()
     known = [loss for loss in losses if loss is not None]
     return global_mean(torch.stack(known).mean() if known else None, parallel.device)
+
+
+def verify(clipper: dist_clip.GradClipper) -> None:
+    """Print what `clipper.verify()` finds, on rank 0. Exits on every rank if anything differs."""
+    report = clipper.verify()
+    if dist.get_rank() == 0:
+        print(report, flush=True)
+    if not report.ok:
+        raise SystemExit(1)
 
 
 def check_same_data(corpus: Corpus) -> None:

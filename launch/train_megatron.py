@@ -79,8 +79,15 @@ def parse() -> argparse.Namespace:
     files.add_argument("--save-interval", type=int, default=0, help="iterations between them; 0: one at the end")
     files.add_argument("--load", type=Path, help="folder to resume from, whatever layout saved it")
     files.add_argument("--log-every", type=int, default=10)
+    training.add_argument(
+        "--verify", action="store_true", help="as --grad-clip-verify: at the first step, exit with 1 if a norm differs"
+    )
     clipping.add_clip_args(parser)
     args = parser.parse_args()
+    if args.verify:
+        if args.grad_clip_mode is None:
+            parser.error("--verify needs --grad-clip-mode: it compares what dist_clip finds")
+        args.grad_clip_verify = True
     if args.global_batch_size % args.micro_batch_size:
         parser.error(f"--global-batch-size {args.global_batch_size} must be a multiple of {args.micro_batch_size}")
     return args

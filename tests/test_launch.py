@@ -16,9 +16,11 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 
 pytest.importorskip("tyro")
 pytest.importorskip("tqdm")
@@ -26,6 +28,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("tensorboard")
 
 import dist_clip
+from dist_clip.kernels import TORCH
 from dist_clip.policies import options_of, parse_mode, registered
 from launch.clipping import ClipConfig
 from launch.compare import load_runs, render, tabulate
@@ -337,13 +340,16 @@ def test_torchrun_command_line_writes_everything(tmp_path: Path) -> None:
         "-m",
         "launch.train",
     ]
-    options = "--device cpu --bf16 --parallel fsdp --clip zclip --zclip-z-thresh 3 --steps 4 --validate-every 2"
+    options = (
+        "--device cpu --bf16 --parallel fsdp --clip zclip --zclip-z-thresh 3 --steps 4 --validate-every 2 --verify"
+    )
     done = subprocess.run(
         [*command, *options.split(), "--validation-batches", "1", "--tensors-every", "2", "--out", str(tmp_path)],
         cwd=ROOT, capture_output=True, text=True, timeout=240, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "step 4: validation loss" in done.stdout + done.stderr
+    assert done.stdout.count("tensors and the global norm are right to 1e-05") == 1
     kinds = [json.loads(line)["kind"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [kinds.count(kind) for kind in ("run", "step", "tensors", "validation", "end")] == [1, 4, 2, 2, 1]
     got = read_run(tmp_path)
@@ -352,6 +358,31 @@ def test_torchrun_command_line_writes_everything(tmp_path: Path) -> None:
     assert len(got.header["data"]["digest"]) == 16
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     assert list(tmp_path.glob("events.out.tfevents.*"))
+
+
+def exit_status(cfg: Config) -> tuple[Any, int]:
+    """Of a run whose kernels measure every shard of rank 1 by 0.1 % too large, and the number of steps that it took."""
+
+    def off(*args: Any) -> torch.Tensor:
+        return TORCH.power_sums(*args) * (1.001**2 if dist.get_rank() == 1 else 1.0)
+
+    def build(parallel: Any, clip: ClipConfig) -> dist_clip.GradClipper:
+        kernels = dataclasses.replace(TORCH, power_sums=off)
+        clippers.append(dist_clip.GradClipper(parallel.module, clip.policy(), kernels=kernels))
+        return clippers[0]
+
+    clippers: list[dist_clip.GradClipper] = []
+    try:
+        with mock.patch("launch.train.build_clipper", build):
+            train(cfg, torch.device("cpu"))
+    except SystemExit as stopped:
+        return stopped.code, clippers[0].steps
+    return 0, clippers[0].steps
+
+
+def test_verify_exits_with_status_1_on_every_rank(tmp_path: Path) -> None:
+    cfg = config(tmp_path, parallel=ParallelConfig("fsdp"), verify=True)
+    assert pool(2).run(exit_status, cfg) == [(1, 0), (1, 0)]
 
 
 def test_a_rule_of_ones_own_trains_from_the_command_line(tmp_path: Path) -> None:

@@ -139,6 +139,7 @@ class MegatronAttachment:
         self._report: ClipReport | None = None
         self._norm: Tensor | None = None
         self._saving = False
+        self._verifies = False
         self._thresholds: list[tuple[Any, float]] = []
         self._replaced: list[str] = []
         for name in (
@@ -164,6 +165,14 @@ class MegatronAttachment:
     def attached(self) -> bool:
         """Whether the methods are replaced: `remove` has not been called."""
         return bool(self._replaced)
+
+    def verify_next(self) -> None:
+        """Verify all norms at the next step that clips: print the report on rank 0, and raise if anything differs.
+
+        A Megatron optimizer prepares its gradients inside its step, so ``clipper.verify()`` cannot be called before it.
+        The step then raises `VerifyError` on every rank, before anything is clipped.
+        """
+        self._verifies = True
 
     def remove(self) -> None:
         """Detach from the optimizer, and restore Megatron's own clipping."""
@@ -191,10 +200,19 @@ class MegatronAttachment:
         self._report = self._norm = None
         if original():
             return True  # an overflow: the step is skipped before anything is clipped or remembered
+        if self._verifies:
+            self._verifies = False
+            self._verify()
         report = self._report = self._clipper.clip_()
         # Reading the flag syncs the host, so it is read only with nonfinite="skip". Megatron compares its own threshold
         # with the norm that it gets.
         return self._skips and bool(report.skip)
+
+    def _verify(self) -> None:
+        report = self._clipper.verify()
+        if dist.get_rank() == 0:
+            print(report, flush=True)
+        report.raise_if_wrong()
 
     def _get_grad_norm(self, original: Callable[[], Any]) -> Any:
         if self._report is None:

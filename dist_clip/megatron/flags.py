@@ -10,12 +10,18 @@ from typing import Any, get_args
 from torch import nn
 
 from dist_clip.clipper import GradClipper
-from dist_clip.megatron.attach import attach
+from dist_clip.megatron.attach import MegatronAttachment, attach
 from dist_clip.policies import Policy, modes, options_of, parse_mode, policy
 from dist_clip.policies.command_line import COMMON, flag_names, import_modules, options_from_flags, policy_flags
 from dist_clip.step import NonFinite
 
-_NOT_OF_A_POLICY = ("grad_clip_nonfinite", "grad_clip_exclude", "no_grad_clip_log_norm", "grad_clip_detect_desync")
+_NOT_OF_A_POLICY = (
+    "grad_clip_nonfinite",
+    "grad_clip_exclude",
+    "no_grad_clip_log_norm",
+    "grad_clip_detect_desync",
+    "grad_clip_verify",
+)
 
 
 def add_clip_args(parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None) -> argparse.ArgumentParser:
@@ -82,6 +88,13 @@ def add_clip_args(parser: argparse.ArgumentParser, arguments: Sequence[str] | No
         action="store_const",
         const=True,
         help="Stop when ranks have clipped differently often, or remember different norms. No collective more.",
+    )
+    add(
+        "--grad-clip-verify",
+        action="store_const",
+        const=True,
+        help="At the first step, compare all norms with those of the whole gradients, print the table on rank 0, and stop "
+        "on all ranks if anything differs.",
     )
     return parser
 
@@ -156,7 +169,7 @@ def attach_from_args(
     chosen = policy_from_args(args, 1.0 if threshold is None else float(threshold))
     if chosen is None:
         return None
-    return attach(
+    clipper = attach(
         optimizer,
         chosen,
         model=model,
@@ -166,3 +179,7 @@ def attach_from_args(
         detect_desync=bool(args.grad_clip_detect_desync),
         pg_collection=pg_collection,
     )
+    if args.grad_clip_verify:
+        assert isinstance(clipper.attachment, MegatronAttachment)
+        clipper.attachment.verify_next()
+    return clipper

@@ -19,7 +19,7 @@ from dist_clip.layouts.layout import Layout
 from dist_clip.layouts.process_groups import any_rank, gather, group_size
 
 TOLERANCE = 1e-3
-"""Relative difference of two copies' norms that no rounding explains; `_tolerance` adds what one of few elements does."""
+"""Relative difference of two copies' norms that no rounding explains; `tolerance_of` adds what one of few elements does."""
 
 _EXACT = 1e-12
 """Relative difference that the order of additions in float64 makes."""
@@ -108,7 +108,7 @@ class ReplicaCheck:
             [bool(tensor.replica_ranks) for tensor in self._layout], dtype=torch.bool, device=norms.device
         )
         known = held & torch.isfinite(norms)
-        tolerances = [_tolerance(tensor.dtype, tensor.numel) for tensor in self._layout]
+        tolerances = [tolerance_of(tensor.dtype, tensor.numel) for tensor in self._layout]
         mine = torch.stack([norms, -norms, alike, torch.tensor(tolerances).to(norms)], dim=1)
         most = norms.new_full((len(self._names), 4), -torch.inf)
         position = {name: i for i, name in enumerate(self._names)}
@@ -178,7 +178,7 @@ def _capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
-def _tolerance(dtype: torch.dtype, numel: int) -> float:
+def tolerance_of(dtype: torch.dtype, numel: int) -> float:
     """Return the relative difference of norms from which copies are no copies: that of few bf16 elements is larger."""
     return TOLERANCE + 2 * torch.finfo(dtype).eps / max(numel, 1) ** 0.5
 

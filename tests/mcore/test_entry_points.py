@@ -46,6 +46,7 @@ def torchrun(
 def iterations(*arguments: Any) -> list[str]:
     done = torchrun(2, *arguments)
     assert done.returncode == 0, done.stderr
+    assert done.stdout.count("and the global norm are right to 1e-05") == arguments.count("--grad-clip-verify")
     return re.findall(r"iteration.*", done.stdout)
 
 
@@ -61,6 +62,7 @@ def plain() -> list[str]:
 @pytest.mark.parametrize("extra", [[], ["--use-distributed-optimizer"]], ids=["fp32", "zero"])
 def test_an_unmodified_script(extra: list[str], plain: list[str], tmp_path: Path) -> None:
     flags = ["--grad-clip-mode", "adagc", "--adagc-warmup-steps", 3, "--adagc-lambda-rel", 1.1, "--zipf", 2.5]
+    flags += ["--grad-clip-verify"]
     ours = iterations("-m", "dist_clip.megatron", SCRIPT, *SPLIT, *extra, *flags, "--save", tmp_path)
     assert len(plain) == len(ours) == 6
     # The warm-up clips as Megatron does, so the first steps are the same, those of ZeRO-1 too; what the script makes of
@@ -86,6 +88,7 @@ def test_without_the_mode_nothing_is_changed(plain: list[str]) -> None:
         (["nowhere.py"], "no script 'nowhere.py'"),
         ([str(SCRIPT), "--grad-clip-mode", "adagc", "--zclip-alpha", "0.9"], "--zclip-alpha does not go with"),
         ([str(SCRIPT), "--adagc-beta", "0.9"], "--adagc-beta without --grad-clip-mode"),
+        ([str(SCRIPT), "--grad-clip-verify"], "--grad-clip-verify without --grad-clip-mode"),
         ([str(SCRIPT), "--grad-clip-mode", "adagc", "--adagc-beta", "1.5"], "beta must be .* got 1.5"),
         ([str(SCRIPT), "--grad-clip-mode", "median"], "invalid choice: 'median'"),
         ([str(SCRIPT), "--grad-clip-module", "nowhere"], "--grad-clip-module nowhere: cannot be imported"),
@@ -273,6 +276,7 @@ TP_PP = ["--tensor-model-parallel-size", 2, "--pipeline-model-parallel-size", 2,
 def train(ranks: int, *arguments: Any) -> Any:
     done = torchrun(ranks, "-m", "launch.train_megatron", *SMALL, *arguments)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("tensors and the global norm are right to 1e-05") == arguments.count("--verify")
     assert "differs from rank 0" not in done.stdout + done.stderr, "ranks save different common states"
     return read_run(Path(arguments[arguments.index("--out") + 1]))
 
@@ -297,7 +301,7 @@ def resume(ranks: int, *arguments: Any) -> Any:
 def test_training_on_real_text_and_resuming_half_way(tmp_path: Path) -> None:
     """TP2 x PP2, 40 steps; resumed on the same layout it is bitwise the same, and on another it trains the same."""
     save = tmp_path / "ckpt"
-    straight = train(4, *TP_PP, "--save", save, "--save-interval", 20, "--out", tmp_path / "straight")
+    straight = train(4, *TP_PP, "--verify", "--save", save, "--save-interval", 20, "--out", tmp_path / "straight")
     losses = straight.series("loss")
     assert len(losses) == 40
     assert losses[0] > 5
@@ -317,7 +321,7 @@ def test_training_on_real_text_and_resuming_half_way(tmp_path: Path) -> None:
 
 def test_a_mixture_of_experts(tmp_path: Path) -> None:
     moe = ["--num-experts", 4, "--expert-model-parallel-size", 2, "--use-distributed-optimizer"]
-    run = train(2, *moe, "--bf16", "--train-iters", 20, "--out", tmp_path)
+    run = train(2, *moe, "--bf16", "--verify", "--train-iters", 20, "--out", tmp_path)
     assert run.series("loss")[-1] < run.series("loss")[0] - 1
     assert sum("experts" in name for name in run.tensors[0]["norms"]) == 2 * 4 * 2  # layers x experts x matrices
 

@@ -19,7 +19,7 @@ LAYERS = [
     {"reduction"},
     {"step"},
     {"construction"},
-    {"attachment", "explain", "functional"},
+    {"attachment", "explain", "functional", "verify"},
     {"clipper"},
     {"__init__", "megatron"},
 ]
