@@ -72,6 +72,7 @@ def steps(config: Config, spoil: bool = False) -> list[str]:
                         policy(),
                         pp_group=groups.pp if groups.pp.size() > 1 else None,
                         log_global_norm=log_global_norm,
+                        check_replicas=False,  # the clips 1, 2, 4, ... sync, which its docstring says
                     )
                     for step in range(WARMUP + 3):
                         with Copies() if step else torch.no_grad():

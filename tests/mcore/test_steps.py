@@ -54,7 +54,7 @@ def count(config: Config, log_global_norm: bool) -> dict[str, Any]:
 
         clipper.clip_ = counted
         _, norm, _ = setup.optimizer.step()
-        if step == 2:
+        if step == 3:  # at the clips 1, 2 and 4 replicas are compared
             out["warm-up"] = spans(logs[0], stage)
         if step == WARMUP + 2:
             out["after"] = spans(logs[0], stage)
