@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import fnmatch
 import math
@@ -18,7 +19,8 @@ from dist_clip.construction.options import CheckedOptions, Options
 from dist_clip.errors import LayoutError
 from dist_clip.kernels import TORCH, Kernels, choose
 from dist_clip.layouts import Layout, LayoutReader, ParameterWatch, build_layout, named_parameters
-from dist_clip.layouts.process_groups import current_rank, device_of, group_size, stage_of
+from dist_clip.layouts.meeting import meet
+from dist_clip.layouts.process_groups import checked_group, current_rank, device_of, group_size, stage_of
 from dist_clip.memory import Rule, checked_rules
 from dist_clip.reduction import ReductionPlan
 
@@ -79,6 +81,7 @@ def construct(target: Any, policy: object, options: Options) -> Construction:
         LayoutError, TypeError, ValueError, ImportError: as `GradClipper` documents; the same on every rank.
     """
     draft = _Draft(target, policy, options)
+    draft.meet()
     mine = draft.rank_config()
     checked = draft.checked
     everyone = agree(mine, checked.process_group, checked.pp_group)
@@ -135,6 +138,13 @@ class _Draft:
         self.known: frozenset[int] = frozenset()
         self.kernels: Kernels = TORCH
         self._excluded: set[str] = set()
+
+    def meet(self) -> None:
+        """Wait for the ranks that construct the clipper together with this one."""
+        group = None
+        with contextlib.suppress(LayoutError):  # a wrong group is an error that `rank_config` sends to the others
+            group = checked_group(self.options.process_group, "process_group")
+        meet(group, "construct or refresh a GradClipper")
 
     def rank_config(self) -> RankConfig:
         """Return what this rank sends to the others. It includes an error, so that all ranks raise it."""
