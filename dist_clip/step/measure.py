@@ -12,6 +12,7 @@ from dist_clip.kernels import Kernels
 from dist_clip.memory import Memory, PolicyGroup
 from dist_clip.policies.base import is_finite, is_nonfinite
 from dist_clip.reduction import Channel
+from dist_clip.step.fault import naming_what_fails
 from dist_clip.step.nonfinite import NonFiniteMode
 
 
@@ -68,7 +69,8 @@ class Meter:
         Raises:
             DesyncError: with ``detect_desync``, on the CPU: ranks are out of step.
         """
-        local = self._kernels.power_sums(grads, 2.0, self._memory.device)
+        with naming_what_fails(self._memory.layout, grads):
+            local = self._kernels.power_sums(grads, 2.0, self._memory.device)
         weights = None
         if any("weight_norms" in needs for needs in self._memory.needs()):
             shards = [tensor.weight() for tensor in self._memory.layout]
