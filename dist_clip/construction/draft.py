@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fnmatch
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -39,7 +38,7 @@ class Construction:
         target: the modules that were passed, whose parameters can be read again; None if no modules were passed.
         known: ids of all parameters of the target, excluded ones included.
         counted: whether this stage's copy of each tensor counts in the global norm.
-        elsewhere: number of elements of each tensor that only other pipeline stages hold.
+        elsewhere: shape of each tensor that only other pipeline stages hold.
     """
 
     options: CheckedOptions
@@ -51,7 +50,7 @@ class Construction:
     watch: ParameterWatch | None
     known: frozenset[int]
     counted: tuple[bool, ...]
-    elsewhere: Mapping[str, int]
+    elsewhere: Mapping[str, tuple[int, ...]]
 
     def check_not_stale(self, *, thorough: bool) -> None:
         """Check that no parameter came after the construction whose gradient would be missed.
@@ -90,10 +89,10 @@ def construct(target: Any, policy: object, options: Options) -> Construction:
     names = frozenset(draft.layout.names)
     # The first stage that holds a name counts it.
     earlier = {name for config in everyone.values() if config.stage < mine.stage for name in config.names}
-    elsewhere: dict[str, int] = {}
+    elsewhere: dict[str, tuple[int, ...]] = {}
     for config in everyone.values():
         if config.stage != mine.stage:
-            elsewhere.update((name, math.prod(shape)) for name, shape in zip(config.names, config.shapes, strict=True))
+            elsewhere.update(zip(config.names, config.shapes, strict=True))
     plan = _plan(draft.layout, checked, shared=elsewhere)
     check_coverage(draft.layout, plan, checked.process_group)
     return Construction(
@@ -106,7 +105,7 @@ def construct(target: Any, policy: object, options: Options) -> Construction:
         watch=None if draft.modules is None else ParameterWatch(draft.modules),
         known=draft.known,
         counted=tuple(name not in earlier for name in draft.layout.names),
-        elsewhere={name: n for name, n in elsewhere.items() if name not in names},
+        elsewhere={name: shape for name, shape in elsewhere.items() if name not in names},
     )
 
 
