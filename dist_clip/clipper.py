@@ -21,6 +21,7 @@ from dist_clip.layouts import PartialReducer
 from dist_clip.layouts.meeting import meet
 from dist_clip.layouts.process_groups import distributed
 from dist_clip.memory import Memory, state_dict
+from dist_clip.memory.packed import PackedState
 from dist_clip.policies import Policy
 from dist_clip.reduction import Channel, DesyncDetector
 from dist_clip.step import ClipReport, GlobalNorms, Meter, NonFinite, decide, raise_nonfinite
@@ -403,3 +404,25 @@ class GradClipper:
             >>> new.load_state_dict(old.state_dict())
         """
         state_dict.load_state_dict(self.memory, state, strict=strict)
+
+    def packed(self, *, strict: bool = True) -> PackedState:
+        """Return the state as a Stateful of `torch.distributed.checkpoint` that is one entry, whatever the model's size.
+
+        Put it into the dict that is saved and loaded in place of the clipper. With thousands of tensors that takes a
+        fraction of the time. Saving and loading are then collective over the pipeline stages, and a checkpoint saved this
+        way loads this way only.
+
+        Args:
+            strict: as for `load_state_dict`.
+
+        Raises:
+            ValueError: a policy has scope "shard", whose states belong to ranks and not to the whole model.
+
+        Example:
+            >>> import dist_clip
+            >>> clipper = dist_clip.GradClipper(torch.nn.Linear(2, 2), dist_clip.LogClip())
+            >>> state = {"clipper": clipper.packed()}  # for dcp.save and dcp.load
+            >>> list(state["clipper"].state_dict())
+            ['packed']
+        """
+        return PackedState(self.memory, self._options.pp_group, strict=strict)

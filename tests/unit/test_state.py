@@ -308,6 +308,53 @@ def test_a_state_without_shapes_loads_as_before() -> None:
     assert gammas(new) == gammas(old)
 
 
+# ---- packed ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("steps", [0, 2, 6])
+@pytest.mark.parametrize(
+    "policy",
+    [
+        dist_clip.AdaGC(warmup_steps=4, gamma_init="median"),
+        dist_clip.LogClip(warmup_steps=4),
+        dist_clip.ZClip(),
+        dist_clip.GlobalNorm(),
+    ],
+    ids=repr,
+)
+def test_a_packed_state_is_the_state(policy: dist_clip.Policy, steps: int) -> None:
+    old, new = trained(policy, "a", "b", steps=steps), trained(policy, "a", "b", steps=1)
+    new.packed().load_state_dict(old.packed().state_dict())
+    assert str(new.state_dict()) == str(old.state_dict())
+
+
+def test_a_packed_state_of_another_model() -> None:
+    policy = dist_clip.AdaGC(warmup_steps=2)
+    old, new = trained(policy, "kept", "gone"), trained(policy, "kept", "new", steps=3)
+    with pytest.raises(ValueError, match=r"missing \['new'\], unknown \['gone'\]"):
+        new.packed().load_state_dict(old.packed().state_dict())
+    with pytest.warns(UserWarning, match="What fits is loaded"):
+        new.packed(strict=False).load_state_dict(old.packed().state_dict())
+    assert gammas(new) == {"kept": gammas(old)["kept"], "new": 0.0}
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b"x" + b], ids=["cut", "no", "x"]
+)
+def test_a_damaged_packed_state_changes_nothing(damage: Callable[[bytes], bytes]) -> None:
+    clipper = trained(dist_clip.LogClip(), "w")
+    before = str(clipper.state_dict())
+    state = clipper.packed().state_dict()
+    with pytest.raises(ValueError, match="not a packed state of GradClipper, or a damaged one"):
+        clipper.packed().load_state_dict({"packed": damage(state["packed"])})
+    assert str(clipper.state_dict()) == before
+
+
+def test_the_state_of_shards_is_not_packed() -> None:
+    with pytest.raises(ValueError, match="with scope 'shard' save the clipper itself"):
+        trained(dist_clip.AdaGC(scope="shard"), "w").packed()
+
+
 # ---- states of 0.1.0 ---------------------------------------------------------------------------------------------------
 
 STATES_V1 = Path(__file__).parents[1] / "data" / "states_v1.pt"
