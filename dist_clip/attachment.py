@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.amp import GradScaler
 from torch.distributed.tensor import DTensor
 
@@ -134,6 +135,7 @@ class Attachment:
                     )
         self._params[id(optimizer)] = _ids(optimizer)
 
+    @_disable_dynamo
     def _check_inside(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         """Raise for a step that did not come through `_step`; the steps that one takes inside itself did."""
         if self._inside is None:
@@ -163,6 +165,7 @@ class Attachment:
         finally:
             self._inside = None
 
+    @_disable_dynamo
     def _clip_round(self, optimizer: Any) -> None:
         if getattr(optimizer, "grad_scale", None) is not None:
             raise RuntimeError(
@@ -191,6 +194,7 @@ class Attachment:
         params = [param for group in optimizer.param_groups for param in group["params"]]
         return any(id(param) in covered and self._clipped.is_new(param) for param in params)
 
+    @_disable_dynamo
     def _initialises_state(self, optimizer: Any, args: Any, kwargs: Any) -> bool:
         """Whether this is no step of training, but one that torch.distributed.checkpoint takes to make an optimizer's state.
 

@@ -8,20 +8,25 @@ from typing import Any, Literal, NoReturn
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.amp import GradScaler
 from torch.distributed.device_mesh import DeviceMesh
 
 from dist_clip.attachment import Attachment, Detachable
 from dist_clip.construction import Options, construct
+from dist_clip.errors import DesyncError
 from dist_clip.explain import explain_table
 from dist_clip.kernels import Kernels
 from dist_clip.layouts import PartialReducer
+from dist_clip.layouts.meeting import meet
 from dist_clip.layouts.process_groups import distributed
 from dist_clip.layouts.sharded import ShardedBy
 from dist_clip.memory import Memory, state_dict
+from dist_clip.memory.packed import PackedState
 from dist_clip.policies import Policy
 from dist_clip.reduction import Channel, DesyncDetector
 from dist_clip.step import ClipReport, GlobalNorms, Meter, NonFinite, decide, raise_nonfinite
+from dist_clip.step.fault import naming_what_fails
 from dist_clip.step.grad_scaler import found_inf, share_skip
 from dist_clip.verify import VerifyReport, verify
 
@@ -75,8 +80,8 @@ class GradClipper:
         memory: the policies with their tensors and states.
 
     Raises:
-        LayoutError: no parameters, all frozen, duplicate names, complex or sparse gradients, a wrong process group,
-            patterns that match nothing, ranks that differ.
+        LayoutError: no parameters, all frozen, duplicate names, sparse gradients, a wrong process group,
+            patterns that match nothing, ranks that differ, ranks that do not construct one within the group's timeout.
         TypeError, ValueError: an argument of the wrong type or value, or a policy that breaks its contract.
         ImportError: kernels that were asked for by name are not installed or do not work.
 
@@ -178,6 +183,7 @@ class GradClipper:
 
     # -------------------------------------------------------------------------------------------------------- a step
 
+    @_disable_dynamo  # tracing takes torch.compile minutes and makes nothing faster
     @torch.no_grad()
     def clip_(self) -> ClipReport:
         """Clip all gradients in place. Call it once per optimizer step, on every rank, after backward (and unscaling).
@@ -187,7 +193,8 @@ class GradClipper:
 
         Raises:
             RuntimeError: a gradient is not ready to be clipped: still scaled by the ``scaler``, sparse, not yet
-                reduced, or not laid out like its parameter.
+                reduced, not laid out like its parameter, or of numbers that torch cannot scale. The message names it, and
+                the state is as it was.
             DesyncError: with ``detect_desync``: ranks are out of step. Raised on the CPU before anything is clipped,
                 and elsewhere at the next call, so that the host need not wait.
             NonFiniteGradError: with ``nonfinite="raise"``: a gradient is NaN or Inf.
@@ -217,9 +224,10 @@ class GradClipper:
         if nonfinite.raises:
             self._raise_if_nonfinite(measured.local, totals.nonfinite)
         scales, states = decide(measured, totals, self.memory, self._global_norms, nonfinite)
+        with naming_what_fails(self.layout, grads):
+            self._made.kernels.scale_(grads, scales.each, uniform=self._uniform)
+            nonfinite.zero_(self._made.kernels, grads, measured.bad, totals.skip)
         self.memory.advance(states, totals.skip)
-        self._made.kernels.scale_(grads, scales.each, uniform=self._uniform)
-        nonfinite.zero_(self._made.kernels, grads, measured.bad, totals.skip)
         self._channel.clipped()
         self.last_report = ClipReport(
             names=self.layout.names,
@@ -300,8 +308,8 @@ class GradClipper:
         one pipeline stage to another.
 
         Raises:
-            DesyncError: ranks differ. The same on every rank, naming the ranks and the first tensor whose state
-                differs.
+            DesyncError: ranks differ, or some do not call this within the group's timeout. The same on every rank, naming
+                the ranks and the first tensor whose state differs.
 
         Example:
             >>> import dist_clip
@@ -309,6 +317,7 @@ class GradClipper:
             >>> clipper.check_in_sync()  # a single process is always in sync
         """
         if distributed():
+            meet(self._options.process_group, "call check_in_sync()", DesyncError)
             self._detector.compare(self._options.process_group)
 
     # --------------------------------------------------------------------------------- optimizers, state, explanation
@@ -449,3 +458,25 @@ class GradClipper:
             >>> new.load_state_dict(old.state_dict())
         """
         state_dict.load_state_dict(self.memory, state, strict=strict)
+
+    def packed(self, *, strict: bool = True) -> PackedState:
+        """Return the state as a Stateful of `torch.distributed.checkpoint` that is one entry, whatever the model's size.
+
+        Put it into the dict that is saved and loaded in place of the clipper. With thousands of tensors that takes a
+        fraction of the time. Saving and loading are then collective over the pipeline stages, and a checkpoint saved this
+        way loads this way only.
+
+        Args:
+            strict: as for `load_state_dict`.
+
+        Raises:
+            ValueError: a policy has scope "shard", whose states belong to ranks and not to the whole model.
+
+        Example:
+            >>> import dist_clip
+            >>> clipper = dist_clip.GradClipper(torch.nn.Linear(2, 2), dist_clip.LogClip())
+            >>> state = {"clipper": clipper.packed()}  # for dcp.save and dcp.load
+            >>> list(state["clipper"].state_dict())
+            ['packed']
+        """
+        return PackedState(self.memory, self._options.pp_group, strict=strict)

@@ -12,15 +12,18 @@ from collections.abc import Iterable, Sequence
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.distributed.device_mesh import DeviceMesh
 
 from dist_clip.errors import NonFiniteGradError
 from dist_clip.kernels import Kernels, choose
-from dist_clip.layouts import Layout, PartialReducer, layout_of_parameters
+from dist_clip.layouts import Layout, LogicalTensor, PartialReducer, layout_of_parameters
 from dist_clip.layouts.process_groups import checked_group, device_of, group_alive, group_size
 from dist_clip.reduction import PipelineReducer, ReductionPlan
+from dist_clip.step.fault import naming_what_fails
 
 
+@_disable_dynamo
 @torch.no_grad()
 def clip_grad_norm_(
     parameters: Tensor | Iterable[Tensor],
@@ -73,7 +76,7 @@ def clip_grad_norm_(
     params = [parameters] if isinstance(parameters, Tensor) else list(parameters)
     if not params:
         what = "empty" if isinstance(parameters, Sequence) else "an empty generator"
-        warnings.warn(f"`parameters` is {what}, no gradient clipping will occur.", stacklevel=3)
+        warnings.warn(f"`parameters` is {what}, no gradient clipping will occur.", stacklevel=5)
     for i, param in enumerate(params):
         if not isinstance(param, Tensor):
             raise TypeError(f"parameters must be tensors, number {i} is {type(param).__name__}: {param!r}")
@@ -86,7 +89,12 @@ def clip_grad_norm_(
     prepared = _prepare(layout, stages, device)
     prepared.partial.reduce_(layout.tensors)
     shards = [tensor.grad() for tensor in layout]
-    sums = prepared.plan.reduce(prepared.kernels.power_sums(shards, p, device, foreach), p)
+    measured = (
+        shards if p == 2.0 else [_magnitudes(tensor, shard) for tensor, shard in zip(layout, shards, strict=True)]
+    )
+    with naming_what_fails(layout, shards):
+        local = prepared.kernels.power_sums(measured, p, device, foreach)
+    sums = prepared.plan.reduce(local, p)
     total = sums.amax() if math.isinf(p) and len(layout) else sums.sum()
     if stage_group is not None and stages > 1:
         total = PipelineReducer(stage_group).sum(total.view(1), p).squeeze(0)
@@ -98,9 +106,15 @@ def clip_grad_norm_(
             "error_if_nonfinite=False to scale them by it anyway"
         )
     scale = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
-    prepared.kernels.scale_(shards, scale.expand(len(shards)), uniform=True, foreach=foreach)
+    with naming_what_fails(layout, shards):
+        prepared.kernels.scale_(shards, scale.expand(len(shards)), uniform=True, foreach=foreach)
     dtypes = {shard.dtype for shard in shards if shard is not None}
     return norm if dtypes == {torch.float64} else norm.float()
+
+
+def _magnitudes(tensor: LogicalTensor, shard: Tensor | None) -> Tensor | None:
+    """Return the shard, or the magnitudes of the complex numbers that it shows as pairs of real ones."""
+    return torch.view_as_complex(shard).abs() if shard is not None and tensor.dtype.is_complex else shard
 
 
 _MARK = "_dist_clip_list"

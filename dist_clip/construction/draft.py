@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import fnmatch
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,16 @@ from dist_clip.construction.options import CheckedOptions, Options
 from dist_clip.errors import LayoutError
 from dist_clip.kernels import TORCH, Kernels, choose
 from dist_clip.layouts import Layout, LayoutReader, ParameterWatch, build_layout, named_parameters
-from dist_clip.layouts.process_groups import current_rank, device_of, distributed, group_size, stage_of
+from dist_clip.layouts.meeting import meet
+from dist_clip.layouts.process_groups import (
+    checked_group,
+    current_rank,
+    device_of,
+    distributed,
+    gather,
+    group_size,
+    stage_of,
+)
 from dist_clip.layouts.sharded import Division, divide, join
 from dist_clip.memory import Rule, checked_rules
 from dist_clip.reduction import ReductionPlan, ReplicaCheck
@@ -39,7 +48,7 @@ class Construction:
         known: ids of all parameters of the target, excluded ones included.
         counted: whether this stage's copy of each tensor counts in the global norm.
         replicas: compares what should be copies of one tensor.
-        elsewhere: number of elements of each tensor that only other pipeline stages hold.
+        elsewhere: shape of each tensor that only other pipeline stages hold.
     """
 
     options: CheckedOptions
@@ -51,7 +60,7 @@ class Construction:
     watch: ParameterWatch | None
     known: frozenset[int]
     counted: tuple[bool, ...]
-    elsewhere: Mapping[str, int]
+    elsewhere: Mapping[str, tuple[int, ...]]
     replicas: ReplicaCheck
 
     def check_not_stale(self, *, thorough: bool) -> None:
@@ -82,6 +91,7 @@ def construct(target: Any, policy: object, options: Options) -> Construction:
         LayoutError, TypeError, ValueError, ImportError: as `GradClipper` documents; the same on every rank.
     """
     draft = _Draft(target, policy, options)
+    draft.meet()
     mine = draft.rank_config()
     checked = draft.checked
     everyone = agree(mine, checked.process_group, checked.pp_group)
@@ -91,10 +101,10 @@ def construct(target: Any, policy: object, options: Options) -> Construction:
     names = frozenset(layout.names)
     # The first stage that holds a name counts it.
     earlier = {name for config in everyone.values() if config.stage < mine.stage for name in config.names}
-    elsewhere: dict[str, int] = {}
+    elsewhere: dict[str, tuple[int, ...]] = {}
     for config in everyone.values():
         if config.stage != mine.stage:
-            elsewhere.update((name, math.prod(shape)) for name, shape in zip(config.names, config.shapes, strict=True))
+            elsewhere.update(zip(config.names, config.shapes, strict=True))
     copies_among = group_size(checked.process_group) // (1 if checked.pp_group is None else checked.pp_group.size())
     shared = names & elsewhere.keys()
     whole = layout.stage_group
@@ -123,7 +133,7 @@ def construct(target: Any, policy: object, options: Options) -> Construction:
         watch=None if draft.modules is None else ParameterWatch(draft.modules),
         known=draft.known,
         counted=tuple(name not in earlier for name in layout.names),
-        elsewhere={name: n for name, n in elsewhere.items() if name not in names},
+        elsewhere={name: shape for name, shape in elsewhere.items() if name not in names},
         replicas=replicas,
     )
 
@@ -142,17 +152,41 @@ class _Draft:
         self.kernels: Kernels = TORCH
         self.divisions: Mapping[str, Division] = {}
         self._excluded: set[str] = set()
+        self._described = RankConfig(error=None, stage=0)
+
+    def meet(self) -> None:
+        """Wait for the ranks that construct the clipper together with this one."""
+        group = None
+        with contextlib.suppress(LayoutError):  # a wrong group is an error that `rank_config` sends to the others
+            group = checked_group(self.options.process_group, "process_group")
+        meet(group, "construct or refresh a GradClipper")
 
     def rank_config(self) -> RankConfig:
         """Return what this rank sends to the others. It includes an error, so that all ranks raise it."""
-        try:
-            return self._rank_config()
-        except Exception as error:  # any error at all, because the other ranks wait for this one
-            return RankConfig(error=sendable(error), stage=0)
+        failed = self._attempt(self._check)
+        # A framework's reader communicates, and would wait for a rank that has failed already.
+        if isinstance(self.target, LayoutReader):
+            anywhere = any(gather(failed is not None, self.checked.process_group).values())
+            if anywhere and failed is None:
+                return RankConfig(error=None, stage=0)  # the ranks that failed send theirs
+        if failed is None:
+            failed = self._attempt(self._describe)
+        return self._described if failed is None else RankConfig(error=failed, stage=0)
 
-    def _rank_config(self) -> RankConfig:
-        options = self.checked = self.options.checked()
+    @staticmethod
+    def _attempt(part: Callable[[], None]) -> Exception | None:
+        try:
+            part()
+        except Exception as error:  # any error at all, because the other ranks wait for this one
+            return sendable(error)
+        return None
+
+    def _check(self) -> None:
+        self.checked = self.options.checked()
         self.rules = checked_rules(self.policy, self.options.overrides, self.options.exclude)
+
+    def _describe(self) -> None:
+        options = self.checked
         layout = self.layout = self._read()
         _check_process_group(layout, options.process_group)
         self.device = layout.device or device_of(options.pp_group)
@@ -162,7 +196,7 @@ class _Draft:
         )
         matched = self._excluded | {p for p in patterns for name in layout.names if fnmatch.fnmatchcase(name, p)}
         policies = ", ".join(f"{pattern!r}: {rule!r}" for pattern, rule in self.rules)
-        return RankConfig(
+        self._described = RankConfig(
             error=None,
             stage=stage_of(options.pp_group),
             tensors=tuple(tensor.describe() for tensor in layout),

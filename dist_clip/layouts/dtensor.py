@@ -13,6 +13,7 @@ from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.tensor import DTensor
 
 from dist_clip.errors import LayoutError
+from dist_clip.layouts.gradient import real, usable
 from dist_clip.layouts.layout import LogicalTensor
 from dist_clip.layouts.process_groups import current_device
 
@@ -82,7 +83,7 @@ def read_dtensor(name: str, param: DTensor, groups: MeshGroups) -> LogicalTensor
         replica_ranks=spread.replica_ranks,
         mesh_ranks=spread.mesh_ranks,
         grad=_grad_reader(name, param),
-        weight=lambda: wait(param.to_local().detach()),
+        weight=lambda: real(wait(param.to_local().detach())),
         device=spread.device,
         placement=spread.placement,
         cut=spread.cut,
@@ -146,7 +147,12 @@ def _grad_reader(name: str, param: DTensor) -> Callable[[], Tensor | None]:
             # along a replicated dimension, packed. DTensor redistributes the rest tensor by tensor: a Partial gradient
             # of a parameter that plain DTensor (not FSDP2) shards, or a gradient that is whole.
             grad = param.grad = grad.redistribute(param.device_mesh, placements)
-        return wait(grad.to_local())
+        return usable(name, wait(grad.to_local()), put)
+
+    def put(local: Tensor) -> None:
+        param.grad = DTensor.from_local(
+            local, param.device_mesh, placements, run_check=False, shape=param.shape, stride=param.stride()
+        )
 
     return read
 

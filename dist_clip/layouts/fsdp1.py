@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dist_clip.errors import LayoutError
+from dist_clip.layouts.gradient import usable
 from dist_clip.layouts.layout import LogicalTensor
 from dist_clip.layouts.naming import without_wrappers
 
@@ -116,7 +117,10 @@ def _original_reader(name: str, param: Tensor, numel: int) -> Callable[[], Tenso
         if grad is None:
             return None
         _check_reduced(name, grad.numel(), numel)
-        return grad
+        return usable(name, grad, put)
+
+    def put(grad: Tensor) -> None:
+        param.grad = grad
 
     return read
 
@@ -129,7 +133,10 @@ def _flat_reader(name: str, flat: Any, info: Any) -> Callable[[], Tensor | None]
         if grad is None:
             return None
         _check_reduced(name, grad.numel(), flat._sharded_size.numel())
-        return _flat_range(grad, info)
+        return _flat_range(usable(name, grad, put), info)
+
+    def put(grad: Tensor) -> None:
+        flat.grad = grad
 
     return read
 

@@ -6,13 +6,13 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from dist_clip.errors import LayoutError
 from dist_clip.layouts.dtensor import MeshGroups, read_dtensor
 from dist_clip.layouts.fsdp1 import FlatParameters, is_flat
+from dist_clip.layouts.gradient import real, usable
 from dist_clip.layouts.layout import Layout, LogicalTensor
 from dist_clip.layouts.naming import modules_of, named_parameters
 from dist_clip.layouts.process_groups import current_rank
@@ -71,8 +71,6 @@ def layout_of_parameters(pairs: Sequence[tuple[str, Tensor]], flat: FlatParamete
     here = frozenset({current_rank()})
     tensors: list[LogicalTensor] = []
     for name, param in pairs:
-        if param.is_complex() and param.requires_grad:
-            raise LayoutError(f"rank {current_rank()}: {name!r} is complex ({param.dtype}); view it as real to clip it")
         several = flat.read(name, param)
         if several is not None:
             tensors += several
@@ -88,16 +86,14 @@ def _read_plain(name: str, param: Tensor, here: frozenset[int]) -> LogicalTensor
 
     def read() -> Tensor | None:
         grad = param.grad
-        if grad is None or (type(grad) is Tensor and grad.layout is torch.strided):
-            return grad
+        if grad is None:
+            return None
         if isinstance(grad, DTensor):
             raise RuntimeError(f"{name!r} is a plain tensor but its gradient is a DTensor")
-        if grad.layout != torch.strided:
-            raise RuntimeError(
-                f"rank {current_rank()}: the gradient of {name!r} is sparse ({grad.layout}), which cannot be clipped: use "
-                "dense gradients (sparse=False), or exclude this tensor"
-            )
-        return grad
+        return usable(name, grad, put)
+
+    def put(grad: Tensor) -> None:
+        param.grad = grad
 
     return LogicalTensor(
         name=name,
@@ -109,7 +105,7 @@ def _read_plain(name: str, param: Tensor, here: frozenset[int]) -> LogicalTensor
         replica_ranks=here,
         mesh_ranks=here,
         grad=read,
-        weight=param.detach,
+        weight=lambda: real(param.detach()),
         device=param.device,
         placement="whole",
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import math
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -66,7 +67,7 @@ class Memory:
     Args:
         rules: (pattern, policy) pairs in order, the default last.
         layout: the logical tensors.
-        elsewhere: number of elements of each tensor that only other pipeline stages hold.
+        elsewhere: shape of each tensor that only other pipeline stages hold.
         device: where states and step count live.
         may_skip: whether a step may be skipped, which the host does not know.
 
@@ -75,19 +76,21 @@ class Memory:
         t: int64 0-dim on `device`, the number of steps taken.
         calls: how often `advance` was called (after a load: the step that was loaded, and the calls since).
         names_elsewhere: FQNs of the tensors that only other pipeline stages hold.
+        shapes: shape of each tensor of the whole model, by FQN.
     """
 
     def __init__(
         self,
         rules: Sequence[Rule],
         layout: Layout,
-        elsewhere: Mapping[str, int],
+        elsewhere: Mapping[str, tuple[int, ...]],
         device: torch.device,
         *,
         may_skip: bool,
     ) -> None:
         self.layout, self.device = layout, device
         self.names_elsewhere = frozenset(elsewhere)
+        self.shapes = {**elsewhere, **{tensor.name: tensor.shape for tensor in layout}}
         self.t = torch.zeros((), dtype=torch.int64, device=device)
         self.calls = 0
         self._rules = tuple(rules)
@@ -98,13 +101,15 @@ class Memory:
         self._needs: tuple[int, list[frozenset[Need]]] = (0, [])
         self.groups = [self._group(k, elsewhere) for k in range(len(self._rules))]
 
-    def _group(self, k: int, elsewhere: Mapping[str, int]) -> PolicyGroup:
+    def _group(self, k: int, elsewhere: Mapping[str, tuple[int, ...]]) -> PolicyGroup:
         pattern, policy = self._rules[k]
         indices = tuple(i for i, name in enumerate(self.layout.names) if rule_number(self._rules, name) == k)
         tensors = [self.layout.tensors[i] for i in indices]
         numel = [t.shard_numel if policy.elements.per_rank else t.numel for t in tensors]
         if policy.elements.one:
-            numel = [sum(numel) + sum(n for name, n in elsewhere.items() if rule_number(self._rules, name) == k)]
+            numel = [
+                sum(numel) + sum(math.prod(s) for name, s in elsewhere.items() if rule_number(self._rules, name) == k)
+            ]
         group = PolicyGroup(
             policy,
             pattern,

@@ -230,7 +230,9 @@ def _fill(policy: Policy, state: State, slots: Sequence[str], elements: Mapping[
     if not elements:
         return
     for slot in slots:
-        column = torch.stack([element[slot].to("cpu") for element in elements.values()])
+        column = torch.stack(
+            [value if (value := element[slot]).is_cpu else value.cpu() for element in elements.values()]
+        )
         if not may_hold(policy, slot, column):
             where, value = next(
                 (where, element[slot])

@@ -20,6 +20,7 @@ from dist_clip.memory.snapshot import (
     FORMAT_VERSION,
     OnMismatch,
     checked_step,
+    cleared,
     columns_of,
     fresh,
     policies,
@@ -33,6 +34,9 @@ from dist_clip.policies.base import Policy, may_hold
 _LAYOUT = "layout"
 """Key, beside a tensor's shards, of how the tensor was cut into them."""
 
+_SHAPES = "shapes"
+"""Key, beside the policies, of the shapes of the tensors."""
+
 
 def state_dict(memory: Memory) -> dict[str, Any]:
     """Return the state of this rank's pipeline stage. Syncs the host.
@@ -41,10 +45,10 @@ def state_dict(memory: Memory) -> dict[str, Any]:
 
     Returns:
         ``{"format_version", "step", "policies", "names", "tensors": {fqn: {slot: value}}, "global": {pattern: {slot:
-        value}}, "shards": {fqn: {"layout": text, "k of n": {slot: value}}}}``. "policies" has one line of JSON a rule.
-        "names" has the FQNs of the whole model, including those of other pipeline stages. "shards" is for scope
-        "shard". A value is a 0-dim CPU tensor or, for a slot that only a warm-up records, a list of numbers, empty once
-        the warm-up is over.
+        value}}, "shards": {fqn: {"layout": text, "k of n": {slot: value}}}}``. "policies" has one line of JSON a rule, and
+        one with the tensors' shapes, because older checkpoints would lack a key of their own. "names" has the FQNs of
+        the whole model, including those of other pipeline stages. "shards" is for scope "shard". A value is a 0-dim
+        CPU tensor or, for a slot that only a warm-up records, a list of numbers, empty once the warm-up is over.
     """
     step = memory.steps
     tensors: dict[str, dict[str, Any]] = {}
@@ -64,7 +68,7 @@ def state_dict(memory: Memory) -> dict[str, Any]:
     return {
         "format_version": FORMAT_VERSION,
         "step": step,
-        "policies": [json.dumps(policy) for policy in policies(memory)],
+        "policies": [*map(json.dumps, policies(memory)), json.dumps({_SHAPES: memory.shapes}, sort_keys=True)],
         "names": sorted({*memory.layout.names, *memory.names_elsewhere}),
         "tensors": tensors,
         "global": shared,
@@ -96,11 +100,14 @@ def load_state_dict(memory: Memory, loaded: Mapping[str, Any], *, strict: bool =
     sections = {key: loaded[key] for key in ("tensors", "global", "shards")}
     step = checked_step(loaded)
     on_mismatch = _refuse if strict else _warn
-    if not policies_fit(memory, [_parsed(line) for line in loaded["policies"]], on_mismatch):
+    lines = [_parsed(line) for line in loaded["policies"]]
+    if not policies_fit(memory, [line for line in lines if _SHAPES not in line], on_mismatch):
         take_over(memory, fresh(memory, 0))
         return
     _check_names(memory, loaded["names"], sections, on_mismatch)
-    take_over(memory, _chosen(memory, step, sections, set(loaded["names"])))
+    shapes = {name: shape for line in lines for name, shape in line.get(_SHAPES, {}).items()}
+    other = _check_shapes(memory, shapes, on_mismatch)
+    take_over(memory, _chosen(memory, step, sections, set(loaded["names"]) - other))
 
 
 def carry_over(memory: Memory, saved: Mapping[str, Any], names: set[str]) -> None:
@@ -112,24 +119,25 @@ def _chosen(memory: Memory, step: int, sections: Mapping[str, Mapping[str, Any]]
     """Return this rank's part of a state dict as a snapshot, with fresh states for the elements that it lacks."""
     chosen = fresh(memory, step)
     recut = []
-    for tensor in memory.layout:
-        name = tensor.name
-        if name not in names:
-            continue
-        entry = sections["tensors"].get(name)
-        if name in chosen["shards"]:
-            pieces = sections["shards"].get(name)
-            if not isinstance(pieces, Mapping) or pieces.get(_LAYOUT) not in (tensor.cut, tensor.placement):
-                pieces = {}
-            entry = pieces.get(chosen["shards"][name])
-            if entry is None:
-                recut.append(name)
-        if entry is not None:
-            chosen["tensors"][name] = _unlisted(entry, memory.policy_for(name), chosen["tensors"][name])
     for group in memory.groups:
+        found = {}
+        for tensor in (memory.layout.tensors[i] for i in group.indices):
+            name = tensor.name
+            if group.one_element or name not in names:
+                continue
+            entry = sections["tensors"].get(name)
+            if group.per_shard:
+                pieces = sections["shards"].get(name)
+                if not isinstance(pieces, Mapping) or pieces.get(_LAYOUT) not in (tensor.cut, tensor.placement):
+                    pieces = {}
+                entry = pieces.get(chosen["shards"][name])
+                if entry is None:
+                    recut.append(name)
+            if entry is not None:
+                found[name] = entry
+        chosen["tensors"].update(_unlisted(found, group.policy, step))
         if group.one_element and group.pattern in sections["global"]:
-            entry = sections["global"][group.pattern]
-            chosen["global"][group.pattern] = _unlisted(entry, group.policy, chosen["global"][group.pattern])
+            chosen["global"].update(_unlisted({group.pattern: sections["global"][group.pattern]}, group.policy, step))
     if recut:
         warnings.warn(
             f"scope 'shard': {len(recut)} tensors ({_some(recut)}) are cut into other shards than when the state was saved, "
@@ -142,8 +150,10 @@ def _chosen(memory: Memory, step: int, sections: Mapping[str, Mapping[str, Any]]
 def _parsed(line: Any) -> dict[str, Any]:
     try:
         policy = json.loads(line)
+        if isinstance(policy[_SHAPES] if policy.keys() == {_SHAPES} else None, dict):
+            return dict(policy)
         return {"pattern": policy["pattern"], "policy": policy["policy"], **policy}
-    except (TypeError, ValueError, KeyError):
+    except (AttributeError, TypeError, ValueError, KeyError):
         raise ValueError(f"the state's policies are damaged: {line!r} is none") from None
 
 
@@ -161,6 +171,16 @@ def _check_names(
     if missing or unknown:
         hint = ": were they renamed? Then rename them in the state too" if missing and unknown else ""
         on_mismatch(f"the state does not fit this model: missing {missing}, unknown {unknown}{hint}")
+
+
+def _check_shapes(memory: Memory, saved: Mapping[str, Any], on_mismatch: OnMismatch) -> set[str]:
+    """Return the names of the tensors whose shape is not the saved one. An older state has no shapes."""
+    other = {name for name, shape in memory.shapes.items() if name in saved and saved[name] != list(shape)}
+    if other:
+        some = [f"{name!r} had shape {saved[name]} and has {list(memory.shapes[name])}" for name in sorted(other)]
+        more = f" and {len(some) - 3} more" if len(some) > 3 else ""
+        on_mismatch(f"the state does not fit this model: {', '.join(some[:3])}{more}")
+    return other
 
 
 def _refuse(message: str) -> None:
@@ -195,24 +215,32 @@ def _listed(group: PolicyGroup, step: int) -> list[dict[str, Any]]:
     return rows_of(values, group.num_elements)
 
 
-def _unlisted(entry: Any, policy: Policy, unobserved: Mapping[str, Tensor]) -> Any:
-    """Return the slots of one element, as before `_listed`; `unobserved` has the slots that are needed, empty.
+def _unlisted(entries: Mapping[str, Any], policy: Policy, step: int) -> dict[str, Any]:
+    """Return elements of one policy, each {slot: value}, as they were before `_listed`.
 
     Raises:
         ValueError: a record is no list of numbers. `take_over` checks everything else.
     """
-    if not isinstance(entry, Mapping):
-        return entry
+    unobserved, lasting = cleared(policy, step), _lasting(policy)
     # The record of a warm-up that is over is dropped.
-    out = {slot: value for slot, value in entry.items() if slot in unobserved or not isinstance(value, list)}
+    out: dict[str, Any] = {
+        name: {slot: value for slot, value in entry.items() if slot in unobserved or not isinstance(value, list)}
+        if isinstance(entry, Mapping)
+        else entry
+        for name, entry in entries.items()
+    }
     for slot, empty in unobserved.items():
-        record = entry.get(slot, None if slot in _lasting(policy) else [])
-        if isinstance(record, list):
-            # The record may be of a warm-up of another length or kind, or of none, so as much of it is loaded as fits.
-            if not all(isinstance(value, (int, float)) for value in record):
+        absent: list[float] | None = None if slot in lasting else []
+        records = {name: entry.get(slot, absent) for name, entry in entries.items() if isinstance(entry, Mapping)}
+        records = {name: record for name, record in records.items() if isinstance(record, list)}
+        for record in records.values():
+            if not set(map(type, record)) <= {int, float}:
                 raise ValueError(f"the state is damaged: {slot} must be a list of numbers, got {record}")
-            rows = torch.tensor(record[: empty.numel()], dtype=empty.dtype)
-            out[slot] = torch.cat([rows, empty.reshape(-1)[len(rows) :]]).view(empty.shape)
+        # The record may be of a warm-up of another length or kind, or of none, so as much of it is loaded as fits.
+        rest = empty.flatten().tolist()
+        rows = [record[: len(rest)] + rest[len(record) :] for record in records.values()]
+        for name, row in zip(records, torch.tensor(rows, dtype=empty.dtype), strict=True):
+            out[name][slot] = row.view(empty.shape)
     return out
 
 

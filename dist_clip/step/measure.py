@@ -12,6 +12,7 @@ from dist_clip.kernels import Kernels
 from dist_clip.memory import Memory, PolicyGroup
 from dist_clip.policies.base import is_finite, is_nonfinite
 from dist_clip.reduction import Channel
+from dist_clip.step.fault import naming_what_fails
 from dist_clip.step.nonfinite import NonFiniteMode
 
 
@@ -64,7 +65,8 @@ class Meter:
 
     def squares(self, grads: Sequence[Tensor | None]) -> Tensor:
         """Return the squared norms of this rank's shards of the gradients, float64 [n], in the layout's order."""
-        return self._kernels.power_sums(grads, 2.0, self._memory.device)
+        with naming_what_fails(self._memory.layout, grads):
+            return self._kernels.power_sums(grads, 2.0, self._memory.device)
 
     def measure(self, local: Tensor) -> Measured:
         """Work out all norms from the `squares`. Collective where `reduces` is true.

@@ -118,10 +118,6 @@ def complex_on_one() -> tuple[Any, dict[str, Any]]:
     return [("first", param(3)), ("second", param(4, dtype=torch.complex64 if bad_rank() else torch.float32))], {}
 
 
-def complex_on_all() -> tuple[Any, dict[str, Any]]:
-    return [("first", param(3)), ("second", param(4, dtype=torch.complex64))], {}
-
-
 def duplicate_on_one() -> tuple[Any, dict[str, Any]]:
     return [("first", param(3)), ("first" if bad_rank() else "second", param(4))], {}
 
@@ -274,12 +270,6 @@ def stages_disagree_on_policy() -> tuple[Any, dict[str, Any]]:
     return [(f"layers.{dist.get_rank()}", param(3))], {"pp_group": pp, "policy": policy}
 
 
-def complex_on_one_stage() -> tuple[Any, dict[str, Any]]:
-    pp = mesh((dist.get_world_size(),), ("pp",)).get_group()
-    dtype = torch.complex64 if bad_rank() else torch.float32
-    return [(f"layers.{dist.get_rank()}", param(3)), ("second", param(3, dtype=dtype))], {"pp_group": pp}
-
-
 CASES: dict[str, Callable[[], tuple[Any, dict[str, Any]]]] = {
     function.__name__: function
     for function in (
@@ -299,7 +289,6 @@ CASES: dict[str, Callable[[], tuple[Any, dict[str, Any]]]] = {
         other_mesh,
         sharded_missing,
         complex_on_one,
-        complex_on_all,
         duplicate_on_one,
         other_policy,
         other_option,
@@ -322,7 +311,6 @@ CASES: dict[str, Callable[[], tuple[Any, dict[str, Any]]]] = {
         wrong_pp_group,
         stages_disagree_on_shape,
         stages_disagree_on_policy,
-        complex_on_one_stage,
     )
 }
 
@@ -351,10 +339,8 @@ def names_rank(text: str, rank: int = BAD) -> bool:
         ("plain_on_one", "second"),
         ("sharded_missing", "second"),
         ("complex_on_one", "second"),
-        ("complex_on_all", "second"),
         ("duplicate_on_one", "first"),
         ("stages_disagree_on_shape", "embed.weight"),
-        ("complex_on_one_stage", "second"),
         ("process_group_lacks_ranks_of_the_mesh", "second"),
     ],
 )

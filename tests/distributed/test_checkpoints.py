@@ -187,6 +187,48 @@ def test_resuming_on_the_same_layout_is_exact(saved_at: int, tmp_path: Path) -> 
             assert torch.equal(param, straight["params"][name]), name
 
 
+def save_packed(layout: str, config: Config, path: str, saved_at: int) -> dict[str, Any]:
+    training = Training(layout, config, PACKED)
+    training.steps(1, saved_at)
+    dcp.save({name: clipper.packed() for name, clipper in training.clippers.items()}, checkpoint_id=path)
+    return training.states()
+
+
+def load_packed(layout: str, config: Config, path: str) -> dict[str, Any]:
+    training = Training(layout, config, PACKED)
+    training.steps(1, 2)
+    dcp.load({name: clipper.packed() for name, clipper in training.clippers.items()}, checkpoint_id=path)
+    return training.states()
+
+
+PACKED = ("logclip", "zclip", "adagc-median")
+
+
+@pytest.mark.parametrize("saved_at", [WARMUP - 2, SAVED_AT])
+@pytest.mark.parametrize(
+    ("first", "second", "config"),
+    [
+        (("pp", 4), ("fsdp", 2), DENSE),
+        (("fsdp", 2), ("pp", 2), DENSE),
+        (("pp", 2), ("pp", 4), DENSE),
+        (("pp-tied", 4), ("fsdp-tied", 2), TIED),
+    ],
+    ids=lambda v: f"{v[0]}{v[1]}" if type(v) is tuple else None,
+)
+def test_a_packed_state_loads_under_another_layout(
+    first: tuple[str, int], second: tuple[str, int], config: Config, saved_at: int, tmp_path: Path
+) -> None:
+    """One entry a clipper, with what all stages know; each stage takes its part of it."""
+    ranks = pool(first[1]).run(save_packed, first[0], config, str(tmp_path), saved_at)
+    entries = dcp.FileSystemReader(str(tmp_path)).read_metadata().state_dict_metadata
+    assert sorted(entries) == sorted(f"{policy}.packed" for policy in PACKED)
+    saved = merged([{"state": rank} for rank in ranks], "state")
+    ranks = pool(second[1]).run(load_packed, second[0], config, str(tmp_path))
+    loaded = merged([{"state": rank} for rank in ranks], "state")
+    assert loaded.keys() == saved.keys()
+    assert {name: str(value) for name, value in loaded.items()} == {name: str(value) for name, value in saved.items()}
+
+
 def shards_elsewhere(path: str) -> dict[str, Any]:
     training = Training("fsdp", DENSE, ("adagc-shard",))
     saved = training.clipper.state_dict()

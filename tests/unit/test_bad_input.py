@@ -194,13 +194,6 @@ def test_layout_error_is_a_value_error() -> None:
     assert issubclass(dist_clip.LayoutError, ValueError)
 
 
-def test_complex_parameters() -> None:
-    model = nn.ModuleDict({"plain": linear(), "odd": nn.Linear(2, 2, dtype=torch.complex64)})
-    for target in (model, model.named_parameters()):
-        with pytest.raises(dist_clip.LayoutError, match=r"(?is)odd\.weight.*complex|complex.*odd\.weight"):
-            dist_clip.GradClipper(target, dist_clip.GlobalNorm())
-
-
 def test_sparse_embedding_in_a_module() -> None:
     model = nn.ModuleDict({"embed": nn.Embedding(5, 3, sparse=True), "head": linear()})
     for target in (model, [model], nn.ModuleDict({"outer": model})):
@@ -241,13 +234,6 @@ def test_sparse_gradients_in_clip_grad_norm() -> None:
     embed(torch.tensor([1, 1, 2])).sum().backward()
     with pytest.raises((ValueError, RuntimeError, TypeError), match=r"(?i)sparse"):
         dist_clip.clip_grad_norm_(embed.parameters(), 1.0)
-
-
-def test_complex_gradients_in_clip_grad_norm() -> None:
-    p = nn.Parameter(torch.zeros(3, dtype=torch.complex64))
-    p.grad = torch.ones(3, dtype=torch.complex64)
-    with pytest.raises((ValueError, RuntimeError, TypeError), match=r"(?i)complex"):
-        dist_clip.clip_grad_norm_([p], 1.0)
 
 
 @pytest.mark.usefixtures("world_of_one")

@@ -765,3 +765,20 @@ def test_the_step_counter_counts_calls() -> None:
     a.grad = torch.full((4,), math.nan)
     clipper.clip_()  # NaN under "propagate" is still a step
     assert clipper.state_dict()["step"] == 2
+
+
+@pytest.mark.parametrize("scope", ["tensor", "global"])
+def test_zclip_does_not_follow_a_lasting_rise(scope: dist_clip.Scope) -> None:
+    """As docs/choosing.md says: norms that double for good are clipped for ever. LogClip follows them."""
+    clipped = {}
+    for policy in (dist_clip.ZClip(scope=scope, max_norm=None), dist_clip.LogClip(scope=scope, max_norm=1e6)):
+        param = nn.Parameter(torch.zeros(4))
+        clipper = dist_clip.GradClipper([("w", param)], policy)
+        generator = torch.Generator().manual_seed(0)
+        scales = []
+        for step in range(600):
+            spread = torch.exp(0.1 * torch.randn((), generator=generator))
+            param.grad = torch.full((4,), 0.1 if step < 200 else 0.2) * spread
+            scales.append(float(clipper.clip_().scales))
+        clipped[type(policy).__name__] = sum(scale < 1 for scale in scales[500:])
+    assert clipped == {"ZClip": 100, "LogClip": 0}

@@ -249,7 +249,7 @@ def test_a_hyper_parameter_that_the_state_does_not_know_had_its_default() -> Non
     """As in states of format version 1: the global ZClip's had no scope."""
     old = trained(dist_clip.ZClip(), "w")
     state = old.state_dict()
-    (line,) = state["policies"]
+    line, _ = state["policies"]
     policy = json.loads(line)
     del policy["scope"], policy["eps"]
     state |= {"format_version": 1, "policies": [json.dumps(policy)]}
@@ -259,6 +259,100 @@ def test_a_hyper_parameter_that_the_state_does_not_know_had_its_default() -> Non
     for other in (dist_clip.ZClip(scope="tensor"), dist_clip.ZClip(eps=1e-3)):
         with pytest.raises(ValueError, match="made by other policies"):
             trained(other, "w", steps=0).load_state_dict(state)
+
+
+def bare(*shapes: tuple[int, ...], steps: int = 6) -> tuple[dist_clip.GradClipper, list[nn.Parameter]]:
+    """A clipper of parameters without names, whose gradients have norms of their own."""
+    params = [nn.Parameter(torch.zeros(shape)) for shape in shapes]
+    clipper = dist_clip.GradClipper(params, dist_clip.AdaGC(warmup_steps=2, max_norm=1e6))
+    for _ in range(steps):
+        for param in params:
+            param.grad = torch.ones_like(param)
+        clipper.clip_()
+    return clipper, params
+
+
+def test_numbered_tensors_of_other_shapes_are_refused() -> None:
+    """Their names say nothing: without shapes the first tensor's gamma would have clipped the second to .04 of its norm."""
+    old, _ = bare((2, 2), (50, 50))
+    new, params = bare((50, 50), (2, 2), steps=0)
+    before = str(new.state_dict())
+    with pytest.raises(
+        ValueError, match=r"'param_0' had shape \[2, 2\] and has \[50, 50\], 'param_1' had shape \[50, 50\]"
+    ):
+        new.load_state_dict(old.state_dict())
+    assert str(new.state_dict()) == before
+    with pytest.warns(UserWarning, match="'param_0' had shape.*What fits is loaded"):
+        new.load_state_dict(old.state_dict(), strict=False)
+    assert new.steps == 6
+    for param in params:
+        param.grad = torch.ones_like(param)
+    assert new.clip_().scales.tolist() == [1.0, 1.0]
+
+
+def test_tensors_whose_shape_is_the_same_are_loaded_beside_one_whose_shape_is_not() -> None:
+    old, _ = bare((2, 2), (3,), (4,))
+    new, _ = bare((2, 2), (5,), (4,), steps=0)
+    with pytest.warns(UserWarning, match="'param_1' had shape"):
+        new.load_state_dict(old.state_dict(), strict=False)
+    assert gammas(new) == pytest.approx({"param_0": 2.0, "param_1": 0.0, "param_2": 2.0})
+
+
+def test_a_state_without_shapes_loads_as_before() -> None:
+    """As one of 0.1.0, or one whose tensors were renamed by hand."""
+    old, _ = bare((2, 2), (3,))
+    state = old.state_dict()
+    state["policies"] = state["policies"][:1]
+    new, _ = bare((2, 2), (3,), steps=0)
+    new.load_state_dict(state)
+    assert gammas(new) == gammas(old)
+
+
+# ---- packed ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("steps", [0, 2, 6])
+@pytest.mark.parametrize(
+    "policy",
+    [
+        dist_clip.AdaGC(warmup_steps=4, gamma_init="median"),
+        dist_clip.LogClip(warmup_steps=4),
+        dist_clip.ZClip(),
+        dist_clip.GlobalNorm(),
+    ],
+    ids=repr,
+)
+def test_a_packed_state_is_the_state(policy: dist_clip.Policy, steps: int) -> None:
+    old, new = trained(policy, "a", "b", steps=steps), trained(policy, "a", "b", steps=1)
+    new.packed().load_state_dict(old.packed().state_dict())
+    assert str(new.state_dict()) == str(old.state_dict())
+
+
+def test_a_packed_state_of_another_model() -> None:
+    policy = dist_clip.AdaGC(warmup_steps=2)
+    old, new = trained(policy, "kept", "gone"), trained(policy, "kept", "new", steps=3)
+    with pytest.raises(ValueError, match=r"missing \['new'\], unknown \['gone'\]"):
+        new.packed().load_state_dict(old.packed().state_dict())
+    with pytest.warns(UserWarning, match="What fits is loaded"):
+        new.packed(strict=False).load_state_dict(old.packed().state_dict())
+    assert gammas(new) == {"kept": gammas(old)["kept"], "new": 0.0}
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b"x" + b], ids=["cut", "no", "x"]
+)
+def test_a_damaged_packed_state_changes_nothing(damage: Callable[[bytes], bytes]) -> None:
+    clipper = trained(dist_clip.LogClip(), "w")
+    before = str(clipper.state_dict())
+    state = clipper.packed().state_dict()
+    with pytest.raises(ValueError, match="not a packed state of GradClipper, or a damaged one"):
+        clipper.packed().load_state_dict({"packed": damage(state["packed"])})
+    assert str(clipper.state_dict()) == before
+
+
+def test_the_state_of_shards_is_not_packed() -> None:
+    with pytest.raises(ValueError, match="with scope 'shard' save the clipper itself"):
+        trained(dist_clip.AdaGC(scope="shard"), "w").packed()
 
 
 # ---- states of 0.1.0 ---------------------------------------------------------------------------------------------------
