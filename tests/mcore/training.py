@@ -302,7 +302,7 @@ def check(config: Config, ranks: list[dict[str, Any]], policies: tuple[str, ...]
     for policy in others:
         check_each_step(Run(of_policy(ranks, policy), shapes), policy, config)
     together = Run(of_policy(ranks, followed), shapes)
-    check_gradients(together, single, 3e-2 if config.bf16 else 1e-5)
+    check_gradients(together, single, 0.1 if config.bf16 else 1e-5)
     shadow = check_each_step(together, followed, config)
     if follows:
         check_path(together, single)
