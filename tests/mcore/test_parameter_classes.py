@@ -110,6 +110,11 @@ def test_each_row_of_the_table_is_met() -> None:
     assert named == cuts.TABLE.keys()
 
 
+def test_a_parameter_that_the_table_does_not_name_is_an_error() -> None:
+    with pytest.raises(AssertionError, match="named by 0 rows"):
+        cuts.row("decoder.layers.0.self_attention.new_scale")
+
+
 COPIES_DIFFER = {
     # Each rank's heads alone go into the gradient of the norm that all heads share.
     "delta": r"self_attention\.out_norm\.(weight|bias)",
