@@ -17,9 +17,51 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from . import cuts, kernels
+
 HIDDEN, HEADS, VOCAB, LENGTH = 16, 4, 32, 8
 BATCH, MICRO_BATCHES = 4, 2  # sequences of a step, and the parts that a rank takes them in
 LR = 3e-3
+
+
+SWIGLU = {"gated_linear_unit": True, "activation_func": torch.nn.functional.silu, "add_bias_linear": False}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "": {},
+    "sinks": {"softmax_type": "learnable"},
+    "sinks-gated": {
+        "softmax_type": "learnable",
+        "gated_linear_unit": True,
+        "activation_func": torch.nn.functional.silu,
+    },
+    "qk-norm": {"qk_layernorm": True, "num_query_groups": 2, **SWIGLU, "add_qkv_bias": True},
+    "one-query-group": {"num_query_groups": 1, "normalization": "RMSNorm"},
+    "positions": {},
+    "mla": {"q_lora_rank": 8, "qk_layernorm": True},
+    "mla-replicated": {"q_lora_rank": 8, "qk_layernorm": True, "normalization": "RMSNorm"},
+    "mla-one-query-projection": {"q_lora_rank": None, "normalization": "RMSNorm"},
+    "shared-experts": {
+        **SWIGLU,
+        "moe_router_topk": 2,
+        "moe_router_pre_softmax": False,
+        "moe_router_score_function": "sigmoid",
+        "moe_router_enable_expert_bias": True,
+        "moe_shared_expert_intermediate_size": HIDDEN,
+        "moe_shared_expert_gate": True,
+    },
+    "expert-biases": {"add_bias_linear": True},
+    "mtp": {"mtp_num_layers": 1},
+    "mamba": {"mamba_state_dim": 4, "mamba_head_dim": 8, "mamba_num_groups": 2},
+    "delta": {
+        "linear_conv_kernel_dim": 3,
+        "linear_key_head_dim": 4,
+        "linear_value_head_dim": 8,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "activation_func": torch.nn.functional.silu,
+    },
+}
+"""TransformerConfig's options of each variant of the model."""
+MLA = {"kv_lora_rank": 8, "qk_head_dim": 2, "qk_pos_emb_head_dim": 2, "v_head_dim": 4, "rope_type": "rope"}
 
 
 @dataclass(frozen=True)
@@ -42,6 +84,8 @@ class Config:
     layer_wise: bool = False
     bf16: bool = False
     fp16: bool = False
+    variant: str = ""
+    """Which other layers the model has: one of VARIANTS."""
     pieces: int = 1  # what a single process cuts each sequence into, as context parallelism by hand does
     options: tuple[tuple[str, Any], ...] = ()
     """Of OptimizerConfig."""
@@ -49,7 +93,11 @@ class Config:
     @property
     def single(self) -> Config:
         """The same model in one process."""
-        return Config(layers=self.layers, tied=self.tied, experts=self.experts, pieces=self.cp)
+        return Config(layers=self.layers, tied=self.tied, experts=self.experts, variant=self.variant, pieces=self.cp)
+
+    @property
+    def gated(self) -> bool:
+        return bool(VARIANTS[self.variant].get("gated_linear_unit"))
 
 
 @dataclass
@@ -75,6 +123,7 @@ def start() -> None:
     import megatron.core  # noqa: F401
 
     megatron_cpu.patch_megatron()
+    kernels.install()
     dist.new_group = _Groups(dist.new_group)
 
 
@@ -143,7 +192,7 @@ def build(config: Config, *, seed: int = 0) -> Setup:
     chunks = []
     for chunk in range(config.vpp or 1):
         model = gpt(config, transformer, chunk)
-        initialise(model, config, seed)
+        initialise(model, config, seed, chunk)
         chunks.append(DistributedDataParallel(transformer, ddp_config, wrap_precision(model, transformer)))
     options = {
         "optimizer": "adam",
@@ -168,7 +217,7 @@ def build(config: Config, *, seed: int = 0) -> Setup:
 
 
 def transformer_config(config: Config) -> Any:
-    from megatron.core.transformer import TransformerConfig
+    from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 
     moe: dict[str, Any] = {}
     if config.experts:
@@ -184,7 +233,9 @@ def transformer_config(config: Config) -> Any:
             "add_bias_linear": False,
         }
     dtype = torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else torch.float32
-    transformer = TransformerConfig(
+    mla = config.variant.startswith("mla")
+    options = {**moe, **VARIANTS[config.variant], **(MLA if mla else {})}
+    transformer = (MLATransformerConfig if mla else TransformerConfig)(
         num_layers=config.layers,
         hidden_size=HIDDEN,
         num_attention_heads=HEADS,
@@ -207,7 +258,7 @@ def transformer_config(config: Config) -> Any:
         persist_layer_norm=False,
         attention_softmax_in_fp32=True,
         batch_p2p_comm=False,  # with two stages, gloo mixes up messages to the one peer that both neighbours are
-        **moe,
+        **options,
     )
     return transformer
 
@@ -215,21 +266,97 @@ def transformer_config(config: Config) -> Any:
 def gpt(config: Config, transformer: Any, chunk: int) -> Any:
     from megatron.core import parallel_state
     from megatron.core.models.gpt import GPTModel
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_mtp_block_spec
+    from megatron.core.models.mamba import MambaModel
+    from megatron.core.post_training.modelopt.layers import Linear
 
     vpp = {"vp_stage": chunk} if config.vpp else {}
-    return GPTModel(
+    stage = {
+        "pre_process": parallel_state.is_pipeline_first_stage(ignore_virtual=False, **vpp),
+        "post_process": parallel_state.is_pipeline_last_stage(ignore_virtual=False, **vpp),
+        "share_embeddings_and_output_weights": config.tied,
+    }
+    if config.variant == "mamba":
+        pattern = "M*-M"[: config.layers]
+        return MambaModel(transformer, mamba_spec(), VOCAB, LENGTH, hybrid_override_pattern=pattern, **stage)
+    spec = get_gpt_layer_local_spec(
+        num_experts=config.experts or None,
+        moe_grouped_gemm=False,
+        qk_layernorm=transformer.qk_layernorm,
+        multi_latent_attention=transformer.multi_latent_attention,
+        normalization=transformer.normalization,
+    )
+    if transformer.multi_latent_attention:
+        attention = spec.submodules.self_attention.submodules
+        attention.core_attention = kernels.LatentAttention
+        if config.variant == "mla-replicated":  # as ModelOpt's layers are, and Transformer Engine's
+            attention.linear_q_down_proj = attention.linear_kv_down_proj = Linear
+    if config.variant == "delta":
+        spec.submodules.self_attention = delta_spec()
+    if config.variant == "mtp":
+        stage["mtp_block_spec"] = get_gpt_mtp_block_spec(transformer, spec, use_transformer_engine=False, **vpp)
+    # Rotary positions would need the whole sequence under context parallelism.
+    positions = "learned_absolute" if config.variant == "positions" else "rope"
+    model = GPTModel(
         transformer,
-        get_gpt_layer_local_spec(num_experts=config.experts or None, moe_grouped_gemm=False),
+        spec,
         vocab_size=VOCAB,
         max_sequence_length=LENGTH,
-        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, **vpp),
-        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, **vpp),
-        share_embeddings_and_output_weights=config.tied,
-        # Rotary positions would need the whole sequence under context parallelism.
-        position_embedding_type="none" if config.cp * config.pieces > 1 else "rope",
+        position_embedding_type="none" if config.cp * config.pieces > 1 else positions,
+        **stage,
         **vpp,
     )
+    if config.variant == "expert-biases":
+        for name, module in model.named_modules():
+            if ".local_experts." in name and hasattr(module, "explicit_expert_comm"):
+                # Else a single process adds the bias in place to the output of a custom function, which torch refuses.
+                module.explicit_expert_comm = True
+    return model
+
+
+def mamba_spec() -> Any:
+    """Megatron's mamba_stack_spec with its local layers for Transformer Engine's."""
+    from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.ssm.mamba_block import MambaStack, MambaStackSubmodules
+    from megatron.core.ssm.mamba_layer import MambaLayer, MambaLayerSubmodules
+    from megatron.core.ssm.mamba_mixer import MambaMixer, MambaMixerSubmodules
+    from megatron.core.ssm.mlp_layer import MLPLayer
+    from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+    from megatron.core.transformer.spec_utils import ModuleSpec
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
+    from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
+
+    local = get_gpt_layer_local_spec().submodules
+    attention = TransformerLayerSubmodules(
+        input_layernorm=local.input_layernorm,
+        self_attention=local.self_attention,
+        self_attn_bda=get_bias_dropout_add,
+    )
+    mlp = TransformerLayerSubmodules(
+        pre_mlp_layernorm=local.pre_mlp_layernorm, mlp=local.mlp, mlp_bda=get_bias_dropout_add
+    )
+    mixer = ModuleSpec(MambaMixer, submodules=MambaMixerSubmodules(ColumnParallelLinear, RowParallelLinear))
+    mamba = MambaLayerSubmodules(norm=WrappedTorchNorm, mixer=mixer, mamba_bda=get_bias_dropout_add)
+    return ModuleSpec(
+        MambaStack,
+        submodules=MambaStackSubmodules(
+            mamba_layer=ModuleSpec(MambaLayer, submodules=mamba),
+            attention_layer=ModuleSpec(get_gpt_layer_local_spec().module, submodules=attention),
+            mlp_layer=ModuleSpec(MLPLayer, submodules=mlp),
+        ),
+    )
+
+
+def delta_spec() -> Any:
+    """Megatron's gated delta net with its local layers for Transformer Engine's."""
+    from megatron.core.ssm.gated_delta_net import GatedDeltaNet, GatedDeltaNetSubmodules
+    from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+    from megatron.core.transformer.spec_utils import ModuleSpec
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
+
+    parts = GatedDeltaNetSubmodules(ColumnParallelLinear, WrappedTorchNorm, RowParallelLinear)
+    return ModuleSpec(GatedDeltaNet, submodules=parts)
 
 
 def wrap_precision(model: Any, transformer: Any) -> Any:
@@ -274,57 +401,12 @@ def start_value(name: str, shape: tuple[int, ...], config: Config) -> Tensor:
     return whole.bfloat16().float() if config.bf16 else whole.half().float() if config.fp16 else whole
 
 
-def oracle_names(model: Any, config: Config) -> dict[str, str]:
-    """Local name -> global name, by Megatron's own function: not by the code under test."""
-    from megatron.core.transformer.fsdp_dtensor_checkpoint import get_global_unique_param_name
-
-    names = {}
-    for local, param in model.named_parameters():
-        name = get_global_unique_param_name([model], param)
-        while name.startswith("module."):
-            name = name.removeprefix("module.")
-        if getattr(param, "shared_embedding", False) and name == "output_layer.weight":
-            name = "embedding.word_embeddings.weight"
-        names[local] = name
-    return names
-
-
-def cut(whole: Tensor, param: nn.Parameter) -> Tensor:
-    """This rank's tensor-parallel part of a whole tensor, by Megatron's attributes."""
-    from megatron.core import parallel_state
-
-    if not getattr(param, "tensor_model_parallel", False):
-        return whole
-    expert = not getattr(param, "allreduce", True)
-    group = (
-        parallel_state.get_expert_tensor_parallel_group()
-        if expert
-        else parallel_state.get_tensor_model_parallel_group()
-    )
-    return whole.chunk(group.size(), dim=param.partition_dim)[group.rank()].contiguous()
-
-
-def whole_shape(param: nn.Parameter) -> tuple[int, ...]:
-    from megatron.core import parallel_state
-
-    shape = list(param.shape)
-    if getattr(param, "tensor_model_parallel", False):
-        expert = not getattr(param, "allreduce", True)
-        group = (
-            parallel_state.get_expert_tensor_parallel_group()
-            if expert
-            else parallel_state.get_tensor_model_parallel_group()
-        )
-        shape[param.partition_dim] *= group.size()
-    return tuple(shape)
-
-
 @torch.no_grad()
-def initialise(model: Any, config: Config, seed: int) -> None:
-    names = oracle_names(model, config)
-    for local, param in model.named_parameters():
-        whole = whole_weight(names[local], whole_shape(param), seed)
-        param.copy_(cut(whole, param))
+def initialise(model: Any, config: Config, seed: int, chunk: int = 0) -> None:
+    """Give this rank its parts of the whole model's weights."""
+    for name, param in cuts.named_parameters(model, config, chunk):
+        whole = whole_weight(name, cuts.whole_shape(name, param.shape, config), seed)
+        param.copy_(cuts.cut(name, whole, config))
 
 
 def batch(step: int) -> tuple[Tensor, Tensor]:

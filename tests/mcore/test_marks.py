@@ -22,7 +22,7 @@ from dist_clip.megatron import compat, marks
 from dist_clip.megatron.reader import MegatronReader
 from tests.harness import pool
 
-from . import setups
+from . import cuts, setups
 from .setups import HEADS, Config, Setup, build
 from .training import leaves
 
@@ -82,10 +82,9 @@ def groups() -> Any:
 
 def global_params(setup: Setup) -> dict[str, nn.Parameter]:
     out = {}
-    for chunk in setup.chunks:
+    for number, chunk in enumerate(setup.chunks):
         inner = chunk.module.module if hasattr(chunk.module, "module") else chunk.module
-        names = setups.oracle_names(inner, setup.config)
-        out.update({names[local]: param for local, param in inner.named_parameters()})
+        out.update(cuts.named_parameters(inner, setup.config, number))
     return out
 
 

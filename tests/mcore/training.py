@@ -21,7 +21,7 @@ from dist_clip.memory.snapshot import snapshot
 from tests import reference
 from tests.harness import pool
 
-from . import setups
+from . import cuts, setups
 from .setups import LR, Config, Setup, build
 
 WARMUP = 5
@@ -64,16 +64,14 @@ def leaves(optimizer: Any) -> list[Any]:
 def main_params(setup: Setup) -> list[tuple[str, Tensor, Tensor]]:
     """(global name, flat indices within the logical tensor, main parameter) of all that this rank steps."""
     names = {}
-    for chunk in setup.chunks:
+    for number, chunk in enumerate(setup.chunks):
         inner = chunk.module.module if hasattr(chunk.module, "module") else chunk.module
-        globally = setups.oracle_names(inner, setup.config)
-        names.update({id(param): (globally[local], param) for local, param in inner.named_parameters()})
+        for name, param in cuts.named_parameters(inner, setup.config, number):
+            names[id(param)] = (name, cuts.flat_index(name, param.shape, setup.config))
     out = []
 
     def add(param: Any, main: Tensor, start: int = 0, stop: int | None = None) -> None:
-        name, model_param = names[id(param)]
-        shape = setups.whole_shape(model_param)
-        index = setups.cut(torch.arange(math.prod(shape)).view(shape), model_param).flatten()
+        name, index = names[id(param)]
         out.append((name, index[start:stop], main))
 
     for leaf in leaves(setup.optimizer):
@@ -131,6 +129,34 @@ def train(config: Config, policies: tuple[str, ...], steps: int = STEPS, **kwarg
         "index": [index for _, index, _ in pieces],
         "records": records,
         "params": flat([main.detach() for _, _, main in pieces]),
+    }
+
+
+def measure(config: Config) -> dict[str, Any]:
+    """One step: the gradients as Megatron has them for its optimizer, and what dist_clip makes of them."""
+    setup = build(config)
+    pieces = main_params(setup)
+    clipper = dist_clip.megatron.attach(setup.optimizer, dist_clip.GlobalNorm(1.0), model=setup.chunks)
+    record: dict[str, Any] = {"error": None}
+    clip = clipper.clip_
+
+    def recording() -> Any:
+        record["before"] = flat([main.grad for _, _, main in pieces])
+        return clip()
+
+    clipper.clip_ = recording  # type: ignore[method-assign]
+    setup.backward(1)
+    try:
+        _, norm, _ = setup.optimizer.step()
+        report = clipper.last_report
+        record |= {"norm": float(norm), "names": report.names}
+        record |= {"norms": report.tensor_norms.tolist(), "scales": report.scales.tolist()}
+    except dist_clip.LayoutError as error:
+        record["error"] = str(error)
+    return {
+        "names": [name for name, _, _ in pieces],
+        "index": [index for _, index, _ in pieces],
+        "records": [record],
     }
 
 
@@ -195,9 +221,8 @@ def train_alone(config: Config, policy: str | None, steps: int) -> dict[str, Any
     """The whole model in one process: Megatron's model, autograd, the reference's clipping, torch's AdamW."""
     setup = build(config)
     model = setup.chunks[0].module
-    globally = setups.oracle_names(model, config)
-    params = {globally[local]: param.detach().clone() for local, param in model.named_parameters()}
-    live = {globally[local]: param for local, param in model.named_parameters()}
+    live = dict(cuts.named_parameters(model, config, 0))
+    params = {name: param.detach().clone() for name, param in live.items()}
     optimizer = torch.optim.AdamW(list(params.values()), lr=LR, weight_decay=0.0, eps=1e-5)
     rule = POLICIES[policy][1]() if policy else None
     records = []
@@ -207,13 +232,13 @@ def train_alone(config: Config, policy: str | None, steps: int) -> dict[str, Any
                 live[name].copy_(param)
         loss = setup.backward(step)
         grads = {name: param.main_grad.clone() for name, param in live.items()}
-        norms = {name: reference.l2_norm(grad) for name, grad in grads.items()}
+        # Later ones belong to weights that have drifted apart by rounding.
+        records.append({"loss": loss, "grads": grads if step == 1 else None})
         if rule is not None:
             grads = reference.clip(rule, grads).grads
         for name, param in params.items():
             param.grad = grads[name]
         optimizer.step()
-        records.append({"loss": loss, "norms": norms})
     return {"records": records, "params": params}
 
 
@@ -277,6 +302,7 @@ def check(config: Config, ranks: list[dict[str, Any]], policies: tuple[str, ...]
     for policy in others:
         check_each_step(Run(of_policy(ranks, policy), shapes), policy, config)
     together = Run(of_policy(ranks, followed), shapes)
+    check_gradients(together, single, 0.1 if config.bf16 else 1e-5)
     shadow = check_each_step(together, followed, config)
     if follows:
         check_path(together, single)
@@ -364,6 +390,15 @@ def check_agreement(together: Run, step: int, shard: bool) -> None:
             found = (norm, scale, record["state"]["tensors"].get(name), record["state"]["global"])
             if not shard or name in mine:
                 assert seen.setdefault(key, found) == found, f"step {step}, {name}: rank {rank} disagrees"
+
+
+def check_gradients(together: Run, single: dict[str, Any], rtol: float = 1e-5) -> None:
+    """The first step's whole gradients, put together as cuts.py says, are a single process's, element by element."""
+    whole = together.at(1, "before")
+    for name, expected in single["records"][0]["grads"].items():
+        expected = expected.double().flatten()
+        atol = rtol * expected.abs().max().item()
+        torch.testing.assert_close(whole[name], expected, rtol=0, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def check_path(together: Run, single: dict[str, Any]) -> None:
