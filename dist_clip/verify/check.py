@@ -22,7 +22,7 @@ from dist_clip.reduction import Channel
 from dist_clip.reduction.replicas import TOLERANCE, tolerance_of
 from dist_clip.step import GlobalNorms, Meter, NonFiniteMode
 from dist_clip.step.global_norms import Scales, Totals
-from dist_clip.verify.gather import Copy, Gatherer, Piece
+from dist_clip.verify.gather import Copy, Gatherer, Piece, per_element
 from dist_clip.verify.report import VerifiedNorm, VerifyReport, ranks_label
 
 _BATCH = 64  # tensors whose records travel together
@@ -160,7 +160,7 @@ def _compare(
             for k, (tensor, grad) in enumerate(zip(tensors, held, strict=True))
         ]
         for (name, shape, dtype), theirs, copies in zip(batch, pieces, gatherer.exchange(put_together), strict=True):
-            rows.append(_row(name, shape, theirs, copies, tolerance, tolerance_of(dtype, math.prod(shape))))
+            rows.append(_row(name, shape, dtype, theirs, copies, tolerance))
             ranges.append(_range([copy.norm for copy in copies.values() if copy.owner]))
     return VerifyReport(tuple(rows), _global_row(ranges, found.global_norm, gatherer, tolerance), tolerance)
 
@@ -184,22 +184,20 @@ def _all_tensors(layout: Layout, group: dist.ProcessGroup | None) -> list[tuple[
 def _row(
     name: str,
     shape: tuple[int, ...],
+    dtype: torch.dtype,
     pieces: dict[int, Piece],
     results: dict[int, Copy],
     tolerance: float,
-    apart: float,
 ) -> VerifiedNorm:
-    """Return the row of one tensor, from what all ranks told: the same on every rank.
-
-    Args:
-        apart: the relative difference of two copies' norms that no rounding explains.
-    """
+    """Return the row of one tensor, from what all ranks told: the same on every rank."""
+    numel = math.prod(shape) * per_element(dtype)
+    apart = tolerance_of(dtype, numel)  # a relative difference of two copies' norms that no rounding explains
     members: dict[int, list[int]] = {}
     for rank, piece in pieces.items():
         if piece.holds:
             members.setdefault(piece.copy, []).append(rank)
     norms = {pieces[rank].copy: result.norm for rank, result in results.items() if result.owner}
-    problems = [*_shards(pieces, tolerance), *_parts(math.prod(shape), members.values(), pieces, results)]
+    problems = [*_shards(pieces, tolerance), *_parts(numel, members.values(), pieces, results)]
     # Copies with the lowest ranks first, each with those that have its norm.
     entries: list[tuple[list[int], float]] = []
     for copy, ranks in members.items():
@@ -243,7 +241,7 @@ def _parts(numel: int, copies: Any, pieces: dict[int, Piece], results: dict[int,
         parts = [pieces[rank] for rank in ranks]
         held, label = sum(part.numel for part in parts), ranks_label(tuple(ranks))
         if held != numel:
-            problems.append(f"the pieces of {label} have {held} elements, and the tensor has {numel}")
+            problems.append(f"the pieces of {label} have {held} numbers, and the tensor has {numel}")
         if any(not results[rank].agrees for rank in ranks):
             problems.append(f"{label} do not agree on who holds their copy")
         if _all_twins([part for part in parts if part.numel]):

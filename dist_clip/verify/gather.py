@@ -37,7 +37,7 @@ class Piece:
         has_grad: whether it has a gradient.
         wide: whether the gradient is float64.
         varied: whether the piece's weights, or its gradients, are not all the same number.
-        numel: number of elements.
+        numel: number of real numbers, two for a complex element.
         copy: identifies the ranks that together hold the rank's copy, as its layout says.
         weights: fingerprint of the bits of the piece's weights; 0 where the piece is a whole copy.
         found: norm of the whole tensor, as the clipper finds it on this rank.
@@ -86,6 +86,11 @@ class Copy:
 
 
 _Record = TypeVar("_Record", Piece, Copy)
+
+
+def per_element(dtype: torch.dtype) -> int:
+    """Return of how many real numbers an element consists."""
+    return 2 if dtype.is_complex else 1
 
 
 class Gatherer:
@@ -138,7 +143,7 @@ class Gatherer:
             has_grad=grad is not None,
             wide=grad is not None and grad.dtype == torch.float64,
             varied=varied,
-            numel=tensor.shard_numel if grad is None else grad.numel(),
+            numel=tensor.shard_numel * per_element(tensor.dtype) if grad is None else grad.numel(),
             copy=_identify(tensor.replica_ranks),
             weights=weights,
             found=found,

@@ -99,7 +99,10 @@ def clip(make: Any, by_function: bool) -> dict[str, Tensor]:
     if by_function:
         norm = dist_clip.clip_grad_norm_(model.parameters(), MAX_NORM)
     else:
-        report = dist_clip.GradClipper(model, dist_clip.GlobalNorm(MAX_NORM)).clip_()
+        clipper = dist_clip.GradClipper(model, dist_clip.GlobalNorm(MAX_NORM))
+        verified = clipper.verify()
+        assert verified.ok, str(verified)
+        report = clipper.clip_()
         assert report.global_norm is not None
         norm = report.global_norm
     out = {"norm": norm}
