@@ -21,6 +21,9 @@ from dist_clip.reduction.grad_version import ClippedGradients
 from dist_clip.step import ClipReport
 from dist_clip.step.grad_scaler import check_unscaled
 
+_DEFERRING = ("accelerate", "lightning", "lightning_fabric", "pytorch_lightning")
+"""Packages whose wrappers keep an optimizer as ``.optimizer`` and only decide whether it steps."""
+
 BY_HAND = "clip by hand instead: clipper.clip_() before its step, and no step where clipper.last_report.skip is set"
 
 
@@ -49,8 +52,9 @@ class Attachment:
     optimizer on another way is an error, because nothing would clip it.
 
     Args:
-        optimizers: objects with ``step`` and ``param_groups``, at least one, each once. Wrappers that keep the optimizer
-            as ``.optimizer`` (Accelerate, Lightning Fabric) are unwrapped: they may decide not to step.
+        optimizers: objects with ``step`` and ``param_groups``, at least one, each once. Accelerate's and Lightning's
+            wrappers are unwrapped: they may decide not to step. Others are not: what they do around the step of the
+            optimizer inside belongs to the step, and a skip must skip it as well.
         clip_: clips all gradients and returns the report.
         layout: the logical tensors that are clipped.
         known: ids of all parameters of the clipper's target, excluded ones included.
@@ -59,7 +63,8 @@ class Attachment:
         process_group: all ranks that train the model; None for all there are.
 
     Raises:
-        TypeError: no optimizer, or an object that is none, or one whose ``step`` cannot be replaced.
+        TypeError: no optimizer, or an object that is none, or one whose ``step`` cannot be replaced, or whose gradients
+            are not complete before its step.
         RuntimeError: the same optimizer twice.
         LayoutError: an optimizer holds a parameter that is not in `known`.
 
@@ -98,13 +103,19 @@ class Attachment:
         self._clipped = ClippedGradients()
         self._params: dict[int, list[int]] = {}
         for optimizer in optimizers:
+            _refuse_unfinished_gradients(optimizer)
             self._check_parameters(optimizer)
+        self._wrapped = {id(optimizer): _Wrapped(inner) for optimizer in optimizers if (inner := _inside_of(optimizer))}
+        # Optimizers whose step is torch's fused kernel and nothing else: it skips itself, without a host sync.
+        self._fused = {id(optimizer) for optimizer in optimizers if _is_fused_alone(optimizer)}
         # Nothing is left on the optimizers unless all of them can be attached to.
         self._undo = contextlib.ExitStack()
         with contextlib.ExitStack() as undo:
             for optimizer in optimizers:
                 undo.callback(_replace_step(optimizer, self._step))
                 undo.callback(_guard(optimizer, self._check_inside))
+            for wrapped in self._wrapped.values():
+                undo.callback(_guard(wrapped.inner, wrapped.note))
             self._undo = undo.pop_all()
         self._attached = True
 
@@ -153,17 +164,30 @@ class Attachment:
                 return step(*args, **kwargs)
             self._clip_round(optimizer)
             if not self._may_skip:
-                return step(*args, **kwargs)
+                return self._run(optimizer, step, args, kwargs)
             assert self._report is not None
             skip = self._report.skip
-            if getattr(optimizer, "_step_supports_amp_scaling", False) and not _holds_dtensors(optimizer):
+            if id(optimizer) in self._fused and not _holds_dtensors(optimizer):
                 with _found_inf(optimizer, skip):
                     return step(*args, **kwargs)
-            return None if bool(skip) else step(*args, **kwargs)
+            return None if bool(skip) else self._run(optimizer, step, args, kwargs)
         finally:
             self._inside = None
 
+    def _run(self, optimizer: Any, step: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Step; raise if `optimizer` wraps another one and stepped neither it nor any parameter."""
+        wrapped = self._wrapped.get(id(optimizer))
+        if wrapped is None:
+            return step(*args, **kwargs)
+        with wrapped.watching(optimizer):
+            return step(*args, **kwargs)
+
     def _clip_round(self, optimizer: Any) -> None:
+        if torch._C._current_graph_task_id() != -1:
+            raise RuntimeError(
+                f"{type(optimizer).__name__}.step was called inside backward(), before all gradients are there: their norm "
+                "is not known yet. Step after backward(), or clip in no step that a gradient's hook takes"
+            )
         if getattr(optimizer, "grad_scale", None) is not None:
             raise RuntimeError(
                 "the gradients are still multiplied by the GradScaler's scale (a fused optimizer unscales inside its "
@@ -215,7 +239,9 @@ def _unwrapped(optimizer: Any) -> Any:
     Raises:
         TypeError: no optimizer.
     """
-    while _is_optimizer(inner := getattr(optimizer, "optimizer", None)):
+    while (_only_defers(optimizer) or not _is_optimizer(optimizer)) and _is_optimizer(
+        inner := getattr(optimizer, "optimizer", None)
+    ):
         optimizer = inner
     if not _is_optimizer(optimizer):
         raise TypeError(
@@ -223,6 +249,75 @@ def _unwrapped(optimizer: Any) -> Any:
             f"{BY_HAND}"
         )
     return optimizer
+
+
+def _only_defers(optimizer: Any) -> bool:
+    return any(cls.__module__.partition(".")[0] in _DEFERRING for cls in type(optimizer).__mro__)
+
+
+def _inside_of(optimizer: Any) -> Any:
+    """The optimizer that `optimizer` wraps and keeps as an attribute, or None."""
+    kept = vars(optimizer).values() if hasattr(optimizer, "__dict__") else ()
+    return next((value for value in kept if value is not optimizer and _is_optimizer(value)), None)
+
+
+class _Wrapped:
+    """The optimizer inside a wrapper, and whether it stepped."""
+
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
+        self._stepped = False
+
+    def note(self, *_: Any) -> None:
+        self._stepped = True
+
+    @contextlib.contextmanager
+    def watching(self, wrapper: Any) -> Iterator[None]:
+        """Raise at the end if nothing stepped: then the clip was of gradients that are still to be added to.
+
+        A wrapper's step may run no hooks; torch counts writes to a tensor as well.
+        """
+        self._stepped = False
+        before = _versions(wrapper)
+        yield
+        if not self._stepped and before and _versions(wrapper) == before:
+            name, inner = type(wrapper).__name__, type(self.inner).__name__
+            raise RuntimeError(
+                f"{name}.step took no step, but its gradients are clipped: if it gathers them over several calls, they are "
+                f"clipped too often. Attach the {inner} that it wraps instead, whose steps are clipped where they are taken"
+            )
+
+
+def _versions(optimizer: Any) -> list[int]:
+    params = [param for group in optimizer.param_groups for param in group["params"] if param.grad is not None]
+    return [param._version for param in params]
+
+
+def _refuse_unfinished_gradients(optimizer: Any) -> None:
+    """Raise for an optimizer whose step, or whose backward, does what has to come before the clip."""
+    name = type(optimizer).__name__
+    if getattr(optimizer, "_overlap_with_ddp", False):
+        raise TypeError(
+            f"{name} with overlap_with_ddp=True steps inside backward(), before the norm of all gradients is known: "
+            "attach() needs overlap_with_ddp=False"
+        )
+    if callable(getattr(optimizer, "skip_synchronize", None)):
+        raise TypeError(
+            f"{name} averages gradients over the ranks inside its step, after attach() would have clipped them. Clip by "
+            "hand: optimizer.synchronize(), clipper.clip_(), then its step inside `with optimizer.skip_synchronize():`"
+        )
+
+
+def _is_fused_alone(optimizer: Any) -> bool:
+    """Whether the step is a fused kernel of torch's, which looks at ``found_inf``, and no more than that.
+
+    A subclass, a wrapper that passes attributes on, and a step of the user's own do more, which a skip must skip, too.
+    """
+    if not isinstance(optimizer, torch.optim.Optimizer) or not vars(optimizer).get("_step_supports_amp_scaling", False):
+        return False
+    own = vars(optimizer).get("step")
+    of_torch = own is None or hasattr(own, "_wrapped_by_lr_sched") or hasattr(own, "_torchdynamo_orig_callable")
+    return of_torch and type(optimizer).step.__module__.startswith("torch.optim.")
 
 
 def _is_optimizer(value: Any) -> bool:
@@ -240,6 +335,8 @@ def _replace_step(optimizer: Any, run: Callable[..., Any]) -> Callable[[], None]
 
     @functools.wraps(step)
     def replaced(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self is not optimizer:  # a copy of it, which nobody attached to
+            return type(self).step(self, *args, **kwargs)
         return run(optimizer, step, *args, **kwargs)
 
     # A method, for torch's schedulers ask for its __func__.

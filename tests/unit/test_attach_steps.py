@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.optim import PostLocalSGDOptimizer, ZeroRedundancyOptimizer
+from torch.distributed.optim import PostLocalSGDOptimizer, ZeroRedundancyOptimizer, _apply_optimizer_in_backward
 
 import dist_clip
 
@@ -124,31 +124,171 @@ def test_a_wrappers_steps_are_clipped_from_the_first(wrapper: str, zero_grad: st
     assert clipper.steps == 3
 
 
-def test_a_wrapper_that_may_not_step_is_unwrapped() -> None:
-    """As Accelerate's: it steps only where gradients are complete."""
+class Accumulating(torch.optim.Optimizer):
+    """Steps the optimizer inside every other time only."""
 
-    class Accumulating(torch.optim.Optimizer):
-        def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-            self.optimizer, self.calls = optimizer, 0
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer, self.calls = optimizer, 0
 
-        @property
-        def param_groups(self) -> Any:
-            return self.optimizer.param_groups
+    @property
+    def param_groups(self) -> Any:
+        return self.optimizer.param_groups
 
-        def step(self, closure: Any = None) -> None:  # type: ignore[override]
-            self.calls += 1
-            if self.calls % 2 == 0:
-                self.optimizer.step(closure)
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        self.calls += 1
+        if self.calls % 2 == 0:
+            self.optimizer.step(closure)
 
+
+Accelerated = type("AcceleratedOptimizer", (Accumulating,), {"__module__": "accelerate.optimizer"})
+
+
+def test_a_wrapper_that_only_decides_whether_to_step_is_unwrapped() -> None:
+    """Accelerate's and Lightning's: they step only where gradients are complete."""
     weight = param()
     clipper = dist_clip.GradClipper([("w", weight)], dist_clip.GlobalNorm(1.0))
-    wrapper = Accumulating(torch.optim.SGD([weight], lr=1.0))
+    wrapper = Accelerated(torch.optim.SGD([weight], lr=1.0))
     clipper.attach(wrapper)
     for _ in range(4):
         weight.grad = torch.ones(4)
         wrapper.step()
     assert clipper.steps == 2
     assert float(weight.detach().norm()) == pytest.approx(2.0)
+
+
+def test_another_wrapper_that_does_not_step_is_an_error_that_says_what_to_attach() -> None:
+    weight = param()
+    wrapper = Accumulating(torch.optim.SGD([weight], lr=1.0))
+    handle = dist_clip.GradClipper([("w", weight)], dist_clip.GlobalNorm(1.0)).attach(wrapper)
+    weight.grad = torch.ones(4)
+    with pytest.raises(RuntimeError, match=r"Accumulating\.step took no step, .* Attach the SGD that it wraps"):
+        wrapper.step()
+    handle.remove()
+    clipper = dist_clip.GradClipper([("w", weight)], dist_clip.GlobalNorm(1.0))
+    clipper.attach(wrapper.optimizer)
+    for _ in range(3):
+        weight.grad = torch.ones(4)
+        wrapper.step()
+    assert clipper.steps == 2
+    assert float(weight.detach().norm()) == pytest.approx(2.0)
+
+
+class Decays(torch.optim.AdamW):
+    """A subclass with work of its own after the parent's step."""
+
+    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+        loss = super().step(closure)
+        with torch.no_grad():
+            for group in self.param_groups:
+                torch._foreach_mul_(group["params"], 0.5)
+        return loss
+
+
+class PassesOn:
+    """A wrapper that passes on every attribute, also that of a fused step."""
+
+    def __init__(self, inner: torch.optim.Optimizer) -> None:
+        self.inner, self.calls = inner, 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    def step(self) -> None:
+        self.calls += 1
+        self.inner.step()
+
+
+def with_a_step_of_its_own(weight: nn.Parameter) -> torch.optim.Optimizer:
+    optimizer = torch.optim.AdamW([weight], lr=0.1, fused=True)
+    taken = optimizer.step
+
+    def step(closure: Any = None) -> None:
+        taken(closure)
+        weight.data.mul_(0.5)
+
+    optimizer.step = step  # type: ignore[method-assign]
+    return optimizer
+
+
+MORE_THAN_FUSED: dict[str, Callable[[nn.Parameter], Any]] = {
+    "a subclass": lambda weight: Decays([weight], lr=0.1, fused=True),
+    "a wrapper": lambda weight: PassesOn(torch.optim.AdamW([weight], lr=0.1, fused=True)),
+    "a step of its own": with_a_step_of_its_own,
+}
+
+
+@pytest.mark.parametrize("kind", MORE_THAN_FUSED)
+def test_a_skip_skips_what_is_done_around_a_fused_step(kind: str) -> None:
+    weight = param(1.0)
+    clipper = dist_clip.GradClipper([("w", weight)], dist_clip.GlobalNorm(), skip_above=50.0)
+    optimizer = MORE_THAN_FUSED[kind](weight)
+    clipper.attach(optimizer)
+    for grad in (1.0, 1000.0, 1.0, 1000.0):
+        assert (moved(optimizer, weight, grad) == 0.0) is (grad == 1000.0)
+    assert clipper.steps == 2
+
+
+# ---- optimizers whose gradients are not complete before their step -------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["torch's", "a hook"])
+def test_a_step_inside_backward_is_an_error(how: str) -> None:
+    """The other tensors' gradients are not there yet, so that the norm would be that of some of them."""
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    clipper = dist_clip.GradClipper(model, dist_clip.GlobalNorm(0.01))
+    if how == "torch's":
+        _apply_optimizer_in_backward(torch.optim.SGD, model.parameters(), {"lr": 1.0})
+        optimizers = [optimizer for param in model.parameters() for optimizer in param._in_backward_optimizers]
+    else:
+        optimizers = [torch.optim.SGD([param], lr=1.0) for param in model.parameters()]
+        for param, optimizer in zip(model.parameters(), optimizers, strict=True):
+            param.register_post_accumulate_grad_hook(lambda _, optimizer=optimizer: optimizer.step())
+    clipper.attach(*optimizers)
+    before = [param.detach().clone() for param in model.parameters()]
+    with pytest.raises(RuntimeError, match=r"SGD\.step was called inside backward\(\)"):
+        model(torch.ones(2, 3)).sum().backward()
+    assert all(torch.equal(param, old) for param, old in zip(model.parameters(), before, strict=True))
+
+
+class Horovod(torch.optim.SGD):
+    """Averages gradients in its step, as horovod's DistributedOptimizer."""
+
+    def synchronize(self) -> None: ...
+
+    def skip_synchronize(self) -> Any: ...
+
+
+REFUSED: dict[str, tuple[Callable[[nn.Parameter], Any], str]] = {
+    "averages in its step": (lambda weight: Horovod([weight], lr=1.0), r"Horovod averages .* clipper\.clip_\(\)"),
+    "steps in backward": (
+        lambda weight: ZeroRedundancyOptimizer([weight], torch.optim.SGD, lr=1.0, overlap_with_ddp=True),
+        r"ZeroRedundancyOptimizer with overlap_with_ddp=True",
+    ),
+    "no optimizer": (lambda weight: torch.optim.lr_scheduler.LRScheduler, r"clip by hand instead: clipper\.clip_\(\)"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+@pytest.mark.usefixtures("world_of_one")
+def test_what_cannot_be_attached_to_is_refused_by_name(kind: str) -> None:
+    weight = param()
+    clipper = dist_clip.GradClipper([("w", weight)], dist_clip.GlobalNorm(1.0))
+    make, message = REFUSED[kind]
+    with pytest.raises(TypeError, match=message):
+        clipper.attach(make(weight))
+    assert clipper.attachment is None
+
+
+def test_a_copy_of_an_attached_wrapper_steps_itself() -> None:
+    weight = param()
+    clipper = dist_clip.GradClipper([("w", weight)], dist_clip.GlobalNorm(1.0))
+    optimizer = NoHooks(torch.optim.SGD([weight], lr=1.0))
+    clipper.attach(optimizer)
+    twin = copy.deepcopy(optimizer)
+    (copied,) = twin.param_groups[0]["params"]
+    assert moved(twin, copied, 1.0) == pytest.approx(2.0)
+    assert clipper.steps == 0
+    assert float(weight.detach().norm()) == 0.0
 
 
 class MovesAnyway(torch.optim.Optimizer):
