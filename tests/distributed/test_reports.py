@@ -230,9 +230,7 @@ MARKS: dict[str, list[pytest.MarkDecorator]] = {
         ),
     ],
     "DTensors beside plain tensors": [
-        report(
-            "huggingface/accelerate#4219", situation="DTensors beside plain tensors in one clip", right="one norm"
-        ),
+        report("huggingface/accelerate#4219", situation="DTensors beside plain tensors in one clip", right="one norm"),
     ],
     "one dimension": [
         report(
@@ -302,7 +300,9 @@ MARKS: dict[str, list[pytest.MarkDecorator]] = {
 
 
 @pytest.mark.parametrize("max_norm", [1e-6, 1000.0], ids=["clips", "too large to clip"])
-@pytest.mark.parametrize("name", [pytest.param(name, marks=MARKS[name], id=name.replace(" ", "-")) for name in SITUATIONS])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=MARKS[name], id=name.replace(" ", "-")) for name in SITUATIONS]
+)
 def test_as_one_process_does(name: str, max_norm: float, results: dict[float, list[dict[str, Any]]]) -> None:
     due, grads = right(SITUATIONS[name], max_norm)
     assert due == pytest.approx(math.hypot(*(cut.norm for cut in SITUATIONS[name].values())), rel=3e-3)

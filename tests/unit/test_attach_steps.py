@@ -54,6 +54,11 @@ class SubSub(Sub):
 
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("cls", [Sub, SubSub])
+@pytest.mark.report(
+    "pytorch/pytorch#47655",
+    situation="a subclass's step calls its parent's: hooks run in both",
+    right="one clip a step, and a skip skips that step alone",
+)
 def test_a_step_that_calls_its_parents_is_one_step(cls: type[torch.optim.AdamW], fused: bool) -> None:
     """Third of six steps 1000 times too large: it is skipped, and no other; the reports are those of the steps."""
     torch.optim.AdamW([param()])  # marks AdamW's own step as one that runs hooks
@@ -109,6 +114,12 @@ WRAPPERS: dict[str, Callable[[nn.Parameter], Any]] = {
 @pytest.mark.parametrize("zero_grad", ["the optimizer's", "the model's"])
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 @pytest.mark.usefixtures("world_of_one")
+@pytest.mark.report(
+    "kozistr/pytorch_optimizer#122",
+    "kozistr/pytorch_optimizer#484",
+    situation="wrappers (Lookahead, PostLocalSGDOptimizer) whose step runs no hooks, or which have no dictionary for them",
+    right="each step is clipped, from the first on",
+)
 def test_a_wrappers_steps_are_clipped_from_the_first(wrapper: str, zero_grad: str) -> None:
     model = nn.ParameterDict({"w": param()})
     weight: nn.Parameter = model["w"]  # type: ignore[assignment]
@@ -270,6 +281,12 @@ REFUSED: dict[str, tuple[Callable[[nn.Parameter], Any], str]] = {
 
 @pytest.mark.parametrize("kind", REFUSED)
 @pytest.mark.usefixtures("world_of_one")
+@pytest.mark.report(
+    "horovod/horovod#1099",
+    situation="an optimizer averages gradients inside its step, after the clip",
+    right="clip between its `synchronize()` and its step",
+    here="error by name",
+)
 def test_what_cannot_be_attached_to_is_refused_by_name(kind: str) -> None:
     weight = param()
     clipper = dist_clip.GradClipper([("w", weight)], dist_clip.GlobalNorm(1.0))
@@ -421,6 +438,11 @@ def fresh() -> tuple[nn.Linear, torch.optim.Optimizer, dist_clip.GradClipper]:
 
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("clipper_first", [False, True])
+@pytest.mark.report(
+    "pytorch/pytorch#164929",
+    situation="torch's checkpoint functions step a fresh optimizer, with gradients of zeros, to make its state",
+    right="no clip: the state of the clipper stays as it is",
+)
 def test_a_checkpoint_functions_step_is_none(clipper_first: bool, scaled: bool) -> None:
     model, optimizer, clipper = fresh()
     clipper.attach(optimizer)

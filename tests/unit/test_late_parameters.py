@@ -64,6 +64,14 @@ CHANGES: list[Callable[[nn.Module], None]] = [
 
 @pytest.mark.parametrize("attached", [False, True])
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+@pytest.mark.report(
+    "huggingface/peft#1303",
+    "huggingface/peft#2759",
+    "huggingface/transformers#3532",
+    situation="adapters, heads and weights that come after the optimizer or the clipper was made",
+    right="clipped, or an error at the first clip that would miss one",
+    here="error by name",
+)
 def test_the_first_clip_that_would_miss_one_says_so(change: Callable[[nn.Module], None], attached: bool) -> None:
     model = model_of()
     clipper = dist_clip.GradClipper(model, dist_clip.GlobalNorm(0.1))
@@ -87,6 +95,7 @@ def test_the_first_clip_that_would_miss_one_says_so(change: Callable[[nn.Module]
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+@pytest.mark.report("huggingface/peft#1303")
 def test_refresh_takes_them_in_and_keeps_the_rest(change: Callable[[nn.Module], None]) -> None:
     model = model_of()
     clipper = dist_clip.GradClipper(model, dist_clip.AdaGC(warmup_steps=1))

@@ -121,6 +121,7 @@ def facts(params: list[nn.Parameter], optimizer: Any) -> list[str]:
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.report("kozistr/pytorch_optimizer#122")
 def test_steps_are_clipped_once_and_a_skip_changes_nothing(name: str) -> None:
     params, optimizer, clipper = attached(name)
     twins, plain = made(name)
