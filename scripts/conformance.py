@@ -32,11 +32,11 @@ RESULTS = ("right", "error by name", "not supported")
 
 HEAD = """# Reported elsewhere, tested here
 
-Norms that were too large or too small, clips that did nothing, and crashes, as people reported them in public. Each row
-says what the report is about, what is right, and which test holds it. The right value is always that of one process with
-plain tensors.
+Norms that were too large or too small, clips that did nothing, and crashes, as people reported them in public. Each
+row says what the report is about, what is right, and which test holds it. The right value is always that of one process
+with plain tensors.
 
-"error by name" is an error on all ranks that names the tensor or the optimizer and the way out. "not supported" says what
+"error by name" is an error on all ranks that names the tensor or the optimizer and the way out. "not supported" is what
 this library has nothing to do with. `python -m scripts.conformance` makes this page from the tests' `report` markers.
 
 """

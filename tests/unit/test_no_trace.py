@@ -23,10 +23,40 @@ CALLS: dict[str, Callable[[nn.Module, torch.optim.Optimizer], Any]] = {
     "clip_grad_norm_": lambda model, optimizer: dist_clip.clip_grad_norm_(model.parameters(), 1.0),
     "attach": lambda model, optimizer: attach_and_step(model, optimizer),
     "refresh": lambda model, optimizer: dist_clip.GradClipper(model, dist_clip.LogClip()).refresh(),
+    "explain": lambda model, optimizer: dist_clip.GradClipper(model, dist_clip.LogClip()).explain(),
+    "state": lambda model, optimizer: saved_and_loaded(model),
+    "an error": lambda model, optimizer: clip_a_nan(model),
+    "a wrapper": lambda model, optimizer: attach_and_step(model, Wrapper(optimizer)),
+    "removed": lambda model, optimizer: attach_and_step(model, optimizer).attachment.remove(),  # type: ignore[union-attr]
 }
 
 
-def attach_and_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> dist_clip.GradClipper:
+class Wrapper:
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.inner, self.param_groups = optimizer, optimizer.param_groups
+
+    def step(self) -> None:
+        self.inner.step()
+
+
+def saved_and_loaded(model: nn.Module) -> dist_clip.GradClipper:
+    clipper = dist_clip.GradClipper(model, dist_clip.AdaGC())
+    clipper.clip_()
+    clipper.load_state_dict(clipper.state_dict())
+    return clipper
+
+
+def clip_a_nan(model: nn.Module) -> Exception:
+    clipper = dist_clip.GradClipper(model, dist_clip.GlobalNorm(), nonfinite="raise")
+    grad = next(model.parameters()).grad
+    assert grad is not None
+    grad.mul_(torch.nan)
+    with pytest.raises(dist_clip.NonFiniteGradError) as caught:
+        clipper.clip_()
+    return caught.value
+
+
+def attach_and_step(model: nn.Module, optimizer: Any) -> dist_clip.GradClipper:
     clipper = dist_clip.GradClipper(model, dist_clip.LogClip(), nonfinite="skip")
     clipper.attach(optimizer)
     optimizer.step()
