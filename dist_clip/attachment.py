@@ -105,7 +105,10 @@ class Attachment:
         for optimizer in optimizers:
             _refuse_unfinished_gradients(optimizer)
             self._check_parameters(optimizer)
-        self._wrapped = {id(optimizer): _Wrapped(inner) for optimizer in optimizers if (inner := _inside_of(optimizer))}
+        inside = ((optimizer, _inside_of(optimizer)) for optimizer in optimizers)
+        self._wrapped = {
+            id(optimizer): _Wrapped(inner, self._check_inner) for optimizer, inner in inside if inner is not None
+        }
         # Optimizers whose step is torch's fused kernel and nothing else: it skips itself, without a host sync.
         self._fused = {id(optimizer) for optimizer in optimizers if _is_fused_alone(optimizer)}
         # Nothing is left on the optimizers unless all of them can be attached to.
@@ -153,6 +156,11 @@ class Attachment:
                 "call optimizer.step() of the object that was attached, not a reference to step from before attach()"
             )
 
+    def _check_inner(self, inner: Any, args: Any, kwargs: Any) -> None:
+        """As `_check_inside`, for the optimizer inside a wrapper, which a checkpoint function may be given."""
+        if not self._initialises_state(inner, args[1:], kwargs):
+            self._check_inside(inner, args, kwargs)
+
     def _step(self, optimizer: Any, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Clip if this step begins a round, then step; or skip where the round's clip says so."""
         if not self._attached or self._inside is not None:
@@ -175,11 +183,9 @@ class Attachment:
             self._inside = None
 
     def _run(self, optimizer: Any, step: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Step; raise if `optimizer` wraps another one and stepped neither it nor any parameter."""
+        """Step; raise if `optimizer` wraps another one and took no step, or took one of gradients that nobody clipped."""
         wrapped = self._wrapped.get(id(optimizer))
-        if wrapped is None:
-            return step(*args, **kwargs)
-        with wrapped.watching(optimizer):
+        with wrapped.watching(optimizer) if wrapped else contextlib.nullcontext(), _watching_gradients(optimizer):
             return step(*args, **kwargs)
 
     def _clip_round(self, optimizer: Any) -> None:
@@ -264,11 +270,12 @@ def _inside_of(optimizer: Any) -> Any:
 class _Wrapped:
     """The optimizer inside a wrapper, and whether it stepped."""
 
-    def __init__(self, inner: Any) -> None:
-        self.inner = inner
+    def __init__(self, inner: Any, check: Callable[..., None]) -> None:
+        self.inner, self._check = inner, check
         self._stepped = False
 
-    def note(self, *_: Any) -> None:
+    def note(self, inner: Any, args: Any, kwargs: Any) -> None:
+        self._check(inner, args, kwargs)
         self._stepped = True
 
     @contextlib.contextmanager
@@ -278,7 +285,7 @@ class _Wrapped:
         A wrapper's step may run no hooks; torch counts writes to a tensor as well.
         """
         self._stepped = False
-        before = _versions(wrapper)
+        before = _versions(wrapper) if _has_gradients(wrapper) else []
         yield
         if not self._stepped and before and _versions(wrapper) == before:
             name, inner = type(wrapper).__name__, type(self.inner).__name__
@@ -288,9 +295,28 @@ class _Wrapped:
             )
 
 
+@contextlib.contextmanager
+def _watching_gradients(optimizer: Any) -> Iterator[None]:
+    """Raise at the end if parameters were written to, though none of them has a gradient: then nothing was clipped.
+
+    Muon's authors make gradients of zeros where there are none, and step by momentum alone. That is no such step.
+    """
+    before = [] if _has_gradients(optimizer) else _versions(optimizer)
+    yield
+    if before and _versions(optimizer) != before and not _has_gradients(optimizer):
+        name = type(optimizer).__name__
+        raise RuntimeError(
+            f"{name}.step moved parameters, but none of them has a gradient in .grad: it keeps gradients elsewhere, where "
+            f"attach() does not clip them. {BY_HAND[0].upper()}{BY_HAND[1:]}; or hand the gradients over in .grad"
+        )
+
+
+def _has_gradients(optimizer: Any) -> bool:
+    return any(param.grad is not None for group in optimizer.param_groups for param in group["params"])
+
+
 def _versions(optimizer: Any) -> list[int]:
-    params = [param for group in optimizer.param_groups for param in group["params"] if param.grad is not None]
-    return [param._version for param in params]
+    return [param._version for group in optimizer.param_groups for param in group["params"]]
 
 
 def _refuse_unfinished_gradients(optimizer: Any) -> None:

@@ -79,8 +79,8 @@ class Construction:
         there = self.watch.parameters()
         ids = set(map(id, there.values()))
         for tensor in self.layout:
-            param = tensor.param
-            if param is not None and param.grad is not None and tensor.name not in there and id(param) not in ids:
+            left = tensor.param
+            if left is not None and left.grad is not None and tensor.name not in there and id(left) not in ids:
                 raise LayoutError(
                     f"rank {current_rank()}: {tensor.name!r} is no longer a parameter of the model, but it still has a "
                     "gradient, which would count in the norm: call clipper.refresh() on every rank, or set that gradient to "

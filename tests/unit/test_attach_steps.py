@@ -404,6 +404,76 @@ def test_a_step_past_the_attached_clipper_is_an_error() -> None:
     assert float(weight.detach().norm()) == 2.0
 
 
+@pytest.mark.parametrize("wrapper", ["Lookahead", "without hooks", "PostLocalSGD"])
+@pytest.mark.usefixtures("world_of_one")
+def test_a_step_of_the_optimizer_inside_an_attached_wrapper_is_an_error(wrapper: str) -> None:
+    weight = param()
+    optimizer = WRAPPERS[wrapper](weight)
+    inner = next(value for value in vars(optimizer).values() if isinstance(value, torch.optim.SGD))
+    clipper = dist_clip.GradClipper([("w", weight)], dist_clip.GlobalNorm(1.0))
+    handle = clipper.attach(optimizer)
+    weight.grad = torch.ones(4)
+    with pytest.raises(RuntimeError, match=r"SGD\.step was called past the attached clipper"):
+        inner.step()
+    assert float(weight.detach().norm()) == 0.0
+    optimizer.step()
+    assert clipper.steps == 1
+    handle.remove()
+    inner.step()
+
+
+def test_the_state_of_the_optimizer_inside_a_wrapper_can_be_made() -> None:
+    """By torch.distributed.checkpoint, which steps it with gradients of zeros at a learning rate of 0."""
+    model = nn.Linear(3, 2)
+    inner = torch.optim.AdamW(model.parameters(), lr=0.1)
+    clipper = dist_clip.GradClipper(model, dist_clip.GlobalNorm(1.0))
+    clipper.attach(NoHooks(inner))
+    get_optimizer_state_dict(model, inner)
+    assert clipper.steps == 0
+    assert len(inner.state) == 2
+
+
+class Offloads(torch.optim.Optimizer):
+    """Takes each gradient away as soon as it is there, as optimizers on the host do."""
+
+    def __init__(self, params: list[nn.Parameter]) -> None:
+        super().__init__(params, {"lr": 1.0})
+        for p in params:
+            p.register_post_accumulate_grad_hook(self.take)
+
+    def take(self, p: torch.Tensor) -> None:
+        self.state[p]["taken"], p.grad = p.grad, None
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for p, state in self.state.items():
+            p.sub_(state["taken"])
+
+
+def test_gradients_that_are_kept_elsewhere_are_an_error_at_the_first_step() -> None:
+    weight = param()
+    clipper = dist_clip.GradClipper([("w", weight)], dist_clip.GlobalNorm(1.0))
+    optimizer = Offloads([weight])
+    clipper.attach(optimizer)
+    (100 * weight).sum().backward()
+    with pytest.raises(
+        RuntimeError, match=r"Offloads\.step moved parameters, but none of them has a gradient in \.grad"
+    ):
+        optimizer.step()
+
+
+def test_a_step_without_gradients_that_moves_nothing_is_a_step() -> None:
+    """As of a network that is frozen for a while; and of Muon, which fills the gradients with zeros."""
+    weight = param(1.0)
+    clipper = dist_clip.GradClipper([("w", weight)], dist_clip.GlobalNorm(1.0))
+    for number, optimizer in enumerate((torch.optim.AdamW([weight]), MovesAnyway([weight])), start=1):
+        handle = clipper.attach(optimizer)
+        weight.grad = None
+        optimizer.step()
+        assert clipper.steps == number
+        handle.remove()
+
+
 @pytest.mark.parametrize("order", ["scheduler first", "attach first"])
 def test_schedulers_before_and_after(order: str) -> None:
     """A scheduler replaces the step as well; each is there once, and remove() takes off ours alone."""
