@@ -153,7 +153,8 @@ class Attachment:
         if self._inside is None:
             raise RuntimeError(
                 f"{type(optimizer).__name__}.step was called past the attached clipper, so its gradients are not clipped: "
-                "call optimizer.step() of the object that was attached, not a reference to step from before attach()"
+                "call optimizer.step() of the object that was attached, not a reference to step from before attach(). "
+                "Accelerate keeps one where it has a GradScaler: attach before accelerator.prepare()"
             )
 
     def _check_inner(self, inner: Any, args: Any, kwargs: Any) -> None:

@@ -135,6 +135,38 @@ def test_a_wrappers_steps_are_clipped_from_the_first(wrapper: str, zero_grad: st
     assert clipper.steps == 3
 
 
+class Scaled(torch.optim.Optimizer):
+    """As Accelerate's with a GradScaler: it keeps the step that the optimizer had, and puts it back each time."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer, self.kept = optimizer, optimizer.step
+        self.param_groups = optimizer.param_groups
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        self.optimizer.step = lambda *args: self.kept(*args)  # type: ignore[method-assign]
+        self.optimizer.step(closure)
+        self.optimizer.step = self.kept  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("attach_first", [False, True])
+def test_a_wrapper_that_keeps_the_step_it_found(attach_first: bool) -> None:
+    weight = param()
+    clipper = dist_clip.GradClipper([("w", weight)], dist_clip.GlobalNorm(1.0))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    if attach_first:
+        clipper.attach(optimizer)
+    wrapper = type("AcceleratedOptimizer", (Scaled,), {"__module__": "accelerate.optimizer"})(optimizer)
+    if attach_first:
+        for step in range(1, 4):
+            assert moved(wrapper, weight, 10.0, lambda: None) == pytest.approx(1.0)
+            assert clipper.steps == step
+        return
+    clipper.attach(wrapper)
+    with pytest.raises(RuntimeError, match=r"past the attached clipper.* attach before accelerator\.prepare\(\)"):
+        moved(wrapper, weight, 10.0, lambda: None)
+    assert float(weight.detach().norm()) == 0.0
+
+
 class Accumulating(torch.optim.Optimizer):
     """Steps the optimizer inside every other time only."""
 
