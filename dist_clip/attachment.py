@@ -105,10 +105,8 @@ class Attachment:
         for optimizer in optimizers:
             _refuse_unfinished_gradients(optimizer)
             self._check_parameters(optimizer)
-        inside = ((optimizer, _inside_of(optimizer)) for optimizer in optimizers)
-        self._wrapped = {
-            id(optimizer): _Wrapped(inner, self._check_inner) for optimizer, inner in inside if inner is not None
-        }
+        inside = {id(optimizer): _inside_of(optimizer) for optimizer in optimizers}
+        self._wrapped = {key: _Wrapped(inner, self._check_inner) for key, inner in inside.items() if inner}
         # Optimizers whose step is torch's fused kernel and nothing else: it skips itself, without a host sync.
         self._fused = {id(optimizer) for optimizer in optimizers if _is_fused_alone(optimizer)}
         # Nothing is left on the optimizers unless all of them can be attached to.
@@ -118,7 +116,8 @@ class Attachment:
                 undo.callback(_replace_step(optimizer, self._step))
                 undo.callback(_guard(optimizer, self._check_inside))
             for wrapped in self._wrapped.values():
-                undo.callback(_guard(wrapped.inner, wrapped.note))
+                for inner in wrapped.inner:
+                    undo.callback(_guard(inner, wrapped.note))
             self._undo = undo.pop_all()
         self._attached = True
 
@@ -262,16 +261,26 @@ def _only_defers(optimizer: Any) -> bool:
     return any(cls.__module__.partition(".")[0] in _DEFERRING for cls in type(optimizer).__mro__)
 
 
-def _inside_of(optimizer: Any) -> Any:
-    """The optimizer that `optimizer` wraps and keeps as an attribute, or None."""
-    kept = vars(optimizer).values() if hasattr(optimizer, "__dict__") else ()
-    return next((value for value in kept if value is not optimizer and _is_optimizer(value)), None)
+def _inside_of(optimizer: Any) -> list[Any]:
+    """All optimizers that `optimizer` wraps, directly or not: attributes, or entries of a list or dictionary that is one."""
+    found = {id(optimizer): optimizer}
+    waiting = [optimizer]
+    while waiting:
+        outer = waiting.pop()
+        for value in vars(outer).values() if hasattr(outer, "__dict__") else ():
+            several = (
+                value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else [value]
+            )
+            new = {id(each): each for each in several if _is_optimizer(each) and id(each) not in found}
+            found |= new
+            waiting += new.values()
+    return list(found.values())[1:]
 
 
 class _Wrapped:
-    """The optimizer inside a wrapper, and whether it stepped."""
+    """The optimizers inside a wrapper, and whether one of them stepped."""
 
-    def __init__(self, inner: Any, check: Callable[..., None]) -> None:
+    def __init__(self, inner: list[Any], check: Callable[..., None]) -> None:
         self.inner, self._check = inner, check
         self._stepped = False
 
@@ -289,7 +298,7 @@ class _Wrapped:
         before = _versions(wrapper) if _has_gradients(wrapper) else []
         yield
         if not self._stepped and before and _versions(wrapper) == before:
-            name, inner = type(wrapper).__name__, type(self.inner).__name__
+            name, inner = type(wrapper).__name__, " and the ".join(type(each).__name__ for each in self.inner)
             raise RuntimeError(
                 f"{name}.step took no step, but its gradients are clipped: if it gathers them over several calls, they are "
                 f"clipped too often. Attach the {inner} that it wraps instead, whose steps are clipped where they are taken"

@@ -186,6 +186,38 @@ class Accumulating(torch.optim.Optimizer):
 Accelerated = type("AcceleratedOptimizer", (Accumulating,), {"__module__": "accelerate.optimizer"})
 
 
+class Combined:
+    """Two optimizers that step as one, as for Muon and AdamW."""
+
+    def __init__(self, *optimizers: torch.optim.Optimizer) -> None:
+        self.optimizers = optimizers
+
+    @property
+    def param_groups(self) -> Any:
+        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
+
+    def step(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+
+def test_optimizers_that_step_as_one_are_clipped_once() -> None:
+    a, b = param(), param()
+    clipper = dist_clip.GradClipper([("a", a), ("b", b)], dist_clip.GlobalNorm(1.0), skip_above=50.0)
+    optimizer = Combined(torch.optim.SGD([a], lr=1.0), torch.optim.AdamW([b], lr=0.1, fused=True))
+    clipper.attach(optimizer)
+    for grad, skipped in ((3.0, False), (1000.0, True), (3.0, False)):
+        before = a.detach().clone(), b.detach().clone()
+        a.grad, b.grad = torch.full((4,), grad), torch.full((4,), grad)
+        optimizer.step()
+        assert float((a.detach() - before[0]).norm()) == pytest.approx(0.0 if skipped else 0.5**0.5)
+        assert torch.equal(b, before[1]) is skipped
+    assert clipper.steps == 2
+    for inner in optimizer.optimizers:
+        with pytest.raises(RuntimeError, match="was called past the attached clipper"):
+            inner.step()
+
+
 def test_a_wrapper_that_only_decides_whether_to_step_is_unwrapped() -> None:
     """Accelerate's and Lightning's: they step only where gradients are complete."""
     weight = param()
@@ -436,12 +468,14 @@ def test_a_step_past_the_attached_clipper_is_an_error() -> None:
     assert float(weight.detach().norm()) == 2.0
 
 
-@pytest.mark.parametrize("wrapper", ["Lookahead", "without hooks", "PostLocalSGD"])
+@pytest.mark.parametrize("wrapper", ["Lookahead", "without hooks", "a wrapped wrapper", "PostLocalSGD"])
 @pytest.mark.usefixtures("world_of_one")
 def test_a_step_of_the_optimizer_inside_an_attached_wrapper_is_an_error(wrapper: str) -> None:
     weight = param()
     optimizer = WRAPPERS[wrapper](weight)
-    inner = next(value for value in vars(optimizer).values() if isinstance(value, torch.optim.SGD))
+    inner = optimizer
+    while not isinstance(inner, torch.optim.SGD):
+        inner = next(v for name, v in vars(inner).items() if name in ("inner", "optimizer", "optim"))
     clipper = dist_clip.GradClipper([("w", weight)], dist_clip.GlobalNorm(1.0))
     handle = clipper.attach(optimizer)
     weight.grad = torch.ones(4)
