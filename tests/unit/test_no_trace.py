@@ -124,11 +124,32 @@ def test_lists_of_parameters_are_told_apart() -> None:
         assert float(dist_clip.clip_grad_norm_(chosen, 1.0)) == pytest.approx((4 * len(chosen)) ** 0.5)
 
 
-@pytest.mark.parametrize("policy", [dist_clip.GlobalNorm(), dist_clip.AdaGC(scope="shard", warmup_steps=0)], ids=str)
-def test_a_report_can_be_sent_to_another_process(policy: dist_clip.Policy) -> None:
-    model, _ = made(sharded=False)
-    report = dist_clip.GradClipper(model, policy).clip_()
-    again = pickle.loads(pickle.dumps(report))
+SENT: dict[str, tuple[dist_clip.Policy, dict[str, Any]]] = {
+    "global": (dist_clip.GlobalNorm(), {}),
+    "by shard": (dist_clip.AdaGC(scope="shard", warmup_steps=0), {}),
+    "by tensor, no global norm": (dist_clip.LogClip(warmup_steps=0), {}),
+    "skipped for its size": (dist_clip.ZClip(), {"skip_above": 1e-6}),
+    "skipped for a NaN": (dist_clip.AdaGC(), {"nonfinite": "skip"}),
+    "without a gradient": (dist_clip.GlobalNorm(), {}),
+}
+
+
+@pytest.mark.parametrize(
+    "how", [lambda report: pickle.loads(pickle.dumps(report)), copy.deepcopy], ids=["pickle", "copy"]
+)
+@pytest.mark.parametrize("kind", SENT)
+def test_a_report_can_be_sent_to_another_process(kind: str, how: Callable[[Any], Any]) -> None:
+    model, optimizer = made(sharded=False)
+    if kind == "skipped for a NaN":
+        next(model.parameters()).grad.mul_(torch.nan)  # type: ignore[union-attr]
+    if kind == "without a gradient":
+        optimizer.zero_grad()
+    policy, options = SENT[kind]
+    report = dist_clip.GradClipper(model, policy, **options).clip_()
+    again = how(report)
     assert str(again) == str(report)
-    assert torch.equal(again.scales, report.scales)
-    assert again.global_norm == report.global_norm
+    assert bool(again.skip) is bool(report.skip) is kind.startswith("skipped")
+    for name in ("scales", "tensor_norms", "global_norm", "clipped_global_norm", "num_grads", "empty", "names"):
+        one, other = getattr(again, name), getattr(report, name)
+        same = one.equal(other) or bool(one.isnan().any()) if isinstance(one, torch.Tensor) else one == other
+        assert same, name
