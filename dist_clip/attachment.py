@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.amp import GradScaler
 from torch.distributed.tensor import DTensor
 
@@ -183,10 +184,44 @@ class Attachment:
             self._inside = None
 
     def _run(self, optimizer: Any, step: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Step; raise if `optimizer` wraps another one and took no step, or took one of gradients that nobody clipped."""
+        """Step, and raise if no step was taken of the gradients that were clipped."""
+        before = self._look_before(optimizer)
+        result = step(*args, **kwargs)
+        self._look_after(optimizer, before)
+        return result
+
+    @_disable_dynamo
+    def _look_before(self, optimizer: Any) -> tuple[bool, list[int]]:
+        """Return whether there is a gradient, and how often each parameter was written to; see `_look_after`."""
+        if wrapped := self._wrapped.get(id(optimizer)):
+            wrapped.stepped = False
+        gradients = _has_gradients(optimizer)
+        return gradients, _versions(optimizer) if wrapped or not gradients else []
+
+    @_disable_dynamo
+    def _look_after(self, optimizer: Any, before: tuple[bool, list[int]]) -> None:
+        """Raise for a wrapper that stepped nothing, and for an optimizer that moved parameters by gradients kept elsewhere.
+
+        Both are told by writes to parameters, which torch counts; a wrapper's step also by the steps inside it, for some
+        write past the count. Muon's authors make gradients of zeros where there are none, and step by momentum alone:
+        that is no step by gradients kept elsewhere.
+        """
+        gradients, versions = before
+        if not versions:
+            return
+        name, moved = type(optimizer).__name__, _versions(optimizer) != versions
+        if moved and not gradients and not _has_gradients(optimizer):
+            raise RuntimeError(
+                f"{name}.step moved parameters, but none of them has a gradient in .grad: it keeps gradients elsewhere, "
+                f"where attach() does not clip them. {BY_HAND[0].upper()}{BY_HAND[1:]}; or hand the gradients over in .grad"
+            )
         wrapped = self._wrapped.get(id(optimizer))
-        with wrapped.watching(optimizer) if wrapped else contextlib.nullcontext(), _watching_gradients(optimizer):
-            return step(*args, **kwargs)
+        if wrapped and gradients and not moved and not wrapped.stepped:
+            inner = " and the ".join(type(each).__name__ for each in wrapped.inner)
+            raise RuntimeError(
+                f"{name}.step took no step, but its gradients are clipped: if it gathers them over several calls, they are "
+                f"clipped too often. Attach the {inner} that it wraps instead, whose steps are clipped where they are taken"
+            )
 
     def _clip_round(self, optimizer: Any) -> None:
         if torch._C._current_graph_task_id() != -1:
@@ -282,43 +317,12 @@ class _Wrapped:
 
     def __init__(self, inner: list[Any], check: Callable[..., None]) -> None:
         self.inner, self._check = inner, check
-        self._stepped = False
+        self.stepped = False
 
+    @_disable_dynamo
     def note(self, inner: Any, args: Any, kwargs: Any) -> None:
         self._check(inner, args, kwargs)
-        self._stepped = True
-
-    @contextlib.contextmanager
-    def watching(self, wrapper: Any) -> Iterator[None]:
-        """Raise at the end if nothing stepped: then the clip was of gradients that are still to be added to.
-
-        A wrapper's step may run no hooks; torch counts writes to a tensor as well.
-        """
-        self._stepped = False
-        before = _versions(wrapper) if _has_gradients(wrapper) else []
-        yield
-        if not self._stepped and before and _versions(wrapper) == before:
-            name, inner = type(wrapper).__name__, " and the ".join(type(each).__name__ for each in self.inner)
-            raise RuntimeError(
-                f"{name}.step took no step, but its gradients are clipped: if it gathers them over several calls, they are "
-                f"clipped too often. Attach the {inner} that it wraps instead, whose steps are clipped where they are taken"
-            )
-
-
-@contextlib.contextmanager
-def _watching_gradients(optimizer: Any) -> Iterator[None]:
-    """Raise at the end if parameters were written to, though none of them has a gradient: then nothing was clipped.
-
-    Muon's authors make gradients of zeros where there are none, and step by momentum alone. That is no such step.
-    """
-    before = [] if _has_gradients(optimizer) else _versions(optimizer)
-    yield
-    if before and _versions(optimizer) != before and not _has_gradients(optimizer):
-        name = type(optimizer).__name__
-        raise RuntimeError(
-            f"{name}.step moved parameters, but none of them has a gradient in .grad: it keeps gradients elsewhere, where "
-            f"attach() does not clip them. {BY_HAND[0].upper()}{BY_HAND[1:]}; or hand the gradients over in .grad"
-        )
+        self.stepped = True
 
 
 def _has_gradients(optimizer: Any) -> bool:

@@ -186,6 +186,22 @@ class Accumulating(torch.optim.Optimizer):
 Accelerated = type("AcceleratedOptimizer", (Accumulating,), {"__module__": "accelerate.optimizer"})
 
 
+class ZeroesAfterwards(NoHooks):
+    def step(self) -> None:
+        super().step()
+        self.zero_grad()
+
+
+def test_a_wrapper_that_takes_the_gradients_away_after_its_step() -> None:
+    weight = param()
+    clipper = dist_clip.GradClipper([("w", weight)], dist_clip.GlobalNorm(1.0))
+    optimizer = ZeroesAfterwards(torch.optim.SGD([weight], lr=1.0))
+    clipper.attach(optimizer)
+    for step in range(1, 3):
+        assert moved(optimizer, weight, 10.0) == pytest.approx(1.0)
+        assert clipper.steps == step
+
+
 class Combined:
     """Two optimizers that step as one, as for Muon and AdamW."""
 
