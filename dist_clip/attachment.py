@@ -22,6 +22,9 @@ from dist_clip.reduction.grad_version import ClippedGradients
 from dist_clip.step import ClipReport
 from dist_clip.step.grad_scaler import check_unscaled
 
+_DEFERRING = ("accelerate", "lightning", "lightning_fabric", "pytorch_lightning")
+"""Packages whose wrappers keep an optimizer as ``.optimizer`` and only decide whether it steps."""
+
 BY_HAND = "clip by hand instead: clipper.clip_() before its step, and no step where clipper.last_report.skip is set"
 
 
@@ -50,8 +53,9 @@ class Attachment:
     optimizer on another way is an error, because nothing would clip it.
 
     Args:
-        optimizers: objects with ``step`` and ``param_groups``, at least one, each once. Wrappers that keep the optimizer
-            as ``.optimizer`` (Accelerate, Lightning Fabric) are unwrapped: they may decide not to step.
+        optimizers: objects with ``step`` and ``param_groups``, at least one, each once. Accelerate's and Lightning's
+            wrappers are unwrapped: they may decide not to step. Others are not: what they do around the step of the
+            optimizer inside belongs to the step, and a skip must skip it as well.
         clip_: clips all gradients and returns the report.
         layout: the logical tensors that are clipped.
         known: ids of all parameters of the clipper's target, excluded ones included.
@@ -60,7 +64,8 @@ class Attachment:
         process_group: all ranks that train the model; None for all there are.
 
     Raises:
-        TypeError: no optimizer, or an object that is none, or one whose ``step`` cannot be replaced.
+        TypeError: no optimizer, or an object that is none, or one whose ``step`` cannot be replaced, or whose gradients
+            are not complete before its step.
         RuntimeError: the same optimizer twice.
         LayoutError: an optimizer holds a parameter that is not in `known`.
 
@@ -99,13 +104,21 @@ class Attachment:
         self._clipped = ClippedGradients()
         self._params: dict[int, list[int]] = {}
         for optimizer in optimizers:
+            _refuse_unfinished_gradients(optimizer)
             self._check_parameters(optimizer)
+        inside = {id(optimizer): _inside_of(optimizer) for optimizer in optimizers}
+        self._wrapped = {key: _Wrapped(inner, self._check_inner) for key, inner in inside.items() if inner}
+        # Optimizers whose step is torch's fused kernel and nothing else: it skips itself, without a host sync.
+        self._fused = {id(optimizer) for optimizer in optimizers if _is_fused_alone(optimizer)}
         # Nothing is left on the optimizers unless all of them can be attached to.
         self._undo = contextlib.ExitStack()
         with contextlib.ExitStack() as undo:
             for optimizer in optimizers:
                 undo.callback(_replace_step(optimizer, self._step))
                 undo.callback(_guard(optimizer, self._check_inside))
+            for wrapped in self._wrapped.values():
+                for inner in wrapped.inner:
+                    undo.callback(_guard(inner, wrapped.note))
             self._undo = undo.pop_all()
         self._attached = True
 
@@ -141,8 +154,14 @@ class Attachment:
         if self._inside is None:
             raise RuntimeError(
                 f"{type(optimizer).__name__}.step was called past the attached clipper, so its gradients are not clipped: "
-                "call optimizer.step() of the object that was attached, not a reference to step from before attach()"
+                "call optimizer.step() of the object that was attached, not a reference to step from before attach(). "
+                "Accelerate keeps one where it has a GradScaler: attach before accelerator.prepare()"
             )
+
+    def _check_inner(self, inner: Any, args: Any, kwargs: Any) -> None:
+        """As `_check_inside`, for the optimizer inside a wrapper, which a checkpoint function may be given."""
+        if not self._initialises_state(inner, args[1:], kwargs):
+            self._check_inside(inner, args, kwargs)
 
     def _step(self, optimizer: Any, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Clip if this step begins a round, then step; or skip where the round's clip says so."""
@@ -155,18 +174,63 @@ class Attachment:
                 return step(*args, **kwargs)
             self._clip_round(optimizer)
             if not self._may_skip:
-                return step(*args, **kwargs)
+                return self._run(optimizer, step, args, kwargs)
             assert self._report is not None
             skip = self._report.skip
-            if getattr(optimizer, "_step_supports_amp_scaling", False) and not _holds_dtensors(optimizer):
+            if id(optimizer) in self._fused and not _holds_dtensors(optimizer):
                 with _found_inf(optimizer, skip):
                     return step(*args, **kwargs)
-            return None if bool(skip) else step(*args, **kwargs)
+            return None if bool(skip) else self._run(optimizer, step, args, kwargs)
         finally:
             self._inside = None
 
+    def _run(self, optimizer: Any, step: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Step, and raise if no step was taken of the gradients that were clipped."""
+        before = self._look_before(optimizer)
+        result = step(*args, **kwargs)
+        self._look_after(optimizer, before)
+        return result
+
+    @_disable_dynamo
+    def _look_before(self, optimizer: Any) -> tuple[bool, list[int]]:
+        """Return whether there is a gradient, and how often each parameter was written to; see `_look_after`."""
+        if wrapped := self._wrapped.get(id(optimizer)):
+            wrapped.stepped = False
+        gradients = _has_gradients(optimizer)
+        return gradients, _versions(optimizer) if wrapped or not gradients else []
+
+    @_disable_dynamo
+    def _look_after(self, optimizer: Any, before: tuple[bool, list[int]]) -> None:
+        """Raise for a wrapper that stepped nothing, and for an optimizer that moved parameters by gradients kept elsewhere.
+
+        Both are told by writes to parameters, which torch counts; a wrapper's step also by the steps inside it, for some
+        write past the count. Muon's authors make gradients of zeros where there are none, and step by momentum alone:
+        that is no step by gradients kept elsewhere.
+        """
+        gradients, versions = before
+        if not versions:
+            return
+        name, moved = type(optimizer).__name__, _versions(optimizer) != versions
+        if moved and not gradients and not _has_gradients(optimizer):
+            raise RuntimeError(
+                f"{name}.step moved parameters, but none of them has a gradient in .grad: it keeps gradients elsewhere, "
+                f"where attach() does not clip them. {BY_HAND[0].upper()}{BY_HAND[1:]}; or hand the gradients over in .grad"
+            )
+        wrapped = self._wrapped.get(id(optimizer))
+        if wrapped and gradients and not moved and not wrapped.stepped:
+            inner = " and the ".join(type(each).__name__ for each in wrapped.inner)
+            raise RuntimeError(
+                f"{name}.step took no step, but its gradients are clipped: if it gathers them over several calls, they are "
+                f"clipped too often. Attach the {inner} that it wraps instead, whose steps are clipped where they are taken"
+            )
+
     @_disable_dynamo
     def _clip_round(self, optimizer: Any) -> None:
+        if torch._C._current_graph_task_id() != -1:
+            raise RuntimeError(
+                f"{type(optimizer).__name__}.step was called inside backward(), before all gradients are there: their norm "
+                "is not known yet. Step after backward(), or clip in no step that a gradient's hook takes"
+            )
         if getattr(optimizer, "grad_scale", None) is not None:
             raise RuntimeError(
                 "the gradients are still multiplied by the GradScaler's scale (a fused optimizer unscales inside its "
@@ -219,7 +283,9 @@ def _unwrapped(optimizer: Any) -> Any:
     Raises:
         TypeError: no optimizer.
     """
-    while _is_optimizer(inner := getattr(optimizer, "optimizer", None)):
+    while (_only_defers(optimizer) or not _is_optimizer(optimizer)) and _is_optimizer(
+        inner := getattr(optimizer, "optimizer", None)
+    ):
         optimizer = inner
     if not _is_optimizer(optimizer):
         raise TypeError(
@@ -227,6 +293,74 @@ def _unwrapped(optimizer: Any) -> Any:
             f"{BY_HAND}"
         )
     return optimizer
+
+
+def _only_defers(optimizer: Any) -> bool:
+    return any(cls.__module__.partition(".")[0] in _DEFERRING for cls in type(optimizer).__mro__)
+
+
+def _inside_of(optimizer: Any) -> list[Any]:
+    """All optimizers that `optimizer` wraps, directly or not: attributes, or entries of a list or dictionary that is one."""
+    found = {id(optimizer): optimizer}
+    waiting = [optimizer]
+    while waiting:
+        outer = waiting.pop()
+        for value in vars(outer).values() if hasattr(outer, "__dict__") else ():
+            several = (
+                value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else [value]
+            )
+            new = {id(each): each for each in several if _is_optimizer(each) and id(each) not in found}
+            found |= new
+            waiting += new.values()
+    return list(found.values())[1:]
+
+
+class _Wrapped:
+    """The optimizers inside a wrapper, and whether one of them stepped."""
+
+    def __init__(self, inner: list[Any], check: Callable[..., None]) -> None:
+        self.inner, self._check = inner, check
+        self.stepped = False
+
+    @_disable_dynamo
+    def note(self, inner: Any, args: Any, kwargs: Any) -> None:
+        self._check(inner, args, kwargs)
+        self.stepped = True
+
+
+def _has_gradients(optimizer: Any) -> bool:
+    return any(param.grad is not None for group in optimizer.param_groups for param in group["params"])
+
+
+def _versions(optimizer: Any) -> list[int]:
+    return [param._version for group in optimizer.param_groups for param in group["params"]]
+
+
+def _refuse_unfinished_gradients(optimizer: Any) -> None:
+    """Raise for an optimizer whose step, or whose backward, does what has to come before the clip."""
+    name = type(optimizer).__name__
+    if getattr(optimizer, "_overlap_with_ddp", False):
+        raise TypeError(
+            f"{name} with overlap_with_ddp=True steps inside backward(), before the norm of all gradients is known: "
+            "attach() needs overlap_with_ddp=False"
+        )
+    if callable(getattr(optimizer, "skip_synchronize", None)):
+        raise TypeError(
+            f"{name} averages gradients over the ranks inside its step, after attach() would have clipped them. Clip by "
+            "hand: optimizer.synchronize(), clipper.clip_(), then its step inside `with optimizer.skip_synchronize():`"
+        )
+
+
+def _is_fused_alone(optimizer: Any) -> bool:
+    """Whether the step is a fused kernel of torch's, which looks at ``found_inf``, and no more than that.
+
+    A subclass, a wrapper that passes attributes on, and a step of the user's own do more, which a skip must skip, too.
+    """
+    if not isinstance(optimizer, torch.optim.Optimizer) or not vars(optimizer).get("_step_supports_amp_scaling", False):
+        return False
+    own = vars(optimizer).get("step")
+    of_torch = own is None or hasattr(own, "_wrapped_by_lr_sched") or hasattr(own, "_torchdynamo_orig_callable")
+    return of_torch and type(optimizer).step.__module__.startswith("torch.optim.")
 
 
 def _is_optimizer(value: Any) -> bool:
@@ -244,6 +378,8 @@ def _replace_step(optimizer: Any, run: Callable[..., Any]) -> Callable[[], None]
 
     @functools.wraps(step)
     def replaced(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self is not optimizer:  # a copy of it, which nobody attached to
+            return type(self).step(self, *args, **kwargs)
         return run(optimizer, step, *args, **kwargs)
 
     # A method, for torch's schedulers ask for its __func__.

@@ -335,16 +335,19 @@ class GradClipper:
 
         Args:
             optimizers: objects with ``step`` and ``param_groups`` that step parameters of the clipper's target, each once:
-                torch optimizers, and wrappers of them.
+                torch optimizers, and wrappers of them. What a wrapper does around the step of the optimizer inside belongs
+                to the step. Accelerate's and Lightning's wrappers only decide whether to step, and are unwrapped.
 
         Returns:
             A handle; ``handle.remove()`` detaches. (``dist_clip.<framework>.attach`` makes a clipper and returns it.)
 
         Raises:
             LayoutError: an optimizer holds a parameter that this clipper does not know.
-            TypeError: no optimizer, or an object that is none, or one whose step cannot be replaced.
+            TypeError: no optimizer, or an object that is none, or one whose step cannot be replaced, or whose gradients
+                are not complete before its step (Horovod's, ZeroRedundancyOptimizer with ``overlap_with_ddp``).
             RuntimeError: already attached, or the same optimizer twice. At a step: a closure, gradients that a GradScaler
-                has not unscaled yet, or a step that reaches the optimizer past the clipper.
+                has not unscaled yet, a step that reaches the optimizer past the clipper, one inside backward, or one in
+                which a wrapper did not step.
 
         Example:
             >>> import dist_clip

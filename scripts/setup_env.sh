@@ -14,6 +14,8 @@ if [ "$(cat "$stamp" 2>/dev/null || true)" != "$want" ]; then
   # torch first and by its exact pin, so that an index or a local wheel chosen for it by the user's pip is used.
   "$PYTHON" -m pip install --quiet --disable-pip-version-check "$(grep '^torch==' scripts/constraints.txt)" -c scripts/constraints.txt
   "$PYTHON" -m pip install --quiet --disable-pip-version-check -c scripts/constraints.txt -e ".[$extra]"
+  # Tests attach to timm's optimizers, which need torch alone. Its models need a torchvision built for this very torch.
+  [ "$extra" != dev ] || "$PYTHON" -m pip install --quiet --disable-pip-version-check --no-deps -c scripts/constraints.txt timm
   echo "$want" > "$stamp"
 fi
 # Multi-process runs on a small machine: one thread a process.

@@ -263,7 +263,7 @@ class ZClip:
             return 1.0 if self.max_norm is None else at_most_one(self.max_norm / (norm + 1e-6))
         if math.isnan(norm):
             return math.nan
-        threshold = self._threshold(norm)
+        threshold = self.threshold(norm)
         applied = norm if threshold is None else threshold
         if self.max_norm is not None:
             applied = min(applied, self.max_norm)
@@ -274,18 +274,24 @@ class ZClip:
             self.var = self.alpha * self.var + (1 - self.alpha) * (x - self.mean) ** 2
         return scale
 
-    def _threshold(self, norm: float) -> float | None:
+    def threshold(self, norm: float) -> float | None:
         """Return the norm to clip to, or None if this norm is no spike."""
         std = math.sqrt(self.var)
         if self.mode == "percentile":
-            limit = self.mean + self.z_thresh * std
-            return limit if norm > limit else None
-        z = (norm - self.mean) / (std + self.eps)
-        if z <= self.z_thresh:
-            return None
+            spike = norm > self.mean + self.z_thresh * std
+        else:
+            spike = (norm - self.mean) / (std + self.eps) > self.z_thresh
+        return self.limit(norm, self.mean, self.var) if spike else None
+
+    def limit(self, norm: float, mean: float, var: float) -> float:
+        """Return the norm to clip a spike to, with a mean and a variance."""
+        std = math.sqrt(var)
+        if self.mode == "percentile":
+            return mean + self.z_thresh * std
         if self.clip_option == "mean":
-            return self.mean
-        return self.clip_factor * (self.mean + self.z_thresh * std / (z / self.z_thresh))
+            return mean
+        z = (norm - mean) / (std + self.eps)
+        return self.clip_factor * (mean + self.z_thresh * std / (z / self.z_thresh))
 
     def memory(self, name: Hashable) -> dict[str, float]:
         if not self.record:

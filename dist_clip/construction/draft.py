@@ -64,7 +64,7 @@ class Construction:
     replicas: ReplicaCheck
 
     def check_not_stale(self, *, thorough: bool) -> None:
-        """Check that no parameter came after the construction whose gradient would be missed.
+        """Check that no parameter came after the construction whose gradient would be missed, and none went with one.
 
         Args:
             thorough: also look at parameters without a gradient, as is worth it once.
@@ -81,6 +81,19 @@ class Construction:
                     "gradient would not be clipped: construct the clipper after whatever replaces or adds parameters "
                     "(fully_shard, parallelize_module, to_empty, a new head or adapter), outside forward and backward; or "
                     "call clipper.refresh() on every rank, which takes them in and keeps what is known of the others"
+                )
+        if not self.watch.changed():
+            return
+        # By name as well: a parameter in whose place is another one is the other check's, which waits for its gradient.
+        there = self.watch.parameters()
+        ids = set(map(id, there.values()))
+        for tensor in self.layout:
+            left = tensor.param
+            if left is not None and left.grad is not None and tensor.name not in there and id(left) not in ids:
+                raise LayoutError(
+                    f"rank {current_rank()}: {tensor.name!r} is no longer a parameter of the model, but it still has a "
+                    "gradient, which would count in the norm: call clipper.refresh() on every rank, or set that gradient to "
+                    "None before the parameter is taken away"
                 )
 
 

@@ -126,18 +126,24 @@ class ReplicaCheck:
         """
         alike = torch.zeros_like(sums[:, 0])
         for marked in (False, True):
-            groups: dict[int, tuple[dist.ProcessGroup, list[int]]] = {}
-            for i, tensor in enumerate(self._layout):
-                for group in tensor.norm_groups:
-                    if any(group is mark for mark in tensor.marked_groups) is marked:
-                        groups.setdefault(id(group), (group, []))[1].append(i)
-            for group, members in groups.values():
-                index = torch.tensor(members, device=sums.device)
-                packed = sums[index]
-                if marked:
-                    alike[index] = torch.maximum(alike[index], _all_alike(packed, group))
-                dist.all_reduce(packed, group=group)
-                sums[index] = packed
+            chains = [
+                [group for group in tensor.norm_groups if any(group is mark for mark in tensor.marked_groups) is marked]
+                for tensor in self._layout
+            ]
+            # All first groups, then all second ones: a tensor's groups come in one order on all ranks, also where only some
+            # ranks have another tensor over one of them.
+            for place in range(max(map(len, chains), default=0)):
+                groups: dict[int, tuple[dist.ProcessGroup, list[int]]] = {}
+                for i, chain in enumerate(chains):
+                    if place < len(chain):
+                        groups.setdefault(id(chain[place]), (chain[place], []))[1].append(i)
+                for group, members in groups.values():
+                    index = torch.tensor(members, device=sums.device)
+                    packed = sums[index]
+                    if marked:
+                        alike[index] = torch.maximum(alike[index], _all_alike(packed, group))
+                    dist.all_reduce(packed, group=group)
+                    sums[index] = packed
         return sums, alike
 
     def _judge(self, most: Tensor, mine: dict[str, float]) -> None:

@@ -262,6 +262,12 @@ def test_shards_of_another_layout_start_afresh_and_say_so(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(("first", "second"), [(("hsdp", 4), ("fsdp", 2)), (("fsdp", 2), ("hsdp", 4))])
+@pytest.mark.report(
+    "mosaicml/composer#3313",
+    "pytorch/torchtitan#561",
+    situation="HSDP resumes with another number of replicas",
+    right='the state goes on, also at scope "shard"',
+)
 def test_shards_of_the_same_cut_load_whatever_the_mesh(
     first: tuple[str, int], second: tuple[str, int], tmp_path: Path
 ) -> None:

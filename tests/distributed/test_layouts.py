@@ -66,6 +66,11 @@ FAST = {("ddp", 2), ("fsdp", 2), ("tp-fsdp", 4), ("pp", 2)}
     "case",
     [pytest.param(c, id=str(c), marks=[pytest.mark.fast] * ((c.layout, c.world) in FAST)) for c in CASES],
 )
+@pytest.mark.report(
+    "bluorion-com/ZClip#2",
+    situation="ZClip follows the norm of one rank's shards",
+    right="it follows the global norm: the same state on all ranks",
+)
 def test_training(case: Case, pytestconfig: pytest.Config) -> None:
     policies = case.policies(pytestconfig.getoption("every_policy"))
     dtype = torch.float32 if case.optimizer == "adamw" else torch.float64

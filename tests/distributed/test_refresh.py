@@ -49,6 +49,7 @@ def adapter_on_a_sharded_model() -> dict[str, Any]:
     return {"told": told, "kept": kept, "norms": norms, "steps": clipper.steps, "squares": local, "report": report}
 
 
+@pytest.mark.report("huggingface/peft#1303")
 def test_an_adapter_on_a_sharded_model() -> None:
     ranks = pool(2).run(adapter_on_a_sharded_model)
     for rank in ranks:

@@ -115,6 +115,12 @@ def local(grad: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2", "tp"])
+@pytest.mark.report(
+    "hpcaitech/ColossalAI#2192",
+    situation="ranks hold other experts under one name, unmarked, and are taken for copies",
+    right="an error on all ranks; with `sharded=`, one norm of all experts",
+    here="error by name",
+)
 def test_plain_experts_are_an_error_on_every_rank(kind: str) -> None:
     ranks = pool(2).run(clip, kind)
     assert len({rank["error"] for rank in ranks}) == 1
@@ -130,6 +136,8 @@ def test_plain_experts_are_an_error_on_every_rank(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2", "tp"])
+@pytest.mark.report("hpcaitech/ColossalAI#2192")
+@pytest.mark.report("deepspeedai/DeepSpeed#8475")
 def test_plain_experts_said_by_hand_are_measured_as_one(kind: str) -> None:
     ranks = pool(2).run(clip, kind, sharded="world")
     gradients = whole_gradients(2)
@@ -274,6 +282,7 @@ def experts_in_expert_meshes() -> tuple[float, float, tuple[int, ...], float]:
     return float(right), float(report.global_norm), clipper.layout.tensors[1].shape, float(report.scales[1])
 
 
+@pytest.mark.report("NVIDIA/Megatron-LM#6489")
 def test_experts_that_fsdp_shards_within_expert_groups() -> None:
     for right, found, shape, scale in pool(4).run(experts_in_expert_meshes):
         assert found == pytest.approx(right, rel=1e-5)

@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.optim import PostLocalSGDOptimizer, ZeroRedundancyOptimizer
+from torch.distributed.optim import PostLocalSGDOptimizer, ZeroRedundancyOptimizer, _apply_optimizer_in_backward
 
 import dist_clip
 
@@ -54,6 +54,11 @@ class SubSub(Sub):
 
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("cls", [Sub, SubSub])
+@pytest.mark.report(
+    "pytorch/pytorch#47655",
+    situation="a subclass's step calls its parent's: hooks run in both",
+    right="one clip a step, and a skip skips that step alone",
+)
 def test_a_step_that_calls_its_parents_is_one_step(cls: type[torch.optim.AdamW], fused: bool) -> None:
     """Third of six steps 1000 times too large: it is skipped, and no other; the reports are those of the steps."""
     torch.optim.AdamW([param()])  # marks AdamW's own step as one that runs hooks
@@ -109,6 +114,12 @@ WRAPPERS: dict[str, Callable[[nn.Parameter], Any]] = {
 @pytest.mark.parametrize("zero_grad", ["the optimizer's", "the model's"])
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 @pytest.mark.usefixtures("world_of_one")
+@pytest.mark.report(
+    "kozistr/pytorch_optimizer#122",
+    "kozistr/pytorch_optimizer#484",
+    situation="wrappers (Lookahead, PostLocalSGDOptimizer) whose step runs no hooks, or which have no dictionary for them",
+    right="each step is clipped, from the first on",
+)
 def test_a_wrappers_steps_are_clipped_from_the_first(wrapper: str, zero_grad: str) -> None:
     model = nn.ParameterDict({"w": param()})
     weight: nn.Parameter = model["w"]  # type: ignore[assignment]
@@ -124,31 +135,257 @@ def test_a_wrappers_steps_are_clipped_from_the_first(wrapper: str, zero_grad: st
     assert clipper.steps == 3
 
 
-def test_a_wrapper_that_may_not_step_is_unwrapped() -> None:
-    """As Accelerate's: it steps only where gradients are complete."""
+class Scaled(torch.optim.Optimizer):
+    """As Accelerate's with a GradScaler: it keeps the step that the optimizer had, and puts it back each time."""
 
-    class Accumulating(torch.optim.Optimizer):
-        def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-            self.optimizer, self.calls = optimizer, 0
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer, self.kept = optimizer, optimizer.step
+        self.param_groups = optimizer.param_groups
 
-        @property
-        def param_groups(self) -> Any:
-            return self.optimizer.param_groups
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        self.optimizer.step = lambda *args: self.kept(*args)  # type: ignore[method-assign]
+        self.optimizer.step(closure)
+        self.optimizer.step = self.kept  # type: ignore[method-assign]
 
-        def step(self, closure: Any = None) -> None:  # type: ignore[override]
-            self.calls += 1
-            if self.calls % 2 == 0:
-                self.optimizer.step(closure)
 
+@pytest.mark.parametrize("attach_first", [False, True])
+def test_a_wrapper_that_keeps_the_step_it_found(attach_first: bool) -> None:
     weight = param()
     clipper = dist_clip.GradClipper([("w", weight)], dist_clip.GlobalNorm(1.0))
-    wrapper = Accumulating(torch.optim.SGD([weight], lr=1.0))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    if attach_first:
+        clipper.attach(optimizer)
+    wrapper = type("AcceleratedOptimizer", (Scaled,), {"__module__": "accelerate.optimizer"})(optimizer)
+    if attach_first:
+        for step in range(1, 4):
+            assert moved(wrapper, weight, 10.0, lambda: None) == pytest.approx(1.0)
+            assert clipper.steps == step
+        return
+    clipper.attach(wrapper)
+    with pytest.raises(RuntimeError, match=r"past the attached clipper.* attach before accelerator\.prepare\(\)"):
+        moved(wrapper, weight, 10.0, lambda: None)
+    assert float(weight.detach().norm()) == 0.0
+
+
+class Accumulating(torch.optim.Optimizer):
+    """Steps the optimizer inside every other time only."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer, self.calls = optimizer, 0
+
+    @property
+    def param_groups(self) -> Any:
+        return self.optimizer.param_groups
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        self.calls += 1
+        if self.calls % 2 == 0:
+            self.optimizer.step(closure)
+
+
+Accelerated = type("AcceleratedOptimizer", (Accumulating,), {"__module__": "accelerate.optimizer"})
+
+
+class ZeroesAfterwards(NoHooks):
+    def step(self) -> None:
+        super().step()
+        self.zero_grad()
+
+
+def test_a_wrapper_that_takes_the_gradients_away_after_its_step() -> None:
+    weight = param()
+    clipper = dist_clip.GradClipper([("w", weight)], dist_clip.GlobalNorm(1.0))
+    optimizer = ZeroesAfterwards(torch.optim.SGD([weight], lr=1.0))
+    clipper.attach(optimizer)
+    for step in range(1, 3):
+        assert moved(optimizer, weight, 10.0) == pytest.approx(1.0)
+        assert clipper.steps == step
+
+
+class Combined:
+    """Two optimizers that step as one, as for Muon and AdamW."""
+
+    def __init__(self, *optimizers: torch.optim.Optimizer) -> None:
+        self.optimizers = optimizers
+
+    @property
+    def param_groups(self) -> Any:
+        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
+
+    def step(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+
+def test_optimizers_that_step_as_one_are_clipped_once() -> None:
+    a, b = param(), param()
+    clipper = dist_clip.GradClipper([("a", a), ("b", b)], dist_clip.GlobalNorm(1.0), skip_above=50.0)
+    optimizer = Combined(torch.optim.SGD([a], lr=1.0), torch.optim.AdamW([b], lr=0.1, fused=True))
+    clipper.attach(optimizer)
+    for grad, skipped in ((3.0, False), (1000.0, True), (3.0, False)):
+        before = a.detach().clone(), b.detach().clone()
+        a.grad, b.grad = torch.full((4,), grad), torch.full((4,), grad)
+        optimizer.step()
+        assert float((a.detach() - before[0]).norm()) == pytest.approx(0.0 if skipped else 0.5**0.5)
+        assert torch.equal(b, before[1]) is skipped
+    assert clipper.steps == 2
+    for inner in optimizer.optimizers:
+        with pytest.raises(RuntimeError, match="was called past the attached clipper"):
+            inner.step()
+
+
+def test_a_wrapper_that_only_decides_whether_to_step_is_unwrapped() -> None:
+    """Accelerate's and Lightning's: they step only where gradients are complete."""
+    weight = param()
+    clipper = dist_clip.GradClipper([("w", weight)], dist_clip.GlobalNorm(1.0))
+    wrapper = Accelerated(torch.optim.SGD([weight], lr=1.0))
     clipper.attach(wrapper)
     for _ in range(4):
         weight.grad = torch.ones(4)
         wrapper.step()
     assert clipper.steps == 2
     assert float(weight.detach().norm()) == pytest.approx(2.0)
+
+
+def test_another_wrapper_that_does_not_step_is_an_error_that_says_what_to_attach() -> None:
+    weight = param()
+    wrapper = Accumulating(torch.optim.SGD([weight], lr=1.0))
+    handle = dist_clip.GradClipper([("w", weight)], dist_clip.GlobalNorm(1.0)).attach(wrapper)
+    weight.grad = torch.ones(4)
+    with pytest.raises(RuntimeError, match=r"Accumulating\.step took no step, .* Attach the SGD that it wraps"):
+        wrapper.step()
+    handle.remove()
+    clipper = dist_clip.GradClipper([("w", weight)], dist_clip.GlobalNorm(1.0))
+    clipper.attach(wrapper.optimizer)
+    for _ in range(3):
+        weight.grad = torch.ones(4)
+        wrapper.step()
+    assert clipper.steps == 2
+    assert float(weight.detach().norm()) == pytest.approx(2.0)
+
+
+class Decays(torch.optim.AdamW):
+    """A subclass with work of its own after the parent's step."""
+
+    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+        loss = super().step(closure)
+        with torch.no_grad():
+            for group in self.param_groups:
+                torch._foreach_mul_(group["params"], 0.5)
+        return loss
+
+
+class PassesOn:
+    """A wrapper that passes on every attribute, also that of a fused step."""
+
+    def __init__(self, inner: torch.optim.Optimizer) -> None:
+        self.inner, self.calls = inner, 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    def step(self) -> None:
+        self.calls += 1
+        self.inner.step()
+
+
+def with_a_step_of_its_own(weight: nn.Parameter) -> torch.optim.Optimizer:
+    optimizer = torch.optim.AdamW([weight], lr=0.1, fused=True)
+    taken = optimizer.step
+
+    def step(closure: Any = None) -> None:
+        taken(closure)
+        weight.data.mul_(0.5)
+
+    optimizer.step = step  # type: ignore[method-assign]
+    return optimizer
+
+
+MORE_THAN_FUSED: dict[str, Callable[[nn.Parameter], Any]] = {
+    "a subclass": lambda weight: Decays([weight], lr=0.1, fused=True),
+    "a wrapper": lambda weight: PassesOn(torch.optim.AdamW([weight], lr=0.1, fused=True)),
+    "a step of its own": with_a_step_of_its_own,
+}
+
+
+@pytest.mark.parametrize("kind", MORE_THAN_FUSED)
+def test_a_skip_skips_what_is_done_around_a_fused_step(kind: str) -> None:
+    weight = param(1.0)
+    clipper = dist_clip.GradClipper([("w", weight)], dist_clip.GlobalNorm(), skip_above=50.0)
+    optimizer = MORE_THAN_FUSED[kind](weight)
+    clipper.attach(optimizer)
+    for grad in (1.0, 1000.0, 1.0, 1000.0):
+        assert (moved(optimizer, weight, grad) == 0.0) is (grad == 1000.0)
+    assert clipper.steps == 2
+
+
+# ---- optimizers whose gradients are not complete before their step -------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["torch's", "a hook"])
+def test_a_step_inside_backward_is_an_error(how: str) -> None:
+    """The other tensors' gradients are not there yet, so that the norm would be that of some of them."""
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    clipper = dist_clip.GradClipper(model, dist_clip.GlobalNorm(0.01))
+    if how == "torch's":
+        _apply_optimizer_in_backward(torch.optim.SGD, model.parameters(), {"lr": 1.0})
+        optimizers = [optimizer for param in model.parameters() for optimizer in param._in_backward_optimizers]
+    else:
+        optimizers = [torch.optim.SGD([param], lr=1.0) for param in model.parameters()]
+        for param, optimizer in zip(model.parameters(), optimizers, strict=True):
+            param.register_post_accumulate_grad_hook(lambda _, optimizer=optimizer: optimizer.step())
+    clipper.attach(*optimizers)
+    before = [param.detach().clone() for param in model.parameters()]
+    with pytest.raises(RuntimeError, match=r"SGD\.step was called inside backward\(\)"):
+        model(torch.ones(2, 3)).sum().backward()
+    assert all(torch.equal(param, old) for param, old in zip(model.parameters(), before, strict=True))
+
+
+class Horovod(torch.optim.SGD):
+    """Averages gradients in its step, as horovod's DistributedOptimizer."""
+
+    def synchronize(self) -> None: ...
+
+    def skip_synchronize(self) -> Any: ...
+
+
+REFUSED: dict[str, tuple[Callable[[nn.Parameter], Any], str]] = {
+    "averages in its step": (lambda weight: Horovod([weight], lr=1.0), r"Horovod averages .* clipper\.clip_\(\)"),
+    "steps in backward": (
+        lambda weight: ZeroRedundancyOptimizer([weight], torch.optim.SGD, lr=1.0, overlap_with_ddp=True),
+        r"ZeroRedundancyOptimizer with overlap_with_ddp=True",
+    ),
+    "no optimizer": (lambda weight: torch.optim.lr_scheduler.LRScheduler, r"clip by hand instead: clipper\.clip_\(\)"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+@pytest.mark.usefixtures("world_of_one")
+@pytest.mark.report(
+    "horovod/horovod#1099",
+    situation="an optimizer averages gradients inside its step, after the clip",
+    right="clip between its `synchronize()` and its step",
+    here="error by name",
+)
+def test_what_cannot_be_attached_to_is_refused_by_name(kind: str) -> None:
+    weight = param()
+    clipper = dist_clip.GradClipper([("w", weight)], dist_clip.GlobalNorm(1.0))
+    make, message = REFUSED[kind]
+    with pytest.raises(TypeError, match=message):
+        clipper.attach(make(weight))
+    assert clipper.attachment is None
+
+
+def test_a_copy_of_an_attached_wrapper_steps_itself() -> None:
+    weight = param()
+    clipper = dist_clip.GradClipper([("w", weight)], dist_clip.GlobalNorm(1.0))
+    optimizer = NoHooks(torch.optim.SGD([weight], lr=1.0))
+    clipper.attach(optimizer)
+    twin = copy.deepcopy(optimizer)
+    (copied,) = twin.param_groups[0]["params"]
+    assert moved(twin, copied, 1.0) == pytest.approx(2.0)
+    assert clipper.steps == 0
+    assert float(weight.detach().norm()) == 0.0
 
 
 class MovesAnyway(torch.optim.Optimizer):
@@ -247,6 +484,78 @@ def test_a_step_past_the_attached_clipper_is_an_error() -> None:
     assert float(weight.detach().norm()) == 2.0
 
 
+@pytest.mark.parametrize("wrapper", ["Lookahead", "without hooks", "a wrapped wrapper", "PostLocalSGD"])
+@pytest.mark.usefixtures("world_of_one")
+def test_a_step_of_the_optimizer_inside_an_attached_wrapper_is_an_error(wrapper: str) -> None:
+    weight = param()
+    optimizer = WRAPPERS[wrapper](weight)
+    inner = optimizer
+    while not isinstance(inner, torch.optim.SGD):
+        inner = next(v for name, v in vars(inner).items() if name in ("inner", "optimizer", "optim"))
+    clipper = dist_clip.GradClipper([("w", weight)], dist_clip.GlobalNorm(1.0))
+    handle = clipper.attach(optimizer)
+    weight.grad = torch.ones(4)
+    with pytest.raises(RuntimeError, match=r"SGD\.step was called past the attached clipper"):
+        inner.step()
+    assert float(weight.detach().norm()) == 0.0
+    optimizer.step()
+    assert clipper.steps == 1
+    handle.remove()
+    inner.step()
+
+
+def test_the_state_of_the_optimizer_inside_a_wrapper_can_be_made() -> None:
+    """By torch.distributed.checkpoint, which steps it with gradients of zeros at a learning rate of 0."""
+    model = nn.Linear(3, 2)
+    inner = torch.optim.AdamW(model.parameters(), lr=0.1)
+    clipper = dist_clip.GradClipper(model, dist_clip.GlobalNorm(1.0))
+    clipper.attach(NoHooks(inner))
+    get_optimizer_state_dict(model, inner)
+    assert clipper.steps == 0
+    assert len(inner.state) == 2
+
+
+class Offloads(torch.optim.Optimizer):
+    """Takes each gradient away as soon as it is there, as optimizers on the host do."""
+
+    def __init__(self, params: list[nn.Parameter]) -> None:
+        super().__init__(params, {"lr": 1.0})
+        for p in params:
+            p.register_post_accumulate_grad_hook(self.take)
+
+    def take(self, p: torch.Tensor) -> None:
+        self.state[p]["taken"], p.grad = p.grad, None
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for p, state in self.state.items():
+            p.sub_(state["taken"])
+
+
+def test_gradients_that_are_kept_elsewhere_are_an_error_at_the_first_step() -> None:
+    weight = param()
+    clipper = dist_clip.GradClipper([("w", weight)], dist_clip.GlobalNorm(1.0))
+    optimizer = Offloads([weight])
+    clipper.attach(optimizer)
+    (100 * weight).sum().backward()
+    with pytest.raises(
+        RuntimeError, match=r"Offloads\.step moved parameters, but none of them has a gradient in \.grad"
+    ):
+        optimizer.step()
+
+
+def test_a_step_without_gradients_that_moves_nothing_is_a_step() -> None:
+    """As of a network that is frozen for a while; and of Muon, which fills the gradients with zeros."""
+    weight = param(1.0)
+    clipper = dist_clip.GradClipper([("w", weight)], dist_clip.GlobalNorm(1.0))
+    for number, optimizer in enumerate((torch.optim.AdamW([weight]), MovesAnyway([weight])), start=1):
+        handle = clipper.attach(optimizer)
+        weight.grad = None
+        optimizer.step()
+        assert clipper.steps == number
+        handle.remove()
+
+
 @pytest.mark.parametrize("order", ["scheduler first", "attach first"])
 def test_schedulers_before_and_after(order: str) -> None:
     """A scheduler replaces the step as well; each is there once, and remove() takes off ours alone."""
@@ -281,6 +590,11 @@ def fresh() -> tuple[nn.Linear, torch.optim.Optimizer, dist_clip.GradClipper]:
 
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("clipper_first", [False, True])
+@pytest.mark.report(
+    "pytorch/pytorch#164929",
+    situation="torch's checkpoint functions step a fresh optimizer, with gradients of zeros, to make its state",
+    right="no clip: the state of the clipper stays as it is",
+)
 def test_a_checkpoint_functions_step_is_none(clipper_first: bool, scaled: bool) -> None:
     model, optimizer, clipper = fresh()
     clipper.attach(optimizer)

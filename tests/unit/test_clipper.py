@@ -116,6 +116,12 @@ def test_unnamed_parameters() -> None:
     assert names_of(params) == names_of(iter(params)) == ["param_0", "param_1", "param_2"]
 
 
+@pytest.mark.report(
+    "pytorch/torchtitan#1258",
+    "ShusenTang/Dive-into-DL-PyTorch#101",
+    situation="a generator of parameters is empty when gradients are to be scaled",
+    right="every gradient is scaled, at each step",
+)
 def test_a_generator_of_parameters_is_materialised() -> None:
     model = net()
     clipper = dist_clip.GradClipper(model.parameters(), dist_clip.GlobalNorm(0.01))
@@ -896,6 +902,12 @@ def test_a_state_of_another_version_is_an_error() -> None:
 # ---- explain ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.report(
+    "NVIDIA/Megatron-LM#2263",
+    "NVIDIA/Megatron-LM#785",
+    situation="over which groups of ranks a norm is added up, is hard to tell",
+    right="`explain()` says it for each tensor",
+)
 def test_explain_is_a_readable_table() -> None:
     model = net()
     clipper = dist_clip.GradClipper(

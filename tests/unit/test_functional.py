@@ -131,6 +131,7 @@ def test_a_single_tensor_of_several_rows_is_one_tensor() -> None:
 @pytest.mark.parametrize(
     "container", [tuple, list, iter, lambda ps: (p for p in ps), lambda ps: dict(enumerate(ps)).values()]
 )
+@pytest.mark.report("pytorch/torchtitan#1258")
 def test_any_iterable(container: Any) -> None:
     mine, twins = params(), params()
     compare(dist_clip.clip_grad_norm_(container(mine), 0.5), torch.nn.utils.clip_grad_norm_(twins, 0.5), mine, twins)
@@ -160,6 +161,7 @@ def test_an_empty_generator_warns_as_torch_does() -> None:
     assert ours[0].filename == __file__, "the warning should point at the caller"
 
 
+@pytest.mark.report("pytorch/torchtitan#1258")
 def test_an_exhausted_generator_warns() -> None:
     """The mistake the warning is for: the same generator used for the norm of the log line and for the clip."""
     model = nn.Linear(2, 2)

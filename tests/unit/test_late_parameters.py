@@ -48,6 +48,35 @@ def assigned(model: nn.Module) -> None:
     model.load_state_dict(state, assign=True)
 
 
+def longer_sequence(model: nn.Module) -> None:
+    model["body"].append(nn.Linear(4, 4))  # type: ignore[index]
+
+
+def weight_norm(model: nn.Module) -> None:
+    nn.utils.parametrizations.weight_norm(model["head"])  # type: ignore[index]
+
+
+def wrapped_body(model: nn.Module) -> None:
+    model["body"] = nn.Sequential(model["body"], nn.Linear(4, 4))  # type: ignore[index, operator]
+
+
+def overwritten_by_a_cast(model: nn.Module) -> None:
+    torch.__future__.set_overwrite_module_params_on_conversion(True)
+    try:
+        model.double()
+    finally:
+        torch.__future__.set_overwrite_module_params_on_conversion(False)
+
+
+def another_dictionary(model: nn.Module) -> None:
+    vars(model["head"]).update(vars(nn.Linear(4, 2)))  # type: ignore[index]
+
+
+def a_parameter_in_place_of_none(model: nn.Module) -> None:
+    model["head"].bias = None  # type: ignore[index]
+    model["head"].bias = nn.Parameter(torch.zeros(2))  # type: ignore[index]
+
+
 def untied(model: nn.Module) -> None:
     model["body"][1].weight = nn.Parameter(model["body"][0].weight.detach().clone())  # type: ignore[index]
 
@@ -59,11 +88,118 @@ CHANGES: list[Callable[[nn.Module], None]] = [
     recreated_weight,
     resized_weight,
     assigned,
+    longer_sequence,
+    weight_norm,
+    wrapped_body,
+    overwritten_by_a_cast,
+    another_dictionary,
+    a_parameter_in_place_of_none,
 ]
+
+
+def reordered(model: nn.Module) -> None:
+    model["body"] = nn.Sequential(*reversed(model["body"]))  # type: ignore[index, operator, arg-type]
+
+
+def renamed(model: nn.Module) -> None:
+    model["tail"] = model.pop("head")  # type: ignore[operator]
+
+
+def parametrized(model: nn.Module) -> None:
+    """The parameter goes on as `original`, and another module has it."""
+    nn.utils.parametrize.register_parametrization(model["head"], "weight", nn.Identity())  # type: ignore[index]
+
+
+def tied_to_a_newcomer(model: nn.Module) -> None:
+    model["twin"] = nn.Linear(4, 4)  # type: ignore[operator]
+    model["twin"].weight, model["twin"].bias = model["body"][0].weight, model["body"][0].bias  # type: ignore[index]
+
+
+def taken_away(model: nn.Module) -> None:
+    del model["head"]  # type: ignore[attr-defined]
+
+
+def moved_to_another_shape(model: nn.Module) -> None:
+    model["head"].weight.data = torch.zeros(6, 4)  # type: ignore[index]
+
+
+HARMLESS: list[Callable[[nn.Module], None]] = [
+    reordered,
+    renamed,
+    parametrized,
+    tied_to_a_newcomer,
+    taken_away,
+    moved_to_another_shape,
+]
+
+
+@pytest.mark.parametrize("change", HARMLESS, ids=lambda change: change.__name__)
+def test_a_change_that_brings_no_parameter_goes_on(change: Callable[[nn.Module], None]) -> None:
+    model = model_of()
+    clipper = dist_clip.GradClipper(model, dist_clip.GlobalNorm(0.1))
+    set_grads(model)
+    clipper.clip_()
+    for param in model.parameters():
+        param.grad = None
+    change(model)
+    set_grads(model)
+    clipper.clip_()
+    norms = torch.stack([param.grad.norm() for param in model.parameters()])  # type: ignore[union-attr]
+    assert float(norms.norm()) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("name", ["head", "body"])
+def test_a_parameter_that_went_with_its_gradient_does_not_count(name: str) -> None:
+    """Nobody zeroes it any more: it would count in every norm from now on."""
+    model = model_of()
+    clipper = dist_clip.GradClipper(model, dist_clip.GlobalNorm(0.1))
+    set_grads(model)
+    clipper.clip_()
+    del model[name]  # type: ignore[attr-defined]
+    set_grads(model)
+    with pytest.raises(
+        dist_clip.LayoutError, match=rf"'{name}\.[\w.]*' is no longer a parameter .*clipper\.refresh\(\)"
+    ):
+        clipper.clip_()
+    clipper.refresh()
+    due = sum(param.numel() for param in model.parameters()) ** 0.5
+    assert float(clipper.clip_().global_norm) == pytest.approx(due)  # type: ignore[arg-type]
+
+
+@pytest.mark.report(
+    "gke-labs/open-rl#80",
+    situation="the norm of the adapter that is active now, where another one steps",
+    right="each adapter's own norm, with a clipper for each",
+)
+def test_adapters_that_take_turns_have_a_norm_each() -> None:
+    """Both have gradients when one steps, and which of them requires gradients says nothing about that."""
+    adapters = {name: nn.Linear(4, 4, bias=False) for name in "ab"}
+    clippers = {name: dist_clip.GradClipper(adapter, dist_clip.GlobalNorm(0.1)) for name, adapter in adapters.items()}
+    optimizers = {name: torch.optim.SGD(adapter.parameters(), lr=1.0) for name, adapter in adapters.items()}
+    for name, optimizer in optimizers.items():
+        clippers[name].attach(optimizer)
+    for step in range(1, 4):
+        set_grads(adapters["a"], 1.0)
+        set_grads(adapters["b"], 100.0)
+        adapters["a"].requires_grad_(False)  # b is active
+        for name, norm in (("a", 4.0), ("b", 400.0)):
+            before = adapters[name].weight.detach().clone()
+            optimizers[name].step()
+            assert float(clippers[name].last_report.global_norm) == pytest.approx(norm)  # type: ignore[arg-type, union-attr]
+            assert float((adapters[name].weight.detach() - before).norm()) == pytest.approx(0.1)
+            assert clippers[name].steps == step
 
 
 @pytest.mark.parametrize("attached", [False, True])
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+@pytest.mark.report(
+    "huggingface/peft#1303",
+    "huggingface/peft#2759",
+    "huggingface/transformers#3532",
+    situation="adapters, heads and weights that come after the optimizer or the clipper was made",
+    right="clipped, or an error at the first clip that would miss one",
+    here="error by name",
+)
 def test_the_first_clip_that_would_miss_one_says_so(change: Callable[[nn.Module], None], attached: bool) -> None:
     model = model_of()
     clipper = dist_clip.GradClipper(model, dist_clip.GlobalNorm(0.1))
@@ -87,6 +223,7 @@ def test_the_first_clip_that_would_miss_one_says_so(change: Callable[[nn.Module]
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+@pytest.mark.report("huggingface/peft#1303")
 def test_refresh_takes_them_in_and_keeps_the_rest(change: Callable[[nn.Module], None]) -> None:
     model = model_of()
     clipper = dist_clip.GradClipper(model, dist_clip.AdaGC(warmup_steps=1))

@@ -3,14 +3,20 @@
 Tolerances. Norms, scales and gamma are float32 scalars: 1e-6 is a few roundings. Below float32's normal range a scalar has
 an absolute resolution instead (1.4e-45), and what is computed from a gamma down there inherits its relative error. A
 clipped gradient has its scale's error and the rounding of the product to its dtype. What is not scaled keeps its bits.
+
+ZClip's mean, variance and threshold follow from norms, each of which has an error of its own. A variance that is small
+beside the square of the mean is a difference of numbers that are nearly equal: it inherits their errors enlarged.
+`MomentErrors` carries them along, so that each state is as exact as its own norms allow, and no less.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import itertools
 import math
 import re
+import statistics
 from typing import Any
 
 import numpy as np
@@ -29,6 +35,8 @@ SUBNORMAL = 4e-45
 """Three of float32's smallest steps: one for each rounding of a value down there."""
 SPACING = {"float64": 5e-324, "float32": 1.5e-45, "bfloat16": 9.2e-41, "float16": 6e-8}
 """The distance between the smallest values of a dtype."""
+NORM = 3e-7
+"""Relative error of a norm: one that is summed in float32 is off by some roundings (6e-8 each)."""
 ROUNDING = {"float64": 1e-15, "float32": 1.2e-7, "bfloat16": 2**-7, "float16": 2**-10}
 """One step of a dtype, relative: two products that differ by little may be rounded to neighbours."""
 
@@ -62,6 +70,58 @@ def check(case: Case, ranks: list[dict[str, Any]]) -> None:
 
 
 @dataclasses.dataclass
+class MomentErrors:
+    """How far ZClip's mean, variance and threshold may be off, when each norm is off by `NORM`, relative to itself.
+
+    To first order, with x the norms, m their mean, a the decay, and d the error of each:
+
+    - the record's variance sum (x - m)^2 / k: 2 / k * sum |x - m| dx, since the deviations from a mean add up to 0, so
+      that the error of m drops out;
+    - m' = a m + (1 - a) t and v' = a v + (1 - a) (t - m')^2: with t - m' = a (t - m), dv' = a dv + (1 - a) a^2 *
+      2 |t - m| (dt + dm), where t is the norm or, of a spike, the threshold.
+
+    To each, the square of the error is added: it is what remains where norms are all but equal. The threshold's error
+    is the largest over the corners of the errors of its arguments, for the root of a small variance is not linear.
+    """
+
+    mean: float = 0.0
+    var: float = 0.0
+    largest: float = 0.0  # mean so far: float64 loses what is small beside its square
+
+    def follow(self, rule: reference.ZClip, norm: float) -> float:
+        """Take in the norm that `rule` gets next. Returns how far the scale may be off, beside the norm's own error."""
+        error = NORM * norm
+        if not reference.observable(norm):
+            return 0.0
+        if len(rule.record) < rule.warmup_steps:
+            record = [*rule.record, norm]
+            mean = statistics.fmean(record)
+            self.mean = NORM * mean
+            self.var = 2 * NORM * statistics.fmean(abs(x - mean) * x for x in record) + (NORM * max(record)) ** 2
+            self.largest = max(self.largest, mean)
+            return 0.0
+        threshold = rule.threshold(norm)
+        if threshold is not None:
+            error = self.threshold_error(rule, norm)
+            if rule.skip_update_on_spike:
+                return error / norm
+        a, target = rule.alpha, norm if threshold is None else threshold
+        off = error + self.mean
+        self.var = a * self.var + (1 - a) * a**2 * (2 * abs(target - rule.mean) * off + off**2)
+        self.mean = a * self.mean + (1 - a) * error
+        self.largest = max(self.largest, a * rule.mean + (1 - a) * target)
+        return error / norm if threshold is not None else 0.0
+
+    def threshold_error(self, rule: reference.ZClip, norm: float) -> float:
+        usual = rule.limit(norm, rule.mean, rule.var)
+        others = []
+        for i, j, k in itertools.product((-1, 1), repeat=3):
+            near, mean = norm * (1 + i * NORM), rule.mean + j * self.mean
+            others.append(rule.limit(near, mean, max(0.0, rule.var + k * self.var)) if near > mean else near)
+        return max(abs(other - usual) for other in others)
+
+
+@dataclasses.dataclass
 class Group:
     """The tensors that one policy rules, and the reference of it."""
 
@@ -69,7 +129,7 @@ class Group:
     policy: Any
     rule: Any
     names: list[str]
-    largest: dict[Key, float] = dataclasses.field(default_factory=dict)  # largest mean so far, of ZClip
+    errors: dict[Key, MomentErrors] = dataclasses.field(default_factory=dict)  # of ZClip
     smallest: dict[Key, float] = dataclasses.field(default_factory=dict)  # smallest level so far, of LogClip
 
     @property
@@ -128,9 +188,6 @@ class Checker:
                     self.pieces[key] = torch.from_numpy(elements)
                     mine[name] = key
             self.piece_of.append(mine)
-        # Float32 sums of large low-precision tensors are off by up to 3e-7; a z-score enlarges that.
-        large = any(math.prod(tensor.shape) > 10_000 for tensor in self.logical.values())
-        self.z_rtol = 1e-5 if large else RTOL
         self.t = 0  # steps that were not skipped
         self.before: list[Any] = [None] * len(ranks)
 
@@ -200,6 +257,7 @@ class Checker:
         if not raised and not skipped:
             self.t += 1
             for group, mine in zip(self.groups, grads, strict=True):
+                limits = self.moment_errors(group, {key: norms[key] for key in mine if key in counted})
                 known = {key: group.rule.memory(key) for key in mine}
                 outcome = reference.clip(group.rule, mine, mode)
                 scales |= outcome.scales
@@ -210,13 +268,24 @@ class Checker:
                         # With a global clip after the rule, each scale has a part of the others' errors.
                         others = mine if group.policy.post_max_norm is not None else [key]
                         error = group.policy.power * max(map(group.level_error, others))
-                    atol[key] += abs(scale) * error if math.isfinite(scale) else 0.0
+                    atol[key] += limits.get(key, 0.0) + (abs(scale) * error if math.isfinite(scale) else 0.0)
                 for key in mine:
                     memory = group.rule.memory(key)
-                    group.largest[key] = max(group.largest.get(key, 0.0), memory.get("mean", 0.0))
                     group.smallest[key] = min(group.smallest.get(key, math.inf), memory.get("level") or math.inf)
         clipped = math.sqrt(sum((scales[key] * norm) ** 2 for key, norm in counted.items()))
         return Expected(norms, scales, atol, bad, skipped, raised, total, clipped)
+
+    def moment_errors(self, group: Group, counted: dict[Key, float]) -> dict[Key, float]:
+        """How far ZClip's scales may be off, before its rule gets `counted`; nothing for other policies."""
+        if not isinstance(group.policy, dist_clip.ZClip):
+            return {}
+        if group.scope == "global":
+            error = group.errors.setdefault(None, MomentErrors()).follow(group.rule, reference.total_norm(counted))
+            return dict.fromkeys(counted, error)
+        return {
+            key: group.errors.setdefault(key, MomentErrors()).follow(group.rule.rule(key), norm)
+            for key, norm in counted.items()
+        }
 
     # ------------------------------------------------------------------------------------------------------ checks
 
@@ -308,8 +377,7 @@ class Checker:
         self.check_global_norm(report, expected)
 
     def scale_rtol(self, name: str) -> float:
-        policy = self.group_of[name].policy
-        return self.z_rtol if isinstance(policy, dist_clip.ZClip) else RTOL * max(1.0, getattr(policy, "power", 1.0))
+        return RTOL * max(1.0, getattr(self.group_of[name].policy, "power", 1.0))
 
     def check_global_norm(self, report: dict[str, Any], expected: Expected) -> None:
         norm, clipped = report["global_norm"], report["clipped_global_norm"]
@@ -413,12 +481,11 @@ class Checker:
             if slot == "level":
                 keys = group.smallest if key is None else [key]
                 rtol += max(map(group.level_error, keys), default=0.0)
-            elif slot == "mean":
-                rtol, atol = self.z_rtol, 1e-300
-            elif slot == "var":
-                # A difference of nearly equal squares: its error is that of the squares, the largest that were ever in it.
-                largest = max(group.largest.values(), default=0.0) if key is None else group.largest.get(key, 0.0)
-                rtol, atol = 10 * self.z_rtol, (1e-13 if self.z_rtol == RTOL else 4 * RTOL) * largest**2
+            elif slot in ("mean", "var"):
+                # Both are float64 and have the errors of the norms in them, and float64's of the largest that ever were.
+                errors = group.errors.get(key, MomentErrors())
+                rtol = 1e-13
+                atol = errors.mean if slot == "mean" else errors.var + 1e-13 * errors.largest**2
             require(close(slots[slot], due, atol, rtol), f"{slot} of {where}: {slots[slot]}, not {due}")
 
     def check_agreement(self, step: int) -> None:
