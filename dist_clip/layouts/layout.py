@@ -96,6 +96,26 @@ class Layout:
         return next((device for device in devices if device.type != "cpu"), devices[0] if devices else None)
 
 
+def merge_groups(layout: Layout) -> Layout:
+    """Return the layout with one process group for the same ranks and backend.
+
+    Two device meshes over the same ranks may own different groups or share one, and torch need not do the same on all
+    ranks. Whatever orders groups by their first appearance would then differ between ranks.
+    """
+    first: dict[tuple[object, ...], dist.ProcessGroup] = {}
+
+    def merged(groups: tuple[dist.ProcessGroup, ...]) -> tuple[dist.ProcessGroup, ...]:
+        return tuple(
+            first.setdefault((*dist.get_process_group_ranks(group), str(dist.get_backend_config(group))), group)
+            for group in groups
+        )
+
+    tensors = [
+        dataclasses.replace(t, norm_groups=merged(t.norm_groups), marked_groups=merged(t.marked_groups)) for t in layout
+    ]
+    return dataclasses.replace(layout, tensors=tuple(tensors))
+
+
 @runtime_checkable
 class LayoutReader(Protocol):
     """A framework's own reader of the layout, which can be passed to `GradClipper` in place of a model."""

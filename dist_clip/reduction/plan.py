@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dist_clip.layouts.layout import Layout
+from dist_clip.layouts.layout import Layout, merge_groups
 from dist_clip.layouts.process_groups import group_label
 
 # torch 2.13 renamed this function and warns about the old name.
@@ -109,6 +109,7 @@ class ReductionPlan:
         shared: Collection[str] = (),
         meet: bool = False,
     ) -> None:
+        layout = merge_groups(layout)
         self.collectives: list[Collective] = []
         groups: list[dist.ProcessGroup] = []
         members: dict[int, list[int]] = {}
@@ -298,7 +299,7 @@ def _union_is_better(layout: Layout, groups: Sequence[dist.ProcessGroup], proces
 
 
 def _position(group: dist.ProcessGroup, groups: list[dist.ProcessGroup]) -> int:
-    """Return the index of `group`, appended if new; by identity, because equal meshes may own different groups."""
+    """Return the index of `group`, appended if new; by identity, because equal groups are merged."""
     for k, known in enumerate(groups):
         if known is group:
             return k

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dist_clip.errors import LayoutError
-from dist_clip.layouts.layout import Layout
+from dist_clip.layouts.layout import Layout, merge_groups
 from dist_clip.layouts.process_groups import any_rank, gather, group_size
 
 TOLERANCE = 1e-3
@@ -69,7 +69,8 @@ class ReplicaCheck:
         shared: Collection[str],
         enabled: bool,
     ) -> None:
-        self._layout, self._process_group = layout, process_group
+        layout = self._layout = merge_groups(layout)
+        self._process_group = process_group
         self._names = sorted(set(names))
         self._clips = 0
         self._marked = any(tensor.marked_groups for tensor in layout)
@@ -130,8 +131,7 @@ class ReplicaCheck:
                 [group for group in tensor.norm_groups if any(group is mark for mark in tensor.marked_groups) is marked]
                 for tensor in self._layout
             ]
-            # All first groups, then all second ones: a tensor's groups come in one order on all ranks, also where only some
-            # ranks have another tensor over one of them.
+            # All first groups, then all second ones: the same order on all ranks, whatever groups other tensors have.
             for place in range(max(map(len, chains), default=0)):
                 groups: dict[int, tuple[dist.ProcessGroup, list[int]]] = {}
                 for i, chain in enumerate(chains):

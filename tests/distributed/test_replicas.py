@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -370,3 +371,43 @@ def test_copies_that_are_marked_as_parts() -> None:
     for text, norm in pool(2).run(clip_marked, True):
         assert text == ""
         assert norm == pytest.approx(float(torch.stack(grads).norm()), rel=1e-5)
+
+
+# ------------------------------------------------------------------------------------- groups of the same ranks, twice
+
+
+def groups_that_two_ranks_share() -> tuple[float, float, str]:
+    """Two tensors over the same ranks: ranks 0 and 1 have a group for each, ranks 2 and 3 one for both.
+
+    So torch may have it for two device meshes. By first appearance, the groups of the matrix would come in one order on
+    ranks 0 and 1, and in the other on ranks 2 and 3.
+    """
+    rank = dist.get_rank()
+    columns, rows, other_rows = (
+        [dist.new_group(ranks) for ranks in pairs] for pairs in (((0, 2), (1, 3)), ((0, 1), (2, 3)), ((0, 1), (2, 3)))
+    )
+    over_rows = rows[rank // 2]
+    device_mesh = DeviceMesh.from_group(
+        [columns[rank % 2], over_rows], "cpu", mesh=torch.tensor([[0, 1], [2, 3]]), mesh_dim_names=("column", "row")
+    )
+    whole, part = (torch.randn(4, 3, generator=torch.Generator().manual_seed(seed)) for seed in (5, 6 + rank % 2))
+    first = nn.Parameter(torch.zeros(4, 3))
+    matrix = nn.Parameter(distribute_tensor(torch.zeros(4, 3), device_mesh, [Shard(0), Shard(0)], src_data_rank=None))
+    clipper = dist_clip.GradClipper(
+        [("first", first), ("matrix", matrix)],
+        dist_clip.GlobalNorm(1.0),
+        sharded={"first": over_rows if rank > 1 else other_rows[0]},
+    )
+    first.grad = part
+    matrix.grad = distribute_tensor(whole, device_mesh, [Shard(0), Shard(0)], src_data_rank=None)
+    try:
+        report = clipper.clip_()
+    except dist_clip.LayoutError as error:
+        return float(whole.norm()), 0.0, str(error)
+    return float(whole.norm()), float(report.tensor_norms[1]), ""
+
+
+def test_groups_of_the_same_ranks_are_one() -> None:
+    for right, found, error in pool(4).run(groups_that_two_ranks_share):
+        assert error == ""
+        assert found == pytest.approx(right, rel=1e-5)
