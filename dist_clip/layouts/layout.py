@@ -103,12 +103,16 @@ def merge_groups(layout: Layout) -> Layout:
     ranks. Whatever orders groups by their first appearance would then differ between ranks.
     """
     first: dict[tuple[object, ...], dist.ProcessGroup] = {}
+    known: dict[int, dist.ProcessGroup] = {}  # by id, because ranks are slow to compare
+
+    def one(group: dist.ProcessGroup) -> dist.ProcessGroup:
+        if id(group) not in known:
+            key = (*dist.get_process_group_ranks(group), str(dist.get_backend_config(group)))
+            known[id(group)] = first.setdefault(key, group)
+        return known[id(group)]
 
     def merged(groups: tuple[dist.ProcessGroup, ...]) -> tuple[dist.ProcessGroup, ...]:
-        return tuple(
-            first.setdefault((*dist.get_process_group_ranks(group), str(dist.get_backend_config(group))), group)
-            for group in groups
-        )
+        return tuple(map(one, groups))
 
     tensors = [
         dataclasses.replace(t, norm_groups=merged(t.norm_groups), marked_groups=merged(t.marked_groups)) for t in layout

@@ -10,11 +10,12 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 import dist_clip
 from dist_clip.kernels import Kernels
+from dist_clip.layouts import LogicalTensor
 from scripts.policies import compared, label, make
 from scripts.simulation.counting import Collective, CollectiveLog, logging_objects
 from scripts.simulation.layouts import FSDP, PP, TP, Degrees, Meshes, make_parameters, splits
@@ -117,6 +118,8 @@ def run_clipper(
             kernels=kernels,
             check_replicas=False,  # a few clips in all a run, and none of the usual step
         )
+    if kernels is ONES:
+        clipper.layout = dataclasses.replace(clipper.layout, tensors=tuple(map(_as_it_is, clipper.layout)))
     sent["construction"] = tuple(entries)
     for step in range(1, WARMUP + 3):
         with log.logged() as entries:
@@ -132,6 +135,16 @@ def run_clipper(
         Step(f"dist_clip {name}", phase, "counted", entries, 0, spans_stages(entries, stage_of))
         for phase, entries in sent.items()
     ]
+
+
+def _as_it_is(tensor: LogicalTensor) -> LogicalTensor:
+    """Read the gradient as it is: one number, expanded. A clipper would copy it, to write to each element."""
+
+    def grad() -> Tensor | None:
+        found = None if tensor.param is None else tensor.param.grad
+        return found.to_local() if isinstance(found, DTensor) else found
+
+    return dataclasses.replace(tensor, grad=grad)
 
 
 class PlainLog:
