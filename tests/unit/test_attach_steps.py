@@ -63,7 +63,7 @@ def test_a_step_that_calls_its_parents_is_one_step(cls: type[torch.optim.AdamW],
     """Third of six steps 1000 times too large: it is skipped, and no other; the reports are those of the steps."""
     torch.optim.AdamW([param()])  # marks AdamW's own step as one that runs hooks
     weight, twin = param(), param()
-    clipper = dist_clip.GradClipper([("w", weight)], dist_clip.GlobalNorm(1.0), skip_above=50.0)
+    clipper = dist_clip.GradClipper([("w", weight)], dist_clip.GlobalNorm(1.0), guard=dist_clip.SkipAbove(50.0))
     optimizer = cls([weight], lr=0.1, fused=fused)
     plain = torch.optim.AdamW([twin], lr=0.1, fused=fused)
     clipper.attach(optimizer)
@@ -407,7 +407,7 @@ class MovesAnyway(torch.optim.Optimizer):
 
 def test_a_skip_is_a_skip_for_an_optimizer_that_moves_without_gradients() -> None:
     weight = param(1.0)
-    clipper = dist_clip.GradClipper([("w", weight)], dist_clip.GlobalNorm(), skip_above=50.0)
+    clipper = dist_clip.GradClipper([("w", weight)], dist_clip.GlobalNorm(), guard=dist_clip.SkipAbove(50.0))
     optimizer = MovesAnyway([weight])
     clipper.attach(optimizer)
     assert moved(optimizer, weight, 1.0) > 0
@@ -457,7 +457,7 @@ def test_a_step_that_raises_leaves_no_flag_and_no_step_under_way(fused: bool) ->
             return super().step(closure)
 
     weight = param()
-    clipper = dist_clip.GradClipper([("w", weight)], dist_clip.GlobalNorm(1.0), skip_above=50.0)
+    clipper = dist_clip.GradClipper([("w", weight)], dist_clip.GlobalNorm(1.0), guard=dist_clip.SkipAbove(50.0))
     optimizer = Raises([weight], lr=1.0, fused=fused)
     clipper.attach(optimizer)
     optimizer.fail = True
