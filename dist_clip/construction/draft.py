@@ -126,7 +126,11 @@ def construct(target: Any, policy: object, options: Options) -> Construction:
     if whole is None and copies_among > 1 and checked.pp_group is None:
         whole = checked.process_group or dist.group.WORLD
     plan = ReductionPlan(
-        layout, process_group=whole, copies_among=copies_among, shared=shared, meet=checked.detect_desync
+        layout,
+        process_group=whole,
+        copies_among=copies_among,
+        shared=shared,
+        meet=checked.detect_desync or checked.needs_loss,
     )
     check_coverage(layout, plan, checked.process_group)
     replicas = ReplicaCheck(

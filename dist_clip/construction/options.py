@@ -81,6 +81,11 @@ class CheckedOptions:
         """Whether a step may turn out to be skipped."""
         return self.nonfinite.skips or bool(self.guards)
 
+    @property
+    def needs_loss(self) -> bool:
+        """Whether a guard looks at the loss, so that the loss is to be added over all ranks."""
+        return any("loss" in guard.needs() for guard in self.guards)
+
     def describe(self) -> str:
         """Return a description of the options, which must be the same on all ranks."""
         return (
