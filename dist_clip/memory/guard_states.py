@@ -25,11 +25,16 @@ def guard_states(memory: Memory) -> dict[str, Any]:
 
     Returns:
         ``{"guards": {"0": {"guard": JSON, "model": {slot: tensor}, "tensors": {fqn: {slot: tensor}}}}}``, one entry a
-        guard by its number; nothing without guards. "model" has the slots that are not a tensor's.
+        guard by its number, for guards that remember anything; nothing if none does. "model" has the slots that are not a
+        tensor's.
     """
-    if not memory.guards:
-        return {}
-    return {KEY: {str(k): _entry(held, memory.layout.names) for k, held in enumerate(memory.guards)}}
+    entries = {str(k): _entry(held, memory.layout.names) for k, held in enumerate(memory.guards) if _remembers(held)}
+    return {KEY: entries} if entries else {}
+
+
+def _remembers(held: GuardMemory) -> bool:
+    # A fixed threshold remembers nothing, and its checkpoints are those of a clipper without it.
+    return bool(held.state) or held.guard.max_skips_in_a_row is not None
 
 
 def _entry(held: GuardMemory, names: Collection[str]) -> dict[str, Any]:
@@ -61,16 +66,20 @@ def checked_guard_states(
     saved = loaded.get(KEY) or {}
     if not isinstance(saved, Mapping) or not all(isinstance(entry, Mapping) for entry in saved.values()):
         raise ValueError("the state's guards are damaged: they must be a dict of dicts")
-    if len(saved) > len(memory.guards):
+    mine = {str(k) for k, held in enumerate(memory.guards) if _remembers(held)}
+    if saved.keys() - mine:
         warnings.warn(
-            f"the state has {len(saved)} guards and the clipper {len(memory.guards)}: what the others remembered is lost",
+            f"the state is one of {len(saved)} guards and the clipper has {len(mine)} that remember anything: what the "
+            "others remembered is lost",
             stacklevel=5,
         )
     states = []
     for k, held in enumerate(memory.guards):
         state = fresh_guard_state(held, len(memory.layout))
         entry = saved.get(str(k))
-        if entry is None:
+        if not _remembers(held):
+            pass
+        elif entry is None:
             warnings.warn(
                 f"the state has nothing about {type(held.guard).__name__}, as it was saved without it: it starts afresh",
                 stacklevel=5,

@@ -111,7 +111,6 @@ def test_a_step_above_the_threshold_is_left_to_be_skipped(policy: Any) -> None:
         set_grads(model, value)
         if skipped:
             before = clipper.state_dict()
-            del before["guards"]  # which count the skips
         report = clipper.clip_()
         assert bool(report.skip) is skipped, value
         assert bool(report.nonfinite) is math.isnan(value)
@@ -119,9 +118,7 @@ def test_a_step_above_the_threshold_is_left_to_be_skipped(policy: Any) -> None:
         if skipped:
             assert report.global_norm.item() == pytest.approx(abs(value) * math.sqrt(8), rel=1e-6)
             assert model.weight.grad.eq(value).all()
-            after = clipper.state_dict()
-            assert int(after.pop("guards")["0"]["model"]["skips_in_a_row"]) == 1
-            assert str(after) == str(before)
+            assert str(clipper.state_dict()) == str(before)
             assert "to be skipped" in str(report)
 
 

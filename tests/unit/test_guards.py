@@ -421,7 +421,7 @@ def test_a_state_without_guards_loads_and_they_start_afresh() -> None:
     fresh, _ = guarded()
     assert str(again.state_dict()["guards"]) == str(fresh.state_dict()["guards"])
     assert "guards" not in clipper.state_dict()
-    with pytest.warns(UserWarning, match="the state has 3 guards and the clipper 0"):
+    with pytest.warns(UserWarning, match="the state is one of 3 guards and the clipper has 0 that remember"):
         clipper.load_state_dict(again.state_dict())
 
 
