@@ -6,7 +6,9 @@ import copy
 import dataclasses
 import math
 import random
+import re
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import dist_clip
+from dist_clip.guards import registry
 from dist_clip.guards.base import Guard
 from dist_clip.policies.base import State
 from tests import reference
@@ -429,7 +432,7 @@ def test_a_state_of_other_guards_is_refused_or_starts_afresh() -> None:
     clipper, model = guarded()
     train(clipper, model, 0)
     saved = clipper.state_dict()
-    changed, _ = guarded([GUARDS[0], dist_clip.SkipStep(window=6, sigma=4.0), dist_clip.SkipAbove(9.0)])
+    changed, _ = guarded([GUARDS[0], dist_clip.SkipStep(window=6, sigma=4.0), dist_clip.SkipAbove(9.0, 3)])
     before = str(changed.state_dict())
     with pytest.raises(ValueError, match=r"the state was made by another SkipStep: sigma was 3\.0 and is 4\.0"):
         changed.load_state_dict(saved)
@@ -686,3 +689,18 @@ def test_a_wrong_hyper_parameter(make: Callable[[], Any], message: str) -> None:
     with pytest.raises((TypeError, ValueError)) as error:
         make()
     assert message in str(error.value)
+
+
+def test_the_guard_of_the_page_does_what_it_says() -> None:
+    """The code is docs/guards.md's own."""
+    page = Path(__file__).parents[2] / "docs" / "guards.md"
+    (block,) = re.findall(r"^```python\n(@dist_clip.register_guard.*?)^```", page.read_text("utf-8"), re.M | re.S)
+    scope: dict[str, Any] = {"dist_clip": dist_clip, "dataclasses": dataclasses, "torch": torch}
+    try:
+        exec(compile(block, "guards.md", "exec", dont_inherit=True), scope)
+        model = model_of(4)
+        clipper = dist_clip.GradClipper(model, dist_clip.GlobalNorm(), guard=dist_clip.guard("quiet", factor=3.0))
+    finally:
+        registry._registered.pop("quiet", None)
+    skips = [bool(clip(clipper, model, value).skip) for value in (1.0, 2.0, 7.0, NAN, 5.0, 1.0, *[9.0] * 22)]
+    assert skips == [False, False, True, False, False, False, *[True] * 20, False, False]
