@@ -245,7 +245,7 @@ class GradClipper:
         totals = self._global_norms.before(measured, overflow, self._guards.extra(measured))
         guarded = self._guards.decide(measured, totals)
         if scaler is not None and totals.skip is not None:
-            share_skip(scaler, totals.skip)
+            share_skip(scaler, totals.skip, totals.nonfinite)
         if nonfinite.raises:
             self._raise_if_nonfinite(measured.local, totals.nonfinite)
         scales, states = decide(measured, totals, self.memory, self._global_norms, nonfinite)

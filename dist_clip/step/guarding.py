@@ -57,6 +57,7 @@ class Guards:
         self.needs_loss = bool(self._loss_guards)
         self._may_raise = any(memory.guard.when_stuck == "raise" for memory in memory.guards)
         self._alone = not distributed()
+        self._at_once = memory.device.type == "cpu"  # where reading waits for nothing
         self._carries = True
         if self.needs_loss and not self._alone:
             # Stages may be laid out differently, and all of them must add the loss in the same way.
@@ -176,7 +177,7 @@ class Guards:
         self._clips += 1
         self._wrong.logical_or_(wrong)
         found: Tensor | None = None
-        if self._memory.device.type == "cpu":
+        if self._at_once:
             found = self._wrong
         elif self.needs_loss and not self._alone and self._clips in (1, 2, 4, 8, 16):
             found = HostCopy(self._wrong).read()

@@ -276,6 +276,15 @@ def test_any_guard_of_a_list_skips_and_their_states_go_on() -> None:
     assert int(clipper.memory.guards[0].state["seen"]) == 6
 
 
+def test_explain_names_the_guards() -> None:
+    clipper = dist_clip.GradClipper(
+        model_of(4), dist_clip.LogClip(), guard=[dist_clip.SkipAbove(3.0), dist_clip.DropNorm()]
+    )
+    lines = clipper.explain().splitlines()[-2:]
+    assert lines[0] == "guard SkipAbove(max_norm=3.0, max_skips_in_a_row=None, when_stuck='step'): no collective more"
+    assert lines[1].startswith("guard DropNorm(variant='mean'")
+
+
 @pytest.mark.parametrize("scope", ["tensor", "shard", "global"])
 @pytest.mark.parametrize("nonfinite", ["propagate", "zero", "skip"])
 def test_guards_go_with_every_scope_and_mode(scope: Any, nonfinite: Any) -> None:
@@ -315,6 +324,39 @@ def test_a_stuck_guard_raises_if_asked_to_and_changes_nothing() -> None:
         assert str(clipper.state_dict()) == before
         assert model["p0"].grad.eq(100.0).all()
     assert not bool(clip(clipper, model, 1.0).skip)
+
+
+def test_a_stuck_guard_raises_late_where_the_host_must_not_wait() -> None:
+    """As on an accelerator: the host looks at every 32nd clip, at what it asked for at the one before."""
+    model = model_of(4)
+    guard = dist_clip.SkipAbove(10.0, max_skips_in_a_row=3, when_stuck="raise")
+    clipper = dist_clip.GradClipper(model, dist_clip.GlobalNorm(), guard=guard)
+    clipper._guards._at_once = False
+    for _ in range(63):
+        assert bool(clip(clipper, model, 100.0).skip)  # nothing is stepped with meanwhile
+    with pytest.raises(dist_clip.StuckError):
+        clip(clipper, model, 100.0)
+    assert not bool(clip(clipper, model, 1.0).skip)
+
+
+def test_a_guard_does_not_lower_a_grad_scalers_scale() -> None:
+    model = model_of(4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    clipper = dist_clip.GradClipper(model, dist_clip.GlobalNorm(1e9), guard=dist_clip.SkipAbove(50.0), scaler=scaler)
+    scales, moved = [], []
+    for value in (1.0, 100.0, 100.0, INF, 100.0, 1.0):
+        optimizer.zero_grad()
+        scaler.scale((model["p0"] * value).sum()).backward()
+        before = model["p0"].detach().clone()
+        scaler.unscale_(optimizer)
+        clipper.clip_()
+        scaler.step(optimizer)  # which skips by itself
+        scaler.update()
+        scales.append(scaler.get_scale())
+        moved.append(not torch.equal(before, model["p0"]))
+    assert moved == [True, False, False, False, False, True]
+    assert scales == [1024.0] * 3 + [512.0] * 3
 
 
 # ---- the loss ------------------------------------------------------------------------------------------------------------
