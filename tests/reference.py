@@ -441,6 +441,7 @@ class MedianGuard:
         self, threshold: float = 3.0, rate: float = 0.02, warmup: int = 100, window: int = 128, most: int = 50
     ) -> None:
         self.threshold, self.rate, self.warmup, self.window, self.most = threshold, rate, warmup, window, most
+        self.spread: dict[Hashable, float] = {}  # the moving average of |ln(norm / level)|
         self.level: dict[Hashable, float] = {}
         self.peaks: dict[Hashable, tuple[float, float]] = {}
         self.count: dict[Hashable, int] = {}
@@ -448,15 +449,17 @@ class MedianGuard:
 
     def skips(self, norms: Norms) -> bool:
         usual = {name: max(self.peaks[name]) for name in norms if self.count.get(name, 0) >= self.warmup}
-        ratios = [norms[name] / usual[name] for name in usual if norms[name] != 0]
-        ratios = [math.inf if math.isnan(ratio) else ratio for ratio in ratios]
-        middle = statistics.median_low(ratios) if ratios else 1.0
+        there = [name for name in usual if norms[name] != 0]
+        ratios = [math.inf if math.isnan(norms[name]) else norms[name] / usual[name] for name in there]
+        limits = [max(self.threshold, math.exp(4.0 * self.spread[name])) for name in there]
+        excess = [ratio / limit for ratio, limit in zip(ratios, limits, strict=True)]
+        middle = statistics.median_low(excess) if excess else 0.0
         low = bool(ratios) and statistics.median_high(ratios) < 0.25
-        bad = middle > self.threshold and self.lows <= 8
+        bad = middle > 1 and self.lows <= 8
         finite = all(math.isfinite(norm) for norm in norms.values())
         renew = bad and self.spent >= 50 * self.most and finite
         skip = bad and not renew
-        change = 1 if low else 0 if middle > self.threshold else -1
+        change = 1 if low else 0 if middle > 1 else -1
         if not skip and not (low and self.lows < self.window):
             self._follow(norms, renew)
         self.lows = min(max(self.lows + change, 0), self.window)
@@ -469,13 +472,17 @@ class MedianGuard:
             now, earlier = self.peaks.get(name, (0.0, 0.0))
             if observable(fp32(norm)):
                 count = self.count[name] = self.count.get(name, 0) + 1
+                self.spread.setdefault(name, 0.0)
                 old = self.level.get(name)
                 if old is None or renew:
                     level = norm
                 else:
                     bound = 100.0 if count <= self.warmup else self.threshold
                     ratio = min(max(norm / old, 1 / bound), bound)
-                    level = old * ratio ** max(self.rate, 1 / count)
+                    rate = max(self.rate, 1 / count)
+                    level = old * ratio**rate
+                    spread = self.spread[name]
+                    self.spread[name] = fp32(spread + rate * (abs(math.log(ratio)) - spread))
                 level = self.level[name] = fp32(level)
                 now, earlier = (level, level) if renew or count <= self.warmup else (max(now, level), earlier)
             if self.taken % self.window == 0:

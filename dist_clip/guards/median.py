@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Collection
 
 import torch
@@ -26,10 +27,10 @@ _EARN = 50
 @register_guard("median")
 @dataclasses.dataclass(frozen=True)
 class MedianGuard(Guard):
-    """Skips a step at which the median over tensors of norm / the tensor's own usual norm exceeds ``threshold``.
+    """Skips a step at which most tensors' norms are ``threshold`` times their own usual norms, or more where they scatter.
 
     A bad batch lifts the norms of most tensors, and is skipped; a bad tensor lifts its own, and is left to the policy.
-    The median exceeds the threshold exactly if more than half of the tensors do, so that the guard counts tensors. A
+    A median over tensors is above a threshold exactly if more than half of the tensors are, so the guard counts tensors. A
     tensor counts once it has ``warmup_steps`` observations, on steps at which it has a gradient; a norm of NaN or Inf
     counts as above the threshold, and enters nothing.
 
@@ -37,6 +38,10 @@ class MedianGuard(Guard):
     clamp(n / level, 1 / b, b) ** max(rate, 1 / observations)``, with b = 100 in its warm-up and ``threshold`` after it.
     Its usual norm is the largest level of the last ``window`` to ``2 * window`` steps, so that an episode of low norms
     that is shorter is not forgotten. Skipped steps leave it as it is.
+
+    **What is far.** A tensor is above if ``ln(n / usual)`` exceeds both ``ln(threshold)`` and ``deviations`` times its
+    spread, a moving average of ``abs(ln(n / level))`` with the same rate and bound. Where norms scatter by nature, as early
+    under Lion, a threshold alone would skip steps that nothing is wrong with.
 
     **How it ends.** There is a budget of ``max_skips_in_a_row`` skips, to which each step that is taken gives back a
     fiftieth of one. When it is used up the next step is taken, and its norms become the usual ones: a lasting rise is
@@ -48,6 +53,7 @@ class MedianGuard(Guard):
 
     Args:
         threshold: how far above its usual norm a tensor must be, as a factor above 1.
+        deviations: how many times its usual scatter it must be above as well, at least 0.
         rate: share of the log of a norm's ratio that the level moves by, in (0, 1].
         warmup_steps: observations of a tensor before it counts, at least 1.
         window: steps for which a level is remembered, and for which low norms do not count as usual, at least 1.
@@ -56,8 +62,9 @@ class MedianGuard(Guard):
             `StuckError`.
 
     State: ``level``, ``peak`` and ``earlier``, fp32 [n] (0: nothing observed): the level, its maximum in this window and
-    in the one before; ``observations``, int32 [n]; ``clock``, int32 0-dim, steps since the window began; ``lows``, int32
-    0-dim; ``spent``, int32 0-dim, fiftieths of a skip of the budget that are used.
+    in the one before; ``spread``, fp32 [n]; ``observations``, int32 [n]; ``clock``, int32 0-dim, steps since the window
+    began; ``lows``, int32 0-dim, low steps to make up for; ``spent``, int32 0-dim, fiftieths of a skip of the budget that
+    are used.
 
     Raises:
         TypeError, ValueError: a hyper-parameter of the wrong type or out of its range.
@@ -71,16 +78,18 @@ class MedianGuard(Guard):
     """
 
     threshold: float = 3.0
+    deviations: float = 4.0
     rate: float = 0.02
     warmup_steps: int = 100
     window: int = 128
     max_skips_in_a_row: int = 50
     when_stuck: WhenStuck = "step"
 
-    tensor_slots = ("level", "peak", "earlier", "observations")
+    tensor_slots = ("level", "peak", "earlier", "spread", "observations")
 
     def __post_init__(self) -> None:
         check_finite("MedianGuard", "threshold", self.threshold, 1.0, open_low=True)
+        check_finite("MedianGuard", "deviations", self.deviations, 0.0)
         check_number("MedianGuard", "rate", self.rate, 0.0, 1.0, open_low=True)
         for name in ("warmup_steps", "window", "max_skips_in_a_row"):
             check_count("MedianGuard", name, getattr(self, name), 1)
@@ -95,6 +104,7 @@ class MedianGuard(Guard):
             "level": torch.zeros(n, dtype=torch.float32, device=device),
             "peak": torch.zeros(n, dtype=torch.float32, device=device),
             "earlier": torch.zeros(n, dtype=torch.float32, device=device),
+            "spread": torch.zeros(n, dtype=torch.float32, device=device),
             "observations": torch.zeros(n, dtype=torch.int32, device=device),
             "clock": torch.zeros((), dtype=torch.int32, device=device),
             "lows": torch.zeros((), dtype=torch.int32, device=device),
@@ -105,7 +115,8 @@ class MedianGuard(Guard):
         """Return of each tensor whether it is above its threshold, whether it is low, and whether it counts."""
         usual = torch.maximum(state["peak"], state["earlier"]).double()
         counts = torch.logical_and(state["observations"] >= self.warmup_steps, norms != 0)
-        above = torch.logical_not(norms <= self.threshold * usual)  # also if it is NaN
+        far = torch.exp(torch.clamp(self.deviations * state["spread"].double(), min=math.log(self.threshold)))
+        above = torch.logical_not(norms <= far * usual)  # also if it is NaN
         low = norms * _LOW < usual
         return torch.stack([torch.logical_and(counts, above), torch.logical_and(counts, low), counts]).double()
 
@@ -137,8 +148,11 @@ class MedianGuard(Guard):
         first = observations <= self.warmup_steps
         bound = torch.where(first, _WARMUP_BOUND, self.threshold).double()
         ratio = torch.minimum(torch.maximum(norms / level, 1 / bound), bound)
-        moved = torch.where(level > 0, level * torch.exp(rate * torch.log(ratio)), norms)
-        moved = torch.where(renew, norms, moved).float()
+        log_ratio = torch.log(ratio)
+        known = torch.logical_and(level > 0, torch.logical_not(renew))
+        moved = torch.where(known, level * torch.exp(rate * log_ratio), norms).float()
+        spread = state["spread"].double()
+        spread = torch.where(known, spread + rate * (log_ratio.abs() - spread), spread).float()
         seen = torch.logical_and(torch.logical_and(observed(norms.float()), observed(moved)), usual)
         level = torch.where(seen, moved, state["level"])
         # No maximum of a warm-up's levels, which start anywhere.
@@ -146,6 +160,7 @@ class MedianGuard(Guard):
         peak = torch.where(anew, level, torch.maximum(state["peak"], level))
         return {
             "level": level,
+            "spread": torch.where(seen, spread, state["spread"]),
             "observations": torch.where(seen, observations, state["observations"]),
             "peak": torch.where(torch.logical_and(begins, usual), level, peak),
             "earlier": torch.where(torch.logical_and(begins, usual), peak, torch.where(anew, level, state["earlier"])),

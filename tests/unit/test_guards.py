@@ -109,7 +109,7 @@ def test_median_guard_equals_the_reference(tensors: int) -> None:
         skip = ours.skips(norms)
         assert skip == theirs.skips(dict(enumerate(norms))), f"step {step}: {norms}"
         skipped.append(skip)
-        for slot, expected in (("level", theirs.level), ("observations", theirs.count)):
+        for slot, expected in (("level", theirs.level), ("spread", theirs.spread), ("observations", theirs.count)):
             values = [expected.get(i, 0.0) for i in range(tensors)]
             assert ours.state[slot].tolist() == pytest.approx(values, rel=1e-5)
     assert 8 < sum(skipped) < 250
@@ -210,6 +210,13 @@ def test_promise_nothing_in_the_first_steps(n: int) -> None:
     for sign in (1, -1):
         ours = Alone(dist_clip.MedianGuard(), n)
         assert not any(ours.skips(norms.step(30 ** (sign * min(1.0, step / 400)))) for step in range(500))
+
+
+def test_promise_norms_that_scatter_are_usual() -> None:
+    """As early under Lion: the whole model's norms are 4 times their usual size now and then, and others always."""
+    ours, norms, rng = Alone(dist_clip.MedianGuard(), 40), Norms(40), random.Random(3)
+    assert not any(ours.skips(norms.step(rng.lognormvariate(0, 0.5))) for _ in range(600))
+    assert all(ours.skips(norms.step(60.0)) for _ in range(12))
 
 
 @pytest.mark.parametrize("factor", [0.5, 2.0])
@@ -715,6 +722,7 @@ def test_a_guard_that_is_no_frozen_dataclass_or_has_no_step() -> None:
         (lambda: dist_clip.DropNorm(factor=1.0), "DropNorm: factor must be above 1, got 1.0"),
         (lambda: dist_clip.DropNorm(decay=1.0), "DropNorm: decay must be below 1"),
         (lambda: dist_clip.MedianGuard(threshold=1.0), "MedianGuard: threshold must be above 1, got 1.0"),
+        (lambda: dist_clip.MedianGuard(deviations=-1.0), "MedianGuard: deviations must be at least 0, got -1.0"),
         (lambda: dist_clip.MedianGuard(rate=1.5), "MedianGuard: rate must be above 0 and at most 1, got 1.5"),
         (lambda: dist_clip.MedianGuard(window=0), "MedianGuard: window must be at least 1, got 0"),
         (lambda: dist_clip.guard("mean"), "no guard is called 'mean'; there are"),
