@@ -4,8 +4,20 @@ from typing import Any
 
 from dist_clip.attachment import Attachment
 from dist_clip.clipper import GradClipper
-from dist_clip.errors import DesyncError, LayoutError, NonFiniteGradError, VerifyError
+from dist_clip.errors import DesyncError, LayoutError, NonFiniteGradError, StuckError, VerifyError
 from dist_clip.functional import clip_grad_norm_
+from dist_clip.guards import (
+    DropNorm,
+    Guard,
+    GuardInputs,
+    GuardNeed,
+    MedianGuard,
+    SkipAbove,
+    SkipStep,
+    WhenStuck,
+    guard,
+    register_guard,
+)
 from dist_clip.kernels import Kernels
 from dist_clip.policies import (
     AdaGC,
@@ -41,25 +53,36 @@ __all__ = [
     "Attachment",
     "ClipReport",
     "DesyncError",
+    "DropNorm",
     "GlobalNorm",
     "GradClipper",
+    "Guard",
+    "GuardInputs",
+    "GuardNeed",
     "Kernels",
     "LayoutError",
     "LogClip",
+    "MedianGuard",
     "Need",
     "NonFinite",
     "NonFiniteGradError",
     "Policy",
     "Scope",
+    "SkipAbove",
+    "SkipStep",
     "State",
     "StepInputs",
+    "StuckError",
     "VerifiedNorm",
     "VerifyError",
     "VerifyReport",
+    "WhenStuck",
     "ZClip",
     "__version__",
     "clip_grad_norm_",
+    "guard",
     "observed",
     "policy",
     "register",
+    "register_guard",
 ]

@@ -16,16 +16,17 @@ from dist_clip.attachment import Attachment, Detachable
 from dist_clip.construction import Options, construct
 from dist_clip.errors import DesyncError
 from dist_clip.explain import explain_table
+from dist_clip.guards import Guard
 from dist_clip.kernels import Kernels
 from dist_clip.layouts import PartialReducer
 from dist_clip.layouts.meeting import meet
-from dist_clip.layouts.process_groups import distributed
+from dist_clip.layouts.process_groups import distributed, stage_of
 from dist_clip.layouts.sharded import ShardedBy
 from dist_clip.memory import Memory, state_dict
 from dist_clip.memory.packed import PackedState
 from dist_clip.policies import Policy
 from dist_clip.reduction import Channel, DesyncDetector
-from dist_clip.step import ClipReport, GlobalNorms, Meter, NonFinite, decide, raise_nonfinite
+from dist_clip.step import ClipReport, GlobalNorms, Guards, Meter, NonFinite, decide, raise_nonfinite
 from dist_clip.step.fault import naming_what_fails
 from dist_clip.step.grad_scaler import found_inf, share_skip
 from dist_clip.verify import VerifyReport, verify
@@ -54,8 +55,9 @@ class GradClipper:
         exclude: FQN patterns (`fnmatch`) of tensors that are neither measured nor clipped.
         log_global_norm: reduce the global norm for the report also where no policy needs it. The reduction overlaps
             with the optimizer step; only reading the norm waits for it.
-        skip_above: skip steps whose global norm exceeds this, above 0 and finite, as ``nonfinite="skip"`` does. None:
-            do not skip for that.
+        guard: what decides whether a step is taken at all: `MedianGuard`, `SkipStep`, `DropNorm`, `SkipAbove`, a guard of
+            your own (docs/guards.md), or a list of them, any of which may skip it. A step is skipped as by
+            ``nonfinite="skip"``. None: no guard.
         kernels: what measures and scales CUDA tensors, "triton" or "torch" (docs/kernels.md), the same on all ranks.
             None: the environment variable DIST_CLIP_KERNELS, else Triton if it works, else torch.
         scaler: the GradScaler of fp16 training, if there is one. Clipping before ``scaler.unscale_`` then raises. It
@@ -106,7 +108,7 @@ class GradClipper:
         overrides: Mapping[str, Policy] | None = None,
         exclude: Sequence[str] = (),
         log_global_norm: bool = False,
-        skip_above: float | None = None,
+        guard: Guard | Sequence[Guard] | None = None,
         kernels: str | Kernels | None = None,
         scaler: GradScaler | None = None,
         detect_desync: bool = False,
@@ -120,7 +122,7 @@ class GradClipper:
             overrides,
             exclude,
             log_global_norm,
-            skip_above,
+            guard,
             kernels,
             scaler,
             detect_desync,
@@ -131,6 +133,7 @@ class GradClipper:
         self._target, self._arguments = target, options
         self.last_report: ClipReport | None = None
         self.attachment: Detachable | None = None
+        self._losses: list[Any] = []
         # The state is updated in place, which torch forbids for tensors that were made in inference mode.
         with torch.inference_mode(False), torch.no_grad():
             self._build(target, policy, options)
@@ -139,7 +142,9 @@ class GradClipper:
         made = self._made = construct(target, policy, options)
         checked = self._options = made.options
         self.layout = made.layout
-        self.memory = Memory(made.rules, made.layout, made.elsewhere, made.device, may_skip=checked.may_skip)
+        self.memory = Memory(
+            made.rules, made.layout, made.elsewhere, made.device, may_skip=checked.may_skip, guards=checked.guards
+        )
         self._detector = DesyncDetector(self.memory)
         detector = self._detector if checked.detect_desync else None
         self._channel = Channel(made.plan, checked.pp_group, checked.process_group, detector)
@@ -151,12 +156,20 @@ class GradClipper:
             checked.nonfinite,
             every_norm=checked.may_skip or checked.log_global_norm,
         )
+        counted = torch.tensor(made.counted, dtype=torch.bool, device=made.device)
+        self._guards = Guards(
+            self.memory,
+            self._channel,
+            counted,
+            checked.process_group,
+            stage_of(checked.pp_group),
+            made.ranks_a_stage,
+        )
         self._global_norms = GlobalNorms(
             self.memory,
             self._channel,
-            torch.tensor(made.counted, dtype=torch.bool, device=made.device),
+            counted,
             checked.nonfinite,
-            skip_above=checked.skip_above,
             may_skip=checked.may_skip,
             every_norm=checked.log_global_norm,
         )
@@ -185,8 +198,13 @@ class GradClipper:
 
     @_disable_dynamo  # tracing takes torch.compile minutes and makes nothing faster
     @torch.no_grad()
-    def clip_(self) -> ClipReport:
+    def clip_(self, loss: Tensor | float | None = None) -> ClipReport:
         """Clip all gradients in place. Call it once per optimizer step, on every rank, after backward (and unscaling).
+
+        Args:
+            loss: this rank's own loss, a number or a tensor of one element, for a guard that looks at the loss; other
+                clippers ignore it. The guard sees the mean over the ranks. Under pipeline parallelism the ranks of the last
+                stage pass it. In place of `observe_loss`.
 
         Returns:
             The report, also kept as ``last_report``.
@@ -198,6 +216,10 @@ class GradClipper:
             DesyncError: with ``detect_desync``: ranks are out of step. Raised on the CPU before anything is clipped,
                 and elsewhere at the next call, so that the host need not wait.
             NonFiniteGradError: with ``nonfinite="raise"``: a gradient is NaN or Inf.
+            StuckError: a guard with ``when_stuck="raise"`` has skipped too many steps in a row. Raised on the CPU before
+                anything is clipped, and elsewhere up to 64 clips later, so that the host need not wait.
+            TypeError, ValueError: a guard looks at the loss, and a rank passed none, or no scalar. On accelerators raised
+                at the clips 1, 2, 4, 8 and 16 at once, and later up to 64 clips late.
             LayoutError: the modules have a parameter with a gradient that came after the construction: see `refresh`. The
                 first call, and calls without gradients, look at parameters without one as well.
             LayoutError: copies of a tensor have gradients of different norms: see `sharded`. Raised on every rank before
@@ -214,20 +236,23 @@ class GradClipper:
         scaler, nonfinite = self._options.scaler, self._options.nonfinite
         overflow = None if scaler is None else found_inf(scaler, self._made.device)
         self._channel.begin()
+        losses, self._losses = self._losses if loss is None else [loss], []
+        about_loss = self._guards.begin(losses)
         grads, num_grads = self._read()
         squares = self._meter.squares(grads)
         self._made.replicas.check(squares, self._meter.weight_squares)
-        measured = self._meter.measure(squares)
-        totals = self._global_norms.before(measured, overflow)
+        measured = self._meter.measure(squares, about_loss)
+        totals = self._global_norms.before(measured, overflow, self._guards.extra(measured))
+        guarded = self._guards.decide(measured, totals)
         if scaler is not None and totals.skip is not None:
-            share_skip(scaler, totals.skip)
+            share_skip(scaler, totals.skip, totals.nonfinite)
         if nonfinite.raises:
             self._raise_if_nonfinite(measured.local, totals.nonfinite)
         scales, states = decide(measured, totals, self.memory, self._global_norms, nonfinite)
         with naming_what_fails(self.layout, grads):
             self._made.kernels.scale_(grads, scales.each, uniform=self._uniform)
             nonfinite.zero_(self._made.kernels, grads, measured.bad, totals.skip)
-        self.memory.advance(states, totals.skip)
+        self.memory.advance(states, totals.skip, guarded)
         self._channel.clipped()
         self.last_report = ClipReport(
             names=self.layout.names,
@@ -239,6 +264,38 @@ class GradClipper:
             _global_norms=self._global_norms.for_report(measured, totals, scales),
         )
         return self.last_report
+
+    def observe_loss(self, loss: Tensor | float) -> None:
+        """Pass this rank's loss for the next `clip_`, as before the step of an attached optimizer; never syncs the host.
+
+        Call it once for each micro-batch, or once with their mean: the guards see the mean over calls and ranks. Without a
+        guard that looks at the loss it does nothing.
+
+        Args:
+            loss: a number or a tensor of one element. The next `clip_` raises for anything else, on every rank.
+
+        Example:
+            >>> import torch, dist_clip
+            >>> model = torch.nn.Linear(2, 2)
+            >>> optimizer = torch.optim.AdamW(model.parameters())
+            >>> clipper = dist_clip.GradClipper(model, dist_clip.LogClip(), guard=dist_clip.SkipStep())
+            >>> handle = clipper.attach(optimizer)
+            >>> loss = model(torch.ones(1, 2)).square().mean()
+            >>> loss.backward()
+            >>> clipper.observe_loss(loss)
+            >>> optimizer.step()
+        """
+        if self._guards.needs_loss:
+            self._losses.append(loss.detach() if isinstance(loss, Tensor) else loss)
+
+    def forget_loss(self) -> None:
+        """Drop what `observe_loss` was given, for a step that is left out without a clip.
+
+        Example:
+            >>> import torch, dist_clip
+            >>> dist_clip.GradClipper(torch.nn.Linear(2, 2), dist_clip.LogClip()).forget_loss()
+        """
+        self._losses.clear()
 
     def _read(self) -> tuple[list[Tensor | None], int]:
         """Return this rank's shards of the gradients, in the layout's order, and how many of them are not None."""
@@ -327,7 +384,7 @@ class GradClipper:
 
         With several optimizers (Muon and AdamW) gradients are clipped once a round, before the first of them steps. An
         optimizer whose gradients changed since the last clip starts a new round. Where steps may be skipped
-        (``nonfinite="skip"``, ``skip_above``) a fused optimizer gets the flag as its ``found_inf``. For other
+        (``nonfinite="skip"``, ``guard``) a fused optimizer gets the flag as its ``found_inf``. For other
         optimizers the host reads the flag and does not call their step.
 
         A clip belongs to a step that is taken, of real gradients: steps inside of a step are part of it, and the steps by

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dist_clip.construction import Construction
+from dist_clip.guards import Guard
 from dist_clip.layouts import LogicalTensor
 from dist_clip.layouts.process_groups import distributed, group_label
 from dist_clip.memory import Memory, PolicyGroup
@@ -45,6 +46,7 @@ def explain_table(memory: Memory, channel: Channel, made: Construction) -> str:
     if distributed():
         lines.append(made.replicas.describe())
     lines += [_post_clip(group, channel) for group in memory.groups if group.policy.post_max_norm is not None]
+    lines += [_guard(held.guard, channel) for held in memory.guards]
     return "\n".join(lines)
 
 
@@ -52,6 +54,16 @@ def _note(tensor: LogicalTensor) -> str:
     if tensor.param is None:
         return " (held by other ranks)"
     return "" if tensor.param.requires_grad else " (frozen)"
+
+
+def _guard(guard: Guard, channel: Channel) -> str:
+    cost = "no collective more"
+    if channel.pp_group is not None:
+        cost = "on every step its numbers travel in the pipeline's gather"
+    if "loss" in guard.needs() and distributed():
+        how = "with what travels" if channel.carries else "by one all-reduce of three numbers a step"
+        cost += f"; the loss is added {how}"
+    return f"guard {guard!r}: {cost}"
 
 
 def _post_clip(group: PolicyGroup, channel: Channel) -> str:

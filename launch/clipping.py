@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal
 import tyro
 
 import dist_clip
+from dist_clip.guards import registered_guards
+from dist_clip.guards.command_line import guard_flags, guards_from_flags
 from dist_clip.policies import modes, options_of, parse_mode, registered
 from dist_clip.policies.command_line import COMMON, PolicyFlag, options_from_flags, policy_flags
 from launch.parallel import ParallelModel
@@ -31,8 +33,10 @@ class ClipConfig:
     """A module that registers rules of your own, imported before the flags are made."""
     nonfinite: Literal["propagate", "zero", "skip", "raise"] = "propagate"
     """What a NaN or Inf in a gradient leads to."""
-    skip_above: float | None = None
-    """Do not step where the global norm is above this; None: always step."""
+    guard: tuple[str, ...] = ()
+    """What decides whether a step is taken at all; of several, any may skip it. None: no guard."""
+    guard_options: tyro.conf.Suppress[Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    """The guards' hyper-parameters as {"GUARD_OPTION": value}; the guards' own defaults for those that are not there."""
     log_global_norm: bool = True
     """Reduce the global norm on steps where the rule has no need of it (AdaGC under pp), so that it can be logged."""
     detect_desync: bool = False
@@ -50,6 +54,14 @@ class ClipConfig:
         common = {COMMON: self.max_norm} if COMMON in names else {}
         return dist_clip.policy(self.clip, **{**common, **self.options})
 
+    def guards(self) -> list[dist_clip.Guard]:
+        """Make the guards.
+
+        Raises:
+            ValueError, TypeError: no such guard, or an option that it refuses.
+        """
+        return guards_from_flags(self.guard, self.guard_options, "--guard")
+
 
 def flags_class() -> type[ClipConfig]:
     """Return a `ClipConfig` with a field for each flag of the rules that are registered now, from which tyro makes flags."""
@@ -63,7 +75,9 @@ def flags_class() -> type[ClipConfig]:
         ("clip", Literal[(NONE, *modes())], ClipConfig.clip),
         (COMMON, Annotated[float, tyro.conf.arg(help=" ".join(thresholds))], ClipConfig.max_norm),
     ]
-    fields += [(flag.dest, *_field(flag)) for flag in policy_flags()]
+    guard: Any = Literal[tuple(registered_guards())]
+    fields.append(("guard", tuple[guard, ...], ClipConfig.guard))
+    fields += [(flag.dest, *_field(flag)) for flag in (*policy_flags(), *guard_flags())]
     made = dataclasses.make_dataclass("ClipFlags", fields, bases=(ClipConfig,), frozen=True)
     made.__doc__ = ClipConfig.__doc__
     return made
@@ -78,8 +92,12 @@ def config_from_flags(flags: ClipConfig) -> ClipConfig:
     values = {flag.dest: _given(flag, getattr(flags, flag.dest)) for flag in policy_flags()}
     kept = {field.name: getattr(flags, field.name) for field in dataclasses.fields(ClipConfig)}
     rule = None if flags.clip == NONE else parse_mode(flags.clip)[0]
-    config = ClipConfig(**kept | {"options": options_from_flags(rule, values, f"--clip {flags.clip}")})
+    guarding = {flag.dest: _given(flag, getattr(flags, flag.dest)) for flag in guard_flags()}
+    given = {dest: value for dest, value in guarding.items() if value is not None}
+    options = options_from_flags(rule, values, f"--clip {flags.clip}")
+    config = ClipConfig(**kept | {"options": options, "guard_options": given})
     config.policy()
+    config.guards()
     return config
 
 
@@ -105,7 +123,7 @@ def build_clipper(parallel: ParallelModel, cfg: ClipConfig) -> dist_clip.GradCli
         cfg.policy(),
         pp_group=parallel.pp_group,
         nonfinite=cfg.nonfinite,
-        skip_above=cfg.skip_above,
+        guard=cfg.guards() or None,
         log_global_norm=cfg.log_global_norm,
         detect_desync=cfg.detect_desync,
     )

@@ -97,7 +97,7 @@ def train(cfg: Config, device: torch.device, corpus: Corpus | None = None) -> No
                 verify(clipper)
 
             # After the whole batch's gradient is there (accumulated and reduced), before the optimizer looks at it.
-            report = clipper.clip_()
+            report = clipper.clip_(loss=loss)
             if cfg.fault.answered("zero", step):
                 optimizer.zero_grad(set_to_none=False)
             # To skip, the host has to look at a flag, which waits for the device.

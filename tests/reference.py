@@ -364,3 +364,127 @@ def rule_of(policy: Any) -> Any:
     settings = dataclasses.asdict(policy)
     once, each = RULES[type(policy).__name__]
     return (once if settings.pop("scope", "global") == "global" else each)(**settings)
+
+
+# ---- guards: whether to skip a step, from its norms and its loss --------------------------------------------------------
+
+
+class SkipStep:
+    """OLMo-core's rule on windows of the last losses and norms, neither of which a value that is not finite enters."""
+
+    def __init__(self, window: int = 128, sigma: float = 6.0, loss: bool = True) -> None:
+        self.window, self.sigma = window, sigma
+        self.norms: list[float] = []
+        self.losses: list[float] | None = [] if loss else None
+
+    def skips(self, norm: float, loss: float) -> bool:
+        """Return whether the step is skipped, and record it."""
+        outlier = self._outlier(self.norms, norm)
+        if norm > 0:
+            self._record(self.norms, norm)
+        if self.losses is not None:
+            outlier = self._outlier(self.losses, loss) or outlier
+            self._record(self.losses, loss)
+        return outlier
+
+    def _outlier(self, past: list[float], value: float) -> bool:
+        if not math.isfinite(value):
+            return True
+        if len(past) < max(2, self.window // 2):
+            return False
+        mean = statistics.fmean(past)
+        return value - mean > self.sigma * max(statistics.stdev(past), 1e-6 * abs(mean))
+
+    def _record(self, past: list[float], value: float) -> None:
+        if math.isfinite(value):
+            past.append(value)
+            del past[: -self.window]
+
+
+class DropNorm:
+    """AXLearn's rule; after `most` skips in a row the step is taken and the averages begin with it."""
+
+    def __init__(
+        self, variant: str = "mean", factor: float = 20.0, decay: float = 0.99, min_steps: int = 500, most: int = 50
+    ) -> None:
+        self.variant, self.factor, self.decay, self.min_steps, self.most = variant, factor, decay, min_steps, most
+        self.seen: list[float] = []
+        self.in_a_row = 0
+
+    def skips(self, norm: float, loss: float) -> bool:
+        skip = not math.isfinite(norm) or self._too_high(norm)
+        if skip and math.isfinite(norm) and self.in_a_row >= self.most:
+            skip, self.seen = False, []
+        self.in_a_row = self.in_a_row + 1 if skip else 0
+        if not skip and norm > 0:
+            self.seen.append(norm)
+        return skip
+
+    def average(self, power: int) -> float:
+        """Return the bias-corrected moving average of norm ** power: a weighted mean with the weights decay ** age."""
+        weights = [self.decay**age for age in range(len(self.seen))]
+        return sum(w * x**power for w, x in zip(weights, reversed(self.seen), strict=True)) / sum(weights)
+
+    def _too_high(self, norm: float) -> bool:
+        if self.variant == "mean":
+            return bool(self.seen) and norm >= self.factor * self.average(1)
+        if len(self.seen) < self.min_steps:
+            return False
+        mean = self.average(1)
+        return norm >= mean + self.factor * math.sqrt(max(self.average(2) - mean**2, 0.0))
+
+
+class MedianGuard:
+    """The library's guard, by the median itself; levels are float32."""
+
+    def __init__(
+        self, threshold: float = 3.0, rate: float = 0.02, warmup: int = 100, window: int = 128, most: int = 50
+    ) -> None:
+        self.threshold, self.rate, self.warmup, self.window, self.most = threshold, rate, warmup, window, most
+        self.spread: dict[Hashable, float] = {}  # the moving average of |ln(norm / level)|
+        self.level: dict[Hashable, float] = {}
+        self.peaks: dict[Hashable, tuple[float, float]] = {}
+        self.count: dict[Hashable, int] = {}
+        self.taken = self.lows = self.spent = 0
+
+    def skips(self, norms: Norms) -> bool:
+        usual = {name: max(self.peaks[name]) for name in norms if self.count.get(name, 0) >= self.warmup}
+        there = [name for name in usual if norms[name] != 0]
+        ratios = [math.inf if math.isnan(norms[name]) else norms[name] / usual[name] for name in there]
+        limits = [max(self.threshold, math.exp(4.0 * self.spread[name])) for name in there]
+        excess = [ratio / limit for ratio, limit in zip(ratios, limits, strict=True)]
+        middle = statistics.median_low(excess) if excess else 0.0
+        low = bool(ratios) and statistics.median_high(ratios) < 0.25
+        bad = middle > 1 and self.lows <= 8
+        finite = all(math.isfinite(norm) for norm in norms.values())
+        renew = bad and self.spent >= 50 * self.most and finite
+        skip = bad and not renew
+        change = 1 if low else 0 if middle > 1 else -1
+        if not skip and not (low and self.lows < self.window):
+            self._follow(norms, renew)
+        self.lows = min(max(self.lows + change, 0), self.window)
+        self.spent = self.spent + 50 if skip else max(self.spent - 1, 0)
+        return skip
+
+    def _follow(self, norms: Norms, renew: bool) -> None:
+        self.taken += 1
+        for name, norm in norms.items():
+            now, earlier = self.peaks.get(name, (0.0, 0.0))
+            if observable(fp32(norm)):
+                count = self.count[name] = self.count.get(name, 0) + 1
+                self.spread.setdefault(name, 0.0)
+                old = self.level.get(name)
+                if old is None or renew:
+                    level = norm
+                else:
+                    bound = 100.0 if count <= self.warmup else self.threshold
+                    ratio = min(max(norm / old, 1 / bound), bound)
+                    rate = max(self.rate, 1 / count)
+                    level = old * ratio**rate
+                    spread = self.spread[name]
+                    self.spread[name] = fp32(spread + rate * (abs(math.log(ratio)) - spread))
+                level = self.level[name] = fp32(level)
+                now, earlier = (level, level) if renew or count <= self.warmup else (max(now, level), earlier)
+            if self.taken % self.window == 0:
+                now, earlier = self.level.get(name, 0.0), now
+            self.peaks[name] = (now, earlier)

@@ -211,7 +211,7 @@ def test_a_step_above_the_threshold_is_not_taken(tmp_path: Path) -> None:
     clip = ClipConfig(clip="global")
     control = run(1, config(tmp_path / "control", clip=clip, fault=dataclasses.replace(GARBAGE, fault_answer="skip")))
     for ranks, layout in ((1, "ddp"), (2, "fsdp"), (2, "pp")):
-        above = dataclasses.replace(clip, skip_above=1e4)
+        above = dataclasses.replace(clip, guard=("skipabove",), guard_options={"skipabove_max_norm": 1e4})
         got = run(ranks, config(tmp_path / layout, clip=above, fault=GARBAGE, parallel=ParallelConfig(layout)))
         assert got.series("loss") == pytest.approx(control.series("loss"), abs=1e-4)
         assert got.validation[-1]["loss"] == pytest.approx(control.validation[-1]["loss"], abs=1e-4)

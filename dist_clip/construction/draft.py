@@ -49,6 +49,7 @@ class Construction:
         counted: whether this stage's copy of each tensor counts in the global norm.
         replicas: compares what should be copies of one tensor.
         elsewhere: shape of each tensor that only other pipeline stages hold.
+        ranks_a_stage: number of ranks of one pipeline stage.
     """
 
     options: CheckedOptions
@@ -62,6 +63,7 @@ class Construction:
     counted: tuple[bool, ...]
     elsewhere: Mapping[str, tuple[int, ...]]
     replicas: ReplicaCheck
+    ranks_a_stage: int
 
     def check_not_stale(self, *, thorough: bool) -> None:
         """Check that no parameter came after the construction whose gradient would be missed, and none went with one.
@@ -124,7 +126,11 @@ def construct(target: Any, policy: object, options: Options) -> Construction:
     if whole is None and copies_among > 1 and checked.pp_group is None:
         whole = checked.process_group or dist.group.WORLD
     plan = ReductionPlan(
-        layout, process_group=whole, copies_among=copies_among, shared=shared, meet=checked.detect_desync
+        layout,
+        process_group=whole,
+        copies_among=copies_among,
+        shared=shared,
+        meet=checked.detect_desync or checked.needs_loss,
     )
     check_coverage(layout, plan, checked.process_group)
     replicas = ReplicaCheck(
@@ -148,6 +154,7 @@ def construct(target: Any, policy: object, options: Options) -> Construction:
         counted=tuple(name not in earlier for name in layout.names),
         elsewhere={name: shape for name, shape in elsewhere.items() if name not in names},
         replicas=replicas,
+        ranks_a_stage=copies_among,
     )
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-import numbers
 from collections.abc import Mapping, Sequence
 
 import torch.distributed as dist
 from torch.amp import GradScaler
 from torch.distributed.device_mesh import DeviceMesh
 
+from dist_clip.guards import Guard
+from dist_clip.guards.trial import checked_guards
 from dist_clip.kernels import Kernels
 from dist_clip.layouts.process_groups import checked_group
 from dist_clip.layouts.sharded import Division, ShardedBy, checked_divisions
@@ -29,7 +29,7 @@ class Options:
     overrides: Mapping[str, Policy] | None
     exclude: Sequence[str]
     log_global_norm: bool
-    skip_above: float | None
+    guard: Guard | Sequence[Guard] | None
     kernels: str | Kernels | None
     scaler: GradScaler | None
     detect_desync: bool
@@ -49,18 +49,12 @@ class Options:
         for name in ("log_global_norm", "detect_desync", "check_replicas"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be a bool, got {getattr(self, name)!r}")
-        above = self.skip_above
-        if above is not None:
-            if isinstance(above, bool) or not isinstance(above, numbers.Real):
-                raise TypeError(f"skip_above must be a number or None, got {above!r}")
-            if not 0 < float(above) < math.inf:
-                raise ValueError(f"skip_above must be above 0 and finite (None never skips), got {above!r}")
         return CheckedOptions(
             pp_group,
             process_group,
             NonFiniteMode("skip") if scaler is not None else mode,
             self.log_global_norm,
-            None if above is None else float(above),
+            checked_guards(self.guard),
             scaler,
             self.detect_desync,
             checked_divisions(self.sharded),
@@ -76,7 +70,7 @@ class CheckedOptions:
     process_group: dist.ProcessGroup | None = None
     nonfinite: NonFiniteMode = NonFiniteMode("propagate")  # noqa: RUF009 (frozen)
     log_global_norm: bool = False
-    skip_above: float | None = None
+    guards: tuple[Guard, ...] = ()
     scaler: GradScaler | None = None
     detect_desync: bool = False
     divisions: Mapping[str, Division] = dataclasses.field(default_factory=dict)
@@ -85,12 +79,17 @@ class CheckedOptions:
     @property
     def may_skip(self) -> bool:
         """Whether a step may turn out to be skipped."""
-        return self.nonfinite.skips or self.skip_above is not None
+        return self.nonfinite.skips or bool(self.guards)
+
+    @property
+    def needs_loss(self) -> bool:
+        """Whether a guard looks at the loss, so that the loss is to be added over all ranks."""
+        return any("loss" in guard.needs() for guard in self.guards)
 
     def describe(self) -> str:
         """Return a description of the options, which must be the same on all ranks."""
         return (
-            f"nonfinite={self.nonfinite.name!r}, log_global_norm={self.log_global_norm}, skip_above={self.skip_above}, "
+            f"nonfinite={self.nonfinite.name!r}, log_global_norm={self.log_global_norm}, guards={list(self.guards)}, "
             f"pp_group={'given' if self.pp_group is not None else None}, detect_desync={self.detect_desync}, "
             f"scaler={'given' if self.scaler is not None else None}, check_replicas={self.check_replicas}, "
             f"sharded={{{', '.join(f'{pattern!r}: {said.describe()}' for pattern, said in self.divisions.items())}}}"

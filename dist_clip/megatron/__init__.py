@@ -8,6 +8,6 @@ See docs/megatron.md.
 """
 
 from dist_clip.megatron.attach import attach
-from dist_clip.megatron.flags import add_clip_args, attach_from_args, policy_from_args
+from dist_clip.megatron.flags import add_clip_args, attach_from_args, guards_from_args, policy_from_args
 
-__all__ = ["add_clip_args", "attach", "attach_from_args", "policy_from_args"]
+__all__ = ["add_clip_args", "attach", "attach_from_args", "guards_from_args", "policy_from_args"]

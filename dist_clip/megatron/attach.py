@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from dist_clip.clipper import GradClipper
 from dist_clip.errors import LayoutError
+from dist_clip.guards import Guard, SkipAbove
 from dist_clip.layouts import ShardedBy
 from dist_clip.megatron import checkpoint, compat
 from dist_clip.megatron.reader import MegatronReader
@@ -30,6 +31,7 @@ def attach(
     nonfinite: NonFinite = "propagate",
     overrides: Mapping[str, Policy] | None = None,
     exclude: Sequence[str] = (),
+    guard: Guard | Sequence[Guard] | None = None,
     log_global_norm: bool = True,
     kernels: str | None = None,
     detect_desync: bool = False,
@@ -51,6 +53,9 @@ def attach(
         model: the model chunk, or the list of chunks, that the optimizer was made from.
         nonfinite, overrides, exclude: as for `GradClipper`; patterns match global names, as ``explain()`` lists them.
             With "skip" a skipped step returns that it was not successful, as Megatron's own skipped steps do.
+        guard: as for `GradClipper`; the same holds for the steps that it skips. The host reads whether to skip, on each
+            step. Megatron's loop does not hand the loss to the optimizer: for a guard that looks at it, call
+            ``clipper.observe_loss(loss)`` in the loss function.
         log_global_norm: return the global norm also on steps where no policy needs it. Across pipeline stages it costs
             one gather of two numbers, which overlaps with the optimizer step. False: such steps return None.
         kernels, detect_desync, check_replicas: as for `GradClipper`.
@@ -88,7 +93,10 @@ def attach(
         raise TypeError(f"model must be a module or a list of model chunks, got {type(model).__name__}")
     groups = compat.process_groups(pg_collection)
     pp_group = groups.pp if groups.pp is not None and groups.pp.size() > 1 else None
-    skip_above = compat.skip_threshold(getattr(optimizer, "config", None))
+    threshold = compat.skip_threshold(getattr(optimizer, "config", None))
+    # Megatron compares its own threshold with the norm that it gets, and does not step; nothing may remember such a step.
+    own = [] if threshold is None else [SkipAbove(threshold)]
+    given = [] if guard is None else [guard] if isinstance(guard, Guard) else guard
     clipper = GradClipper(
         MegatronReader(optimizer, chunks, groups, sharded),
         policy,
@@ -97,14 +105,14 @@ def attach(
         overrides=overrides,
         exclude=exclude,
         log_global_norm=log_global_norm,
-        skip_above=skip_above,
+        guard=[*own, *given] if own and isinstance(given, Sequence) else given,
         kernels=kernels,
         detect_desync=detect_desync,
         sharded=sharded,
         check_replicas=check_replicas,
     )
     clipper.attachment = MegatronAttachment(
-        clipper, optimizer, pp_group, skips=nonfinite == "skip", norm_at_once=skip_above is not None
+        clipper, optimizer, pp_group, skips=nonfinite == "skip" or bool(given), norm_at_once=bool(own)
     )
     return clipper
 
@@ -116,7 +124,7 @@ class MegatronAttachment:
         clipper: clips the optimizer's gradients.
         optimizer: a Megatron optimizer.
         pp_group: the group across pipeline stages; None without them.
-        skips: whether steps with a non-finite gradient are to be skipped.
+        skips: whether the clipper may ask for a step to be skipped that Megatron would take.
         norm_at_once: Megatron compares the norm with its own threshold, so the norm must be known before the step.
 
     Raises:
@@ -199,12 +207,13 @@ class MegatronAttachment:
     def _prepare_grads(self, original: Callable[[], bool]) -> bool:
         self._report = self._norm = None
         if original():
+            self._clipper.forget_loss()
             return True  # an overflow: the step is skipped before anything is clipped or remembered
         if self._verifies:
             self._verifies = False
             self._verify()
         report = self._report = self._clipper.clip_()
-        # Reading the flag syncs the host, so it is read only with nonfinite="skip". Megatron compares its own threshold
+        # Reading the flag syncs the host, so it is read only where it is needed. Megatron compares its own threshold
         # with the norm that it gets.
         return self._skips and bool(report.skip)
 

@@ -34,6 +34,11 @@ def save(memory: Memory, pp_group: dist.ProcessGroup | None) -> dict[str, Any]:
         tensors.update({name: entry for name, entry in stage["tensors"].items() if name not in mine["shards"]})
     payload = {**stages[0], "tensors": pack(_without(tensors, *(stage["shards"] for stage in stages)))}
     payload["shards"] = {}
+    for k, guard in payload.get("guards", {}).items():
+        everywhere: dict[str, Mapping[str, Tensor]] = {}
+        for stage in stages:
+            everywhere.update(stage["guards"][k]["tensors"])
+        payload["guards"] = {**payload["guards"], k: {**guard, "tensors": pack(everywhere)}}
     if any(group.per_shard for group in memory.groups):
         # Only the rank that holds a shard can use its state, so states are kept by rank.
         shards = {name: mine["tensors"][name] for name in mine["shards"]}
@@ -55,6 +60,9 @@ def load(memory: Memory, payload: Any) -> None:
     coded = payload.get("format_version") == 1
     state = {**payload, "tensors": unpack(payload["tensors"], coded), "shards": {}}
     _check_names(memory, state["tensors"])
+    if "guards" in payload:
+        guards = payload["guards"].items()
+        state["guards"] = {k: {**guard, "tensors": unpack(guard["tensors"], False)} for k, guard in guards}
     shards: Mapping[int, Any] = payload["shards"]
     if shards:
         mine = shards.get(dist.get_rank(), {"shards": {}, "tensors": []})

@@ -10,12 +10,15 @@ from typing import Any, get_args
 from torch import nn
 
 from dist_clip.clipper import GradClipper
+from dist_clip.guards import Guard, registered_guards
+from dist_clip.guards.command_line import guard_flags, guards_from_flags
 from dist_clip.megatron.attach import MegatronAttachment, attach
 from dist_clip.policies import Policy, modes, options_of, parse_mode, policy
 from dist_clip.policies.command_line import COMMON, flag_names, import_modules, options_from_flags, policy_flags
 from dist_clip.step import NonFinite
 
 _NOT_OF_A_POLICY = (
+    "grad_clip_guard",
     "grad_clip_nonfinite",
     "grad_clip_exclude",
     "no_grad_clip_log_norm",
@@ -64,7 +67,13 @@ def add_clip_args(parser: argparse.ArgumentParser, arguments: Sequence[str] | No
         metavar="MODULE",
         help="A module that registers policies of your own, imported before the flags are made. May be repeated.",
     )
-    for flag in policy_flags():
+    add(
+        "--grad-clip-guard",
+        nargs="+",
+        choices=tuple(registered_guards()),
+        help="What decides whether a step is taken at all. Several: any may skip it.",
+    )
+    for flag in (*policy_flags(), *guard_flags()):
         option = flag.option
         kind: dict[str, Any] = {"type": option.type, "choices": option.choices or None}
         if option.type is bool:
@@ -118,7 +127,7 @@ def policy_from_args(args: argparse.Namespace, clip_grad: float) -> Policy | Non
     """
     mode = getattr(args, "grad_clip_mode", None)
     if mode is None:
-        ours = (*(flag.dest for flag in policy_flags()), *_NOT_OF_A_POLICY)
+        ours = (*(flag.dest for flag in (*policy_flags(), *guard_flags())), *_NOT_OF_A_POLICY)
         stray = sorted(dest for dest in ours if getattr(args, dest, None) is not None)
         if stray:
             raise ValueError(f"{flag_names(stray)} without --grad-clip-mode: give it one of {', '.join(modes())}")
@@ -133,6 +142,25 @@ def policy_from_args(args: argparse.Namespace, clip_grad: float) -> Policy | Non
                 )
             options[COMMON] = clip_grad if clip_grad > 0 else None
     return policy(mode, **options)
+
+
+def guards_from_args(args: argparse.Namespace) -> list[Guard]:
+    """Return the guards of ``--grad-clip-guard``, none without the flag.
+
+    Args:
+        args: parsed arguments, with the flags of `add_clip_args`.
+
+    Raises:
+        TypeError, ValueError: flags that contradict each other, or values out of range; the message names them.
+
+    Example:
+        >>> import argparse
+        >>> parser = add_clip_args(argparse.ArgumentParser())
+        >>> arguments = ["--grad-clip-mode", "logclip", "--grad-clip-guard", "skipabove", "--skipabove-max-norm", "10"]
+        >>> guards_from_args(parser.parse_args(arguments))
+        [SkipAbove(max_norm=10.0, max_skips_in_a_row=None, when_stuck='step')]
+    """
+    return guards_from_flags(getattr(args, "grad_clip_guard", None) or (), vars(args), "--grad-clip-guard")
 
 
 def attach_from_args(
@@ -174,6 +202,7 @@ def attach_from_args(
         chosen,
         model=model,
         nonfinite=args.grad_clip_nonfinite or "propagate",
+        guard=guards_from_args(args) or None,
         exclude=args.grad_clip_exclude or (),
         log_global_norm=not args.no_grad_clip_log_norm,
         detect_desync=bool(args.grad_clip_detect_desync),

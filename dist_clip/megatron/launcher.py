@@ -23,7 +23,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from dist_clip.megatron.flags import add_clip_args, attach_from_args, policy_from_args
+from dist_clip.guards import Guard
+from dist_clip.megatron.flags import add_clip_args, attach_from_args, guards_from_args, policy_from_args
 from dist_clip.policies import modes
 
 # Modules with the functions that make optimizers: scripts import them from the first, and Megatron-LM's loop uses the
@@ -56,7 +57,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         ours, theirs = add_clip_args(parser, rest).parse_known_args(rest)
         policy_from_args(ours, 1.0)  # raises for contradicting flags now, before the model is built
-    except (ImportError, ValueError) as error:
+        _refuse_loss(guards_from_args(ours))
+    except (ImportError, TypeError, ValueError) as error:
         raise SystemExit(f"dist_clip.megatron: {error}") from None
     catcher = OptimizerCatcher(ours)
     catcher.install()
@@ -67,6 +69,17 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"dist_clip.megatron: {script} made no optimizer by {' or '.join(_MAKERS)}, so nothing was clipped by "
             f"--grad-clip-mode {ours.grad_clip_mode}"
         )
+
+
+def _refuse_loss(guards: Sequence[Guard]) -> None:
+    """Raise ValueError for a guard that looks at the loss, which Megatron's loop does not hand to the optimizer."""
+    for guard in guards:
+        if "loss" in guard.needs():
+            raise ValueError(
+                f"{type(guard).__name__} looks at the loss, which Megatron's loop does not hand to the optimizer: let it "
+                "look at the norm alone (--no-skipstep-loss), or attach in your script and call "
+                "clipper.observe_loss(loss) in the loss function"
+            )
 
 
 class OptimizerCatcher(importlib.abc.MetaPathFinder):

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from dist_clip.guards import Guard
 from dist_clip.layouts.layout import Layout
 from dist_clip.memory.host_copy import HostCopy, capturing
 from dist_clip.policies.base import Need, Policy, State
@@ -61,8 +62,23 @@ class PolicyGroup:
         return values.index_select(0, self.index)
 
 
+@dataclasses.dataclass
+class GuardMemory:
+    """A guard and what it remembers.
+
+    Attributes:
+        guard: the guard.
+        state: the guard's state; its tensor slots have one column a tensor of the layout.
+        skips_in_a_row: int32 0-dim, how many steps it has skipped in a row.
+    """
+
+    guard: Guard
+    state: State
+    skips_in_a_row: Tensor
+
+
 class Memory:
-    """The policy groups with their states, and the step count. It does not communicate.
+    """The policy groups and guards with their states, and the step count. It does not communicate.
 
     Args:
         rules: (pattern, policy) pairs in order, the default last.
@@ -70,8 +86,10 @@ class Memory:
         elsewhere: shape of each tensor that only other pipeline stages hold.
         device: where states and step count live.
         may_skip: whether a step may be skipped, which the host does not know.
+        guards: the guards.
 
     Attributes:
+        guards: the guards with their states.
         groups: one policy group a rule, with the tensors whose first match it is, possibly none.
         t: int64 0-dim on `device`, the number of steps taken.
         calls: how often `advance` was called (after a load: the step that was loaded, and the calls since).
@@ -87,6 +105,7 @@ class Memory:
         device: torch.device,
         *,
         may_skip: bool,
+        guards: Sequence[Guard] = (),
     ) -> None:
         self.layout, self.device = layout, device
         self.names_elsewhere = frozenset(elsewhere)
@@ -99,6 +118,10 @@ class Memory:
         self._pending: HostCopy | None = None
         self._asked = 0
         self._needs: tuple[int, list[frozenset[Need]]] = (0, [])
+        self.guards = [
+            GuardMemory(guard, guard.init_state(len(layout), device), torch.zeros((), dtype=torch.int32, device=device))
+            for guard in guards
+        ]
         self.groups = [self._group(k, elsewhere) for k in range(len(self._rules))]
 
     def _group(self, k: int, elsewhere: Mapping[str, tuple[int, ...]]) -> PolicyGroup:
@@ -160,8 +183,14 @@ class Memory:
             self._pending, self._asked = HostCopy(self.t), self.calls
         return self._known_steps
 
-    def advance(self, new_states: Sequence[State], skip: Tensor | None) -> None:
-        """Count the step and store the new states, one a group, unless `skip`, bool 0-dim, is set."""
+    def advance(
+        self, new_states: Sequence[State], skip: Tensor | None, guards: Sequence[tuple[State, Tensor]] = ()
+    ) -> None:
+        """Count the step and store the new states, one a group, unless `skip`, bool 0-dim, is set.
+
+        Args:
+            guards: each guard's new state and number of skips in a row, which are stored in any case.
+        """
         self.t.add_(1 if skip is None else torch.logical_not(skip))
         olds: list[Tensor] = []
         news: list[Tensor] = []
@@ -172,6 +201,9 @@ class Memory:
             news += [new[name] for name in group.state]
         if skip is not None:
             news = [torch.where(skip, old, new) for new, old in zip(news, olds, strict=True)]
+        for memory, (new, in_a_row) in zip(self.guards, guards, strict=True):
+            olds += [*memory.state.values(), memory.skips_in_a_row]
+            news += [*(new[name] for name in memory.state), in_a_row]
         # Copied in place, because a captured CUDA graph needs the state at a fixed address.
         if olds:
             torch._foreach_copy_(olds, news)
@@ -190,7 +222,8 @@ class Memory:
 
     def shared_states(self) -> list[Tensor]:
         """Return the states' tensors that all ranks of a pipeline stage share: all but those of scope "shard"."""
-        return [value for group in self.groups if not group.per_shard for value in group.state.values()]
+        guards = [value for guard in self.guards for value in (*guard.state.values(), guard.skips_in_a_row)]
+        return [value for group in self.groups if not group.per_shard for value in group.state.values()] + guards
 
 
 def rule_number(rules: Sequence[Rule], name: str) -> int:

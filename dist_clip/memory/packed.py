@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dist_clip.layouts.process_groups import gather
+from dist_clip.memory.guard_states import KEY as GUARDS
 from dist_clip.memory.memory import Memory
 from dist_clip.memory.state_dict import load_state_dict, state_dict
 
@@ -42,10 +43,11 @@ class PackedState:
     def state_dict(self) -> dict[str, bytes]:
         """Return the state of the whole model under one key. Collective over the pipeline stages; syncs the host."""
         mine = state_dict(self._memory)
-        packed = _pack(mine["tensors"])
-        stages = [packed] if self._pp_group is None else gather(packed, self._pp_group).values()
+        packed = {place: _pack(tensors) for place, tensors in _by_place(mine).items()}
+        stages = [packed] if self._pp_group is None else list(gather(packed, self._pp_group).values())
+        whole = {place: [part for stage in stages for part in stage[place]] for place in packed}
         file = io.BytesIO()
-        torch.save({**mine, "tensors": [part for stage in stages for part in stage]}, file)
+        torch.save(_with(mine, whole), file)
         return {_KEY: file.getvalue()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -56,10 +58,21 @@ class PackedState:
         """
         try:
             loaded = torch.load(io.BytesIO(state[_KEY]), weights_only=True)
-            loaded = {**loaded, "tensors": _unpack(loaded["tensors"])}
+            loaded = _with(loaded, {place: _unpack(parts) for place, parts in _by_place(loaded).items()})
         except Exception as error:  # zipfile, pickle and torch raise many classes
             raise ValueError(f"not a packed state of GradClipper, or a damaged one: {error}") from error
         load_state_dict(self._memory, loaded, strict=self._strict)
+
+
+def _by_place(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a state dict has by tensor: of the policies under "", of each guard under its number."""
+    return {"": state["tensors"], **{k: guard["tensors"] for k, guard in state.get(GUARDS, {}).items()}}
+
+
+def _with(state: Mapping[str, Any], by_place: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a state dict with other values in the places of `_by_place`."""
+    guards = {k: {**guard, "tensors": by_place[k]} for k, guard in state.get(GUARDS, {}).items()}
+    return {**state, "tensors": by_place[""], **({GUARDS: guards} if guards else {})}
 
 
 def _pack(tensors: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:

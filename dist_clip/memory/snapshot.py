@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dist_clip.layouts.layout import LogicalTensor
 from dist_clip.layouts.process_groups import current_rank
+from dist_clip.memory.guard_states import checked_guard_states, guard_states, store_guard_states
 from dist_clip.memory.memory import Memory, PolicyGroup
 from dist_clip.policies.base import Policy, State, may_hold
 
@@ -28,10 +29,12 @@ def snapshot(memory: Memory) -> dict[str, Any]:
 
     Returns:
         ``{"format_version", "step", "policies", "tensors": {fqn: {slot: tensor}}, "global": {pattern: {slot: tensor}},
-        "shards": {fqn: "k of n"}}``. "shards" has the tensors under scope "shard", whose state belongs to one shard.
+        "shards": {fqn: "k of n"}}``. "shards" has the tensors under scope "shard", whose state belongs to one shard. With
+        guards there is their part as well (`guard_states`).
     """
     step = memory.steps
-    return _assembled(memory, step, lambda group: rows_of(_unbound(columns_of(group, step)), group.num_elements))
+    taken = _assembled(memory, step, lambda group: rows_of(_unbound(columns_of(group, step)), group.num_elements))
+    return {**taken, **guard_states(memory)}
 
 
 def restore(memory: Memory, loaded: Mapping[str, Any]) -> None:
@@ -41,7 +44,9 @@ def restore(memory: Memory, loaded: Mapping[str, Any]) -> None:
         ValueError: the snapshot does not fit; the message says where.
     """
     policies_fit(memory, list(loaded["policies"]), _mismatch)
+    guards = checked_guard_states(memory, loaded, _mismatch)
     take_over(memory, loaded)
+    store_guard_states(memory, guards)
 
 
 def cleared(policy: Policy, step: int) -> dict[str, Tensor]:

@@ -15,6 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dist_clip.memory.guard_states import (
+    checked_guard_states,
+    fresh_guard_state,
+    guard_states,
+    store_guard_states,
+)
 from dist_clip.memory.memory import Memory, PolicyGroup
 from dist_clip.memory.snapshot import (
     FORMAT_VERSION,
@@ -48,7 +54,8 @@ def state_dict(memory: Memory) -> dict[str, Any]:
         value}}, "shards": {fqn: {"layout": text, "k of n": {slot: value}}}}``. "policies" has one line of JSON a rule, and
         one with the tensors' shapes, because older checkpoints would lack a key of their own. "names" has the FQNs of
         the whole model, including those of other pipeline stages. "shards" is for scope "shard". A value is a 0-dim
-        CPU tensor or, for a slot that only a warm-up records, a list of numbers, empty once the warm-up is over.
+        CPU tensor or, for a slot that only a warm-up records, a list of numbers, empty once the warm-up is over. With
+        guards there is "guards" as well (`dist_clip.memory.guard_states`).
     """
     step = memory.steps
     tensors: dict[str, dict[str, Any]] = {}
@@ -73,6 +80,7 @@ def state_dict(memory: Memory) -> dict[str, Any]:
         "tensors": tensors,
         "global": shared,
         "shards": shards,
+        **guard_states(memory),
     }
 
 
@@ -103,16 +111,21 @@ def load_state_dict(memory: Memory, loaded: Mapping[str, Any], *, strict: bool =
     lines = [_parsed(line) for line in loaded["policies"]]
     if not policies_fit(memory, [line for line in lines if _SHAPES not in line], on_mismatch):
         take_over(memory, fresh(memory, 0))
+        store_guard_states(memory, [fresh_guard_state(held, len(memory.layout)) for held in memory.guards])
         return
     _check_names(memory, loaded["names"], sections, on_mismatch)
     shapes = {name: shape for line in lines for name, shape in line.get(_SHAPES, {}).items()}
-    other = _check_shapes(memory, shapes, on_mismatch)
-    take_over(memory, _chosen(memory, step, sections, set(loaded["names"]) - other))
+    known = set(loaded["names"]) - _check_shapes(memory, shapes, on_mismatch)
+    guards = checked_guard_states(memory, loaded, on_mismatch, known)
+    take_over(memory, _chosen(memory, step, sections, known))
+    store_guard_states(memory, guards)
 
 
 def carry_over(memory: Memory, saved: Mapping[str, Any], names: set[str]) -> None:
     """Go on from a state dict of the same policies with the tensors of `names`; the others start afresh."""
+    guards = checked_guard_states(memory, saved, _refuse, names)
     take_over(memory, _chosen(memory, int(saved["step"]), saved, names))
+    store_guard_states(memory, guards)
 
 
 def _chosen(memory: Memory, step: int, sections: Mapping[str, Mapping[str, Any]], names: set[str]) -> dict[str, Any]:

@@ -187,7 +187,7 @@ class Policy:
             >>> dist_clip.GlobalNorm(0.5).config()
             {'policy': 'GlobalNorm', 'max_norm': 0.5}
         """
-        return {"policy": type(self).__name__, **{f.name: _plain(getattr(self, f.name)) for f in _fields(self)}}
+        return {"policy": type(self).__name__, **{f.name: plain(getattr(self, f.name)) for f in _fields(self)}}
 
 
 def may_hold(policy: Policy, slot: str, value: Tensor) -> bool:
@@ -202,12 +202,12 @@ def _fields(policy: Policy) -> tuple[dataclasses.Field[Any], ...]:
     return dataclasses.fields(policy)  # type: ignore[arg-type]
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Return `value` as JSON gives it back, with lists for tuples, so that a loaded config compares equal."""
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: plain(item) for key, item in value.items()}
     return value
 
 

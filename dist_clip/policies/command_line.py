@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from dist_clip.policies.base import Policy
@@ -17,10 +17,10 @@ COMMON = "max_norm"
 
 @dataclasses.dataclass(frozen=True)
 class PolicyFlag:
-    """The flag of one option of one policy.
+    """The flag of one option of one policy or guard.
 
     Attributes:
-        rule: the policy's registered name, such as "logclip".
+        rule: the registered name, such as "logclip".
         option: one of its hyper-parameters.
     """
 
@@ -59,8 +59,21 @@ def options_from_flags(rule: type[Policy] | None, values: Mapping[str, Any], cho
     Raises:
         ValueError: a flag of another policy, or a required flag that was not given; the message names them.
     """
-    given = {flag.dest: flag for flag in policy_flags() if values.get(flag.dest) is not None}
-    own = {flag.dest: flag for flag in policy_flags() if registered()[flag.rule] is rule}
+    names = {name for name, cls in registered().items() if cls is rule}
+    return given_options(policy_flags(), names, values, chosen)
+
+
+def given_options(
+    flags: Iterable[PolicyFlag], rules: Collection[str], values: Mapping[str, Any], chosen: str
+) -> dict[str, Any]:
+    """Return {name: value} of the options that were given as flags, all of which must be those of `rules`.
+
+    Raises:
+        ValueError: a flag of another rule, or a required flag that was not given; the message names them.
+    """
+    flags = tuple(flags)
+    given = {flag.dest: flag for flag in flags if values.get(flag.dest) is not None}
+    own = {flag.dest: flag for flag in flags if flag.rule in rules}
     stray = sorted(given.keys() - own.keys())
     if stray:
         raise ValueError(f"{flag_names(stray)} does not go with {chosen}")

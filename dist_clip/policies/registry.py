@@ -68,18 +68,32 @@ def register(name: str) -> Callable[[_P], _P]:
         >>> dist_clip.policy("halve")
         Halve()
     """
-    if not re.fullmatch(r"[a-z][a-z0-9]*", name):
-        raise ValueError(f"a policy's name must be lower-case letters and digits, got {name!r}")
+    check_name("policy", name)
 
     def decorate(cls: _P) -> _P:
-        taken = _registered.get(name)
-        # The same class may register again, because notebook cells and reloads execute its module again.
-        if taken is not None and (taken.__module__, taken.__qualname__) != (cls.__module__, cls.__qualname__):
-            raise ValueError(f"the policy name {name!r} is taken by {taken.__module__}.{taken.__qualname__}")
-        _registered[name] = cls
+        enter(_registered, "policy", name, cls)
         return cls
 
     return decorate
+
+
+def check_name(kind: str, name: str) -> None:
+    """Raise ValueError unless `name` may be the name of a "policy" or a "guard"."""
+    if not re.fullmatch(r"[a-z][a-z0-9]*", name):
+        raise ValueError(f"a {kind}'s name must be lower-case letters and digits, got {name!r}")
+
+
+def enter(known: dict[str, type[Any]], kind: str, name: str, cls: type) -> None:
+    """Enter `cls` into a registry of that kind of classes, "policy" or "guard".
+
+    Raises:
+        ValueError: the name is taken by another class.
+    """
+    taken = known.get(name)
+    # The same class may register again, because notebook cells and reloads execute its module again.
+    if taken is not None and (taken.__module__, taken.__qualname__) != (cls.__module__, cls.__qualname__):
+        raise ValueError(f"the {kind} name {name!r} is taken by {taken.__module__}.{taken.__qualname__}")
+    known[name] = cls
 
 
 def registered() -> dict[str, type[Policy]]:
@@ -139,8 +153,8 @@ def parse_mode(mode: str) -> tuple[type[Policy], dict[str, Any]]:
     return cls, {"scope": scope} if scope else {}
 
 
-def options_of(cls: type[Policy]) -> tuple[Option, ...]:
-    """Return the hyper-parameters of a policy class in their order, without its scope."""
+def options_of(cls: type[Any]) -> tuple[Option, ...]:
+    """Return the hyper-parameters of a policy's or a guard's class in their order, without its scope."""
     hints = typing.get_type_hints(cls)
     helps = _docstring_args(cls.__doc__ or "")
     out = []
@@ -181,7 +195,7 @@ def _default_scope(cls: type[Policy]) -> object:
     return next(field.default for field in _fields_of(cls) if field.name == "scope")
 
 
-def _fields_of(cls: type[Policy]) -> tuple[dataclasses.Field[Any], ...]:
+def _fields_of(cls: type[Any]) -> tuple[dataclasses.Field[Any], ...]:
     # Not in `register`, which may stand below the decorator that makes the class a dataclass.
     check_frozen_dataclass(cls)
-    return dataclasses.fields(cls)  # type: ignore[arg-type]
+    return dataclasses.fields(cls)

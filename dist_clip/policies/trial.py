@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, get_args
 
 import torch
@@ -16,7 +16,8 @@ from dist_clip.policies.base import Need, Policy, Scope, State, StepInputs, may_
 from dist_clip.policies.check import check_frozen_dataclass, check_number
 
 _CPU = torch.device("cpu")
-_NORMS = (1.0, 0.0, float("nan"), float("inf"), 3.0)
+NORMS = (1.0, 0.0, float("nan"), float("inf"), 3.0)
+"""The norms on which policies and guards are tried out."""
 _LATE = 10**9  # a step by which every warm-up is over
 
 
@@ -33,22 +34,26 @@ def check_policy(policy: object, argument: str = "policy") -> Policy:
         raise TypeError(f"{argument} must be a dist_clip policy such as LogClip(), got {policy!r}")
     name = type(policy).__name__
     _check_class(policy, name)
-    _check_config(policy, name)
+    check_config(policy.config(), name)
     with unset_fake_temporarily(), torch.no_grad():
         _check_state(policy, name)
         _check_steps(policy, name)
     return policy
 
 
-def _check_class(policy: Policy, name: str) -> None:
-    check_frozen_dataclass(type(policy))
-    own = type(policy).__dict__
-    undeclared = sorted(set(inspect.get_annotations(type(policy))) - {f.name for f in dataclasses.fields(policy)})  # type: ignore[arg-type]
-    if undeclared and "__dataclass_params__" not in own:
+def check_declared(cls: type, name: str) -> None:
+    """Raise TypeError unless `cls` is a frozen dataclass, and itself one if it declares fields."""
+    check_frozen_dataclass(cls)
+    undeclared = sorted(set(inspect.get_annotations(cls)) - {f.name for f in dataclasses.fields(cls)})
+    if undeclared and "__dataclass_params__" not in cls.__dict__:
         raise TypeError(
             f"{name} derives from a dataclass but is none itself, so {', '.join(undeclared)} is no field of it: decorate it "
             "with @dataclasses.dataclass(frozen=True)"
         )
+
+
+def _check_class(policy: Policy, name: str) -> None:
+    check_declared(type(policy), name)
     if type(policy).step is Policy.step:
         raise TypeError(f"{name} must define step(self, state, inputs), which decides the scales")
     if policy.scope not in get_args(Scope):
@@ -61,8 +66,9 @@ def _check_class(policy: Policy, name: str) -> None:
             raise ValueError(f"{name}.needs({step}) asks for {unknown}; there are {', '.join(get_args(Need))}")
 
 
-def _check_config(policy: Policy, name: str) -> None:
-    for key, value in policy.config().items():
+def check_config(config: Mapping[str, Any], name: str) -> None:
+    """Raise TypeError unless JSON can store the hyper-parameters of a policy's or guard's `config`."""
+    for key, value in config.items():
         try:
             same = json.loads(json.dumps(value)) == value or value != value
         except (TypeError, ValueError):
@@ -150,7 +156,7 @@ def _cases(policy: Policy) -> Iterator[tuple[State, StepInputs]]:
 
     The host knows the number of the last one. All steps share one state, into which the caller puts the result.
     """
-    several = [(norm,) for norm in _NORMS] if policy.elements.one else [_NORMS]
+    several = [(norm,) for norm in NORMS] if policy.elements.one else [NORMS]
     for norms in several:
         n = len(norms)
         state = dict(policy.init_state(n, _CPU))

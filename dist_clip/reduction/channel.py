@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dist_clip.layouts.process_groups import any_rank
+from dist_clip.layouts.process_groups import any_rank, distributed
 from dist_clip.reduction.desync import DesyncDetector
 from dist_clip.reduction.pipeline import PendingSum, PipelineReducer
 from dist_clip.reduction.plan import ReductionPlan
@@ -59,21 +59,38 @@ class Channel:
             self._pending.result()
             self._pending = None
 
-    def sum_over_shards(self, squares: Tensor, states: list[Tensor] | None = None) -> Tensor:
+    @property
+    def carries(self) -> bool:
+        """Whether `sum_over_shards` can add numbers of the ranks over all ranks of the pipeline stage."""
+        return self.plan.carries
+
+    def sum_over_shards(
+        self, squares: Tensor, states: list[Tensor] | None = None, carried: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """Return the sums of the shards' squares, float64 [n] or [n, k], over each tensor's norm groups. Collective.
 
         Args:
             states: tensors that must be the same on all ranks of the pipeline stage; None: do not check.
+            carried: float64 [j], numbers of this rank whose sums over the ranks of the pipeline stage are returned as
+                well; only if the channel `carries` them.
 
         Raises:
             DesyncError: on the CPU: ranks are out of step.
         """
         if self._detector is None or states is None or not self.reduces_shards:
-            return self.plan.reduce(squares)
+            added, _, carried = self.plan.reduce_with(squares, None, carried=carried)
+            return added, carried
         numbers = self._detector.numbers(states)
-        added, sums = self.plan.reduce_with(squares, numbers)
+        added, sums, carried = self.plan.reduce_with(squares, numbers, carried=carried)
         self._detector.check(numbers, sums)
-        return added
+        return added, carried
+
+    def sum_over_ranks(self, values: Tensor) -> Tensor:
+        """Return the sums of float64 [k] over all ranks that train the model. Collective."""
+        if distributed():
+            values = values.clone()
+            dist.all_reduce(values, group=self._process_group)
+        return values
 
     def sum_over_stages(self, values: Tensor) -> Tensor:
         """Return the sums of float64 [k] over the pipeline stages. Collective.

@@ -142,6 +142,9 @@ class DesyncDetector:
 def _shared_state(taken: Mapping[str, Any]) -> dict[str, dict[str, tuple[float | str, ...]]]:
     """Return the `RankState.state` of a snapshot. NaN becomes the text "nan", which equals itself."""
     tensors = {name: entry for name, entry in taken["tensors"].items() if name not in taken["shards"]}
+    for k, entry in taken.get("guards", {}).items():
+        tensors[f"guard {k}"] = entry["model"]
+        tensors |= {f"guard {k}: {name}": slots for name, slots in entry["tensors"].items()}
     return {
         name: {slot: tuple("nan" if x != x else x for x in value.flatten().tolist()) for slot, value in entry.items()}
         for name, entry in {**taken["global"], **tensors}.items()

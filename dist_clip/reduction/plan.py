@@ -126,6 +126,12 @@ class ReductionPlan:
                 self._plan_union(layout, process_group, shared)
             else:
                 self.collectives = chain.collectives()
+        self._carriers = _carriers(self.collectives, copies_among)
+
+    @property
+    def carries(self) -> bool:
+        """Whether a number of each rank can be added over all ranks of the pipeline stage on the way, by `reduce_with`."""
+        return self._carriers is not None
 
     def _plan_union(self, layout: Layout, group: dist.ProcessGroup, shared: Collection[str]) -> None:
         device = layout.device
@@ -153,27 +159,40 @@ class ReductionPlan:
         return self.reduce_with(sums, None, p)[0]
 
     def reduce_with(
-        self, sums: Tensor, extra: Tensor | None, p: float = 2.0
-    ) -> tuple[Tensor, list[tuple[dist.ProcessGroup, Tensor]]]:
+        self, sums: Tensor, extra: Tensor | None, p: float = 2.0, carried: Tensor | None = None
+    ) -> tuple[Tensor, list[tuple[dist.ProcessGroup, Tensor]], Tensor | None]:
         """Reduce like `reduce`, with `extra`, float64 [j], at the end of every packed vector.
 
+        Args:
+            carried: float64 [k], other numbers of this rank, to be added over the ranks of the pipeline stage. They travel
+                with one collective a level, which must be possible (`carries`).
+
         Returns:
-            The reduced sums, and (group, sums of `extra` over it) for every collective.
+            The reduced sums, (group, sums of `extra` over it) for every collective, and the sums of `carried`.
         """
         extra_sums: list[tuple[dist.ProcessGroup, Tensor]] = []
         out = sums.clone() if self.collectives else sums
         levels = self.collectives[-1].level + 1 if self.collectives else 0
         for level in range(levels):
-            running = [_launch(c, out, p, extra) for c in self.collectives if c.level == level]
+            running = [
+                _launch(c, out, p, _joined(extra, carried if self._is_carrier(c) else None))
+                for c in self.collectives
+                if c.level == level
+            ]
             for collective, buffer, work in running:
                 work.wait()
                 gathered = collective.kind_for(p) == "all_gather"
                 values = add_up(buffer, collective.group.size(), p) if gathered else buffer
+                if carried is not None and self._is_carrier(collective):
+                    values, carried = torch.split(values, [len(values) - len(carried), len(carried)])
                 if extra is not None:
                     values, theirs = torch.split(values, [len(values) - len(extra), len(extra)])
                     extra_sums.append((collective.group, theirs))
                 out = collective.put(out, values)
-        return out, extra_sums
+        return out, extra_sums, carried
+
+    def _is_carrier(self, collective: Collective) -> bool:
+        return any(collective is carrier for carrier in self._carriers or ())
 
     def describe(self, index: int) -> str:
         """Return a description of how tensor `index` is reduced, for ``explain()``."""
@@ -256,6 +275,25 @@ class _Chain:
             index = _index(indices, len(self._layout), device)
             collectives.append(Collective(self._groups[k], tuple(indices), self._kind[k], self._level[k], index, sends))
         return sorted(collectives, key=lambda collective: collective.level)
+
+
+def _carriers(collectives: Sequence[Collective], copies_among: int) -> list[Collective] | None:
+    """Return collectives of different levels that add over all `copies_among` ranks of the stage, each rank once, or None.
+
+    The first needs no collective before it, and each that follows adds over ranks that the others have not added up.
+    """
+    chosen: list[Collective] = []
+    ranks: set[int] = set()
+    for collective in collectives:
+        theirs = set(dist.get_process_group_ranks(collective.group))
+        if all(collective.level != other.level for other in chosen) and len(ranks & theirs) <= 1:
+            chosen.append(collective)
+            ranks |= theirs
+    return chosen if math.prod(c.group.size() for c in chosen) == copies_among else None
+
+
+def _joined(first: Tensor | None, second: Tensor | None) -> Tensor | None:
+    return second if first is None else first if second is None else torch.cat([first, second])
 
 
 def _launch(

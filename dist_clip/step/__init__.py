@@ -2,8 +2,9 @@
 
 from dist_clip.step.decide import decide
 from dist_clip.step.global_norms import GlobalNorms
+from dist_clip.step.guarding import Guards
 from dist_clip.step.measure import Meter
 from dist_clip.step.nonfinite import NonFinite, NonFiniteMode, raise_nonfinite
 from dist_clip.step.report import ClipReport
 
-__all__ = ["ClipReport", "GlobalNorms", "Meter", "NonFinite", "NonFiniteMode", "decide", "raise_nonfinite"]
+__all__ = ["ClipReport", "GlobalNorms", "Guards", "Meter", "NonFinite", "NonFiniteMode", "decide", "raise_nonfinite"]

@@ -27,12 +27,16 @@ class Totals:
             element and its policy asks.
         nonfinite: bool 0-dim, whether any norm is NaN or Inf: on this rank or, where steps may be skipped, on any.
         skip: bool 0-dim, whether the step is to be skipped; None where no step can be.
+        together: float64 0-dim, the norm of all groups together; None where no step can be skipped.
+        extra: float64 [j], the sums over the stages of what was sent along; None where no step can be skipped.
     """
 
     norms: Sequence[Tensor | None]
     weight_norms: Sequence[Tensor | None]
     nonfinite: Tensor
     skip: Tensor | None
+    together: Tensor | None = None
+    extra: Tensor | None = None
 
 
 @dataclasses.dataclass(slots=True)
@@ -64,7 +68,6 @@ class GlobalNorms:
 
     Args:
         counts: bool [n], which tensors this stage counts; one of the stages that hold a tensor counts it.
-        skip_above: skip steps whose global norm, of all groups together, exceeds this; None: do not skip for that.
         may_skip: whether a step may be skipped, which the host does not know.
         every_norm: compute the norm for the report on every step, also where that costs a collective.
     """
@@ -76,23 +79,25 @@ class GlobalNorms:
         counts: Tensor,
         nonfinite: NonFiniteMode,
         *,
-        skip_above: float | None,
         may_skip: bool,
         every_norm: bool,
     ) -> None:
         self._memory, self._channel, self._counts = memory, channel, counts
         self._nonfinite = nonfinite
-        self._skip_above, self._may_skip, self._every_norm = skip_above, may_skip, every_norm
+        self._may_skip, self._every_norm = may_skip, every_norm
         self._sharded_scales = channel.reduces_shards and any(group.per_shard for group in memory.groups)
 
-    def before(self, measured: Measured, overflow: Tensor | None) -> Totals:
+    def before(self, measured: Measured, overflow: Tensor | None, extra: Tensor | None = None) -> Totals:
         """Compute the global norms that the policies need, the non-finite flag, and whether the step is to be skipped.
 
+        The guards, which decide after it, may skip steps that this does not.
+
         Collective over the pipeline stages where a group needs its global norm. They exchange one number a group, one
-        for the flag, and one more for each group whose policy needs the norm of all its parameters.
+        for the flag, one more for each group whose policy needs the norm of all its parameters, and `extra`.
 
         Args:
             overflow: bool 0-dim, whether a GradScaler will skip the step on this rank; None without one.
+            extra: float64 [j], numbers to add over the stages as well; only where steps may be skipped.
         """
         groups = self._memory.groups
         flag = measured.bad.any()
@@ -111,19 +116,21 @@ class GlobalNorms:
             assert measured.weight_whole is not None
             squares = self._squares(measured.weight_whole)
             sums += [squares[k] for k in weighed]
-        *squared, flags = (summed := self._channel.sum_over_stages(torch.stack(sums)).unbind())[: len(groups) + 1]
+        vector = torch.stack(sums)
+        summed = self._channel.sum_over_stages(vector if extra is None else torch.cat([vector, extra]))
+        if extra is not None:
+            summed, extra = torch.split(summed, [len(sums), len(extra)])
+        each = summed.unbind()
+        *squared, flags = each[: len(groups) + 1]
         weight_norms = list(nothing)
-        for k, square in zip(weighed, summed[len(groups) + 1 :], strict=True):
+        for k, square in zip(weighed, each[len(groups) + 1 :], strict=True):
             weight_norms[k] = square.sqrt()
         norms = [square.sqrt() if "global_norm" in need else None for square, need in zip(squared, needs, strict=True)]
         if not self._may_skip:
             return Totals(norms, weight_norms, flag, None)
         flag = flags > 0
         skip = flag if self._nonfinite.skips else torch.zeros_like(flag)
-        if self._skip_above is not None:
-            # A NaN compares false, because `nonfinite` alone decides what a non-finite norm does.
-            skip = torch.logical_or(skip, torch.stack(squared).sum() > self._skip_above**2)
-        return Totals(norms, weight_norms, flag, skip)
+        return Totals(norms, weight_norms, flag, skip, torch.stack(squared).sum().sqrt(), extra)
 
     def clip_result(self, measured: Measured, totals: Totals, scales: Scales) -> Scales:
         """Return the scales after a global clip at ``post_max_norm`` in the groups whose policy has one.
@@ -194,7 +201,7 @@ class GlobalNorms:
         """
         if sharded and self._channel.reduces_shards:
             local = self._nonfinite.clean(measured.local, measured.bad)
-            return self._counted(self._channel.sum_over_shards(local * scales.each.square()))
+            return self._counted(self._channel.sum_over_shards(local * scales.each.square())[0])
         assert measured.whole is not None
         return self._counted((measured.whole * scales.each).square())
 

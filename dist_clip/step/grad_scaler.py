@@ -65,14 +65,21 @@ def found_inf(scaler: GradScaler, device: torch.device) -> Tensor:
     return torch.stack(flags).sum() > 0 if flags else torch.zeros((), dtype=torch.bool, device=device)
 
 
-def share_skip(scaler: GradScaler, skip: Tensor) -> None:
-    """Make the scaler skip the step, and lower its scale, where `skip`, bool 0-dim, is set.
+def share_skip(scaler: GradScaler, skip: Tensor, overflow: Tensor) -> None:
+    """Make the scaler skip the step where `skip`, bool 0-dim, is set, and lower its scale where there is an `overflow`.
 
     A scaler looks at the gradients of its own rank only (with DTensors, of their mesh). Under tensor or pipeline
     parallelism some ranks would step and others not, and from then on their scales would differ.
+
+    A scaler lowers its scale at each step that it skips. Those that a guard skips are no overflows, and fifty of them in
+    a row would leave no gradient above fp16's smallest number: for them the scale is raised first.
     """
     for flag in _flags(scaler):
         torch._foreach_copy_([flag], [torch.maximum(flag, skip.to(flag.device, non_blocking=True).to(flag.dtype))])
+    scale = scaler._scale
+    if scale is not None:
+        only_guards = torch.logical_and(skip, torch.logical_not(overflow)).to(scale.device, non_blocking=True)
+        scale.mul_(torch.where(only_guards, 1 / scaler.get_backoff_factor(), 1.0))
 
 
 def _flags(scaler: GradScaler) -> list[Tensor]:

@@ -29,6 +29,7 @@ class Measured:
         bad: bool, which of `norms` are NaN or Inf.
         weight_norms: float64, norms of the elements' parameters; None where no policy asks.
         weight_whole: float64, norms of the whole parameters; None where no policy asks, or if they were not reduced.
+        carried: the sums of what was sent along over the ranks of the pipeline stage; None if nothing was.
     """
 
     local: Tensor
@@ -38,6 +39,7 @@ class Measured:
     bad: Tensor
     weight_norms: Tensor | None = None
     weight_whole: Tensor | None = None
+    carried: Tensor | None = None
 
     def elements_of(self, group: PolicyGroup) -> Tensor:
         """Return the clean norms of a group's tensors or shards, float64 [elements]."""
@@ -68,8 +70,12 @@ class Meter:
         with naming_what_fails(self._memory.layout, grads):
             return self._kernels.power_sums(grads, 2.0, self._memory.device)
 
-    def measure(self, local: Tensor) -> Measured:
+    def measure(self, local: Tensor, carried: Tensor | None = None) -> Measured:
         """Work out all norms from the `squares`. Collective where `reduces` is true.
+
+        Args:
+            carried: float64 [j], numbers of this rank to be added over the ranks of the pipeline stage; only where the
+                channel carries them and norms are reduced.
 
         Raises:
             DesyncError: with ``detect_desync``, on the CPU: ranks are out of step.
@@ -84,14 +90,16 @@ class Meter:
                 # With scope "shard" only the faulty shard is left out, not the tensor's other shards.
                 sums = torch.where(self._per_shard & is_nonfinite(local), 0.0, local)
             packed = sums if weights is None else torch.stack([sums, weights], dim=1)
-            added = self._channel.sum_over_shards(packed, self._memory.shared_states()).sqrt()
-            whole, weight_whole = (added, None) if weights is None else added.unbind(1)
+            added, carried = self._channel.sum_over_shards(packed, self._memory.shared_states(), carried)
+            roots = added.sqrt()
+            whole, weight_whole = (roots, None) if weights is None else roots.unbind(1)
         norms = self._of_elements(local, whole)
         weight_norms = None if weights is None else self._of_elements(weights, weight_whole)
         bad = is_nonfinite(norms)
         if whole is not None and self._nonfinite.zeroes:
             whole = torch.where(is_finite(whole), whole, 0.0)
-        return Measured(local, whole, norms, self._nonfinite.clean(norms, bad), bad, weight_norms, weight_whole)
+        clean = self._nonfinite.clean(norms, bad)
+        return Measured(local, whole, norms, clean, bad, weight_norms, weight_whole, carried)
 
     def weight_squares(self) -> Tensor:
         """Return the squared norms of this rank's shards of the parameters, float64 [n]."""

@@ -47,7 +47,7 @@ class NonFiniteMode:
     def zero_(self, kernels: Kernels, shards: Sequence[Tensor | None], bad: Tensor, skip: Tensor | None) -> None:
         """With "zero", set the gradients to 0 where `bad` is set. A product would not do, because 0 * inf is NaN."""
         if self.zeroes:
-            # A step that skip_above skips changes nothing.
+            # A step that a guard skips changes nothing.
             kernels.zero_where_(shards, bad if skip is None else torch.logical_and(bad, torch.logical_not(skip)))
 
 

@@ -58,7 +58,7 @@ class ClipReport:
         scales: fp32 [n], what each gradient was multiplied by.
         nonfinite: bool 0-dim, whether any norm was NaN or Inf (where steps may be skipped: on any rank).
         skip: bool 0-dim, whether the step is to be skipped; then nothing was clipped or remembered. Set only with
-            ``nonfinite="skip"``, ``skip_above`` or ``scaler``.
+            ``nonfinite="skip"``, ``guard`` or ``scaler``.
         num_grads: number of tensors that have a gradient on this rank.
 
     Example:

@@ -124,7 +124,7 @@ def _find(made: Construction, memory: Memory, grads: Sequence[Tensor | None]) ->
     meter = Meter(memory, channel, made.kernels, mode, every_norm=True)
     measured = meter.measure(meter.squares(grads))
     counts = torch.tensor(made.counted, dtype=torch.bool, device=made.device)
-    norms = GlobalNorms(memory, channel, counts, mode, skip_above=None, may_skip=False, every_norm=True)
+    norms = GlobalNorms(memory, channel, counts, mode, may_skip=False, every_norm=True)
     nothing: list[Tensor | None] = [None] * len(memory.groups)
     totals = Totals(nothing, nothing, measured.bad.any(), None)
     total = norms.for_report(measured, totals, Scales(torch.ones_like(measured.local), nothing)).get()[0]

@@ -176,8 +176,8 @@ def bad_mode_on_one() -> tuple[Any, dict[str, Any]]:
     return [("first", param(3))], {"nonfinite": "ignore" if bad_rank() else "skip"}
 
 
-def bad_threshold_on_one() -> tuple[Any, dict[str, Any]]:
-    return [("first", param(3))], {"skip_above": -1.0 if bad_rank() else 10.0}
+def bad_guard_on_one() -> tuple[Any, dict[str, Any]]:
+    return [("first", param(3))], {"guard": -1.0 if bad_rank() else dist_clip.SkipAbove(10.0)}
 
 
 def process_group_is_none_on_one() -> tuple[Any, dict[str, Any]]:
@@ -275,7 +275,7 @@ CASES: dict[str, Callable[[], tuple[Any, dict[str, Any]]]] = {
     for function in (
         bad_policy_on_one,
         bad_mode_on_one,
-        bad_threshold_on_one,
+        bad_guard_on_one,
         process_group_is_none_on_one,
         breaks_while_read_on_one,
         process_group_lacks_ranks_of_the_mesh,
@@ -386,7 +386,7 @@ def test_rank_is_named(case: str, words: list[str]) -> None:
     [
         ("bad_policy_on_one", "TypeError", ["policy", "'AdaGC'"]),
         ("bad_mode_on_one", "ValueError", ["nonfinite", "'ignore'"]),
-        ("bad_threshold_on_one", "ValueError", ["skip_above", "-1.0"]),
+        ("bad_guard_on_one", "TypeError", ["guard must be a dist_clip guard", "-1.0"]),
     ],
 )
 def test_a_bad_argument_on_one_rank_is_an_error_on_all(case: str, error: str, words: list[str]) -> None:

@@ -54,7 +54,7 @@ def optimizer_of(kind: str, params: list[nn.Parameter], *, plain: bool) -> Any:
 
 def on_ranks(kind: str) -> dict[str, Any]:
     model = DistributedDataParallel(model_of())
-    clipper = dist_clip.GradClipper(model, dist_clip.GlobalNorm(MAX_NORM), skip_above=SKIP_ABOVE)
+    clipper = dist_clip.GradClipper(model, dist_clip.GlobalNorm(MAX_NORM), guard=dist_clip.SkipAbove(SKIP_ABOVE))
     optimizer = optimizer_of(kind, list(model.parameters()), plain=False)
     clipper.attach(optimizer)
     norms, skips, path = [], [], []

@@ -328,7 +328,7 @@ def skip_of_one_rank() -> list[tuple[bool, float]]:
     """A spike in the shard of one tensor-parallel rank alone."""
     on = mesh(*MESHES["tp"])
     param = nn.Parameter(distribute_tensor(torch.zeros(8, 2), on, [Shard(0)]))
-    clipper = dist_clip.GradClipper([("w", param)], dist_clip.GlobalNorm(), skip_above=50.0)
+    clipper = dist_clip.GradClipper([("w", param)], dist_clip.GlobalNorm(), guard=dist_clip.SkipAbove(50.0))
     optimizer = torch.optim.SGD([param], lr=1.0)
     clipper.attach(optimizer)
     steps = []

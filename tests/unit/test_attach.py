@@ -119,7 +119,9 @@ def adam_steps(optimizer: torch.optim.Optimizer) -> list[float]:
     return [state["step"].item() for state in optimizer.state.values() if "step" in state]
 
 
-@pytest.mark.parametrize("kwargs", [{"nonfinite": "skip"}, {"skip_above": 1000.0}], ids=lambda k: next(iter(k)))
+@pytest.mark.parametrize(
+    "kwargs", [{"nonfinite": "skip"}, {"guard": dist_clip.SkipAbove(1000.0)}], ids=lambda k: next(iter(k))
+)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_a_skipped_step_changes_nothing(optimizer: str, kwargs: dict[str, object]) -> None:
     """Neither clipped tensors nor excluded ones, nor the optimizer's state, nor the clipper's."""
@@ -172,7 +174,7 @@ def test_all_optimizers_of_a_round_skip(order: tuple[int, int]) -> None:
 def test_with_a_grad_scaler_of_its_own_mind(fused: bool) -> None:
     """The scaler's found_inf and the clipper's flag: either one skips, and the scaler finds its own as it left it."""
     a, _ = pair(1.0)
-    clipper = dist_clip.GradClipper([("a", a)], dist_clip.GlobalNorm(1e9), skip_above=100.0)
+    clipper = dist_clip.GradClipper([("a", a)], dist_clip.GlobalNorm(1e9), guard=dist_clip.SkipAbove(100.0))
     opt = torch.optim.SGD([a], lr=1.0, fused=fused)
     clipper.attach(opt)
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=1000)

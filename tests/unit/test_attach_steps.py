@@ -63,7 +63,7 @@ def test_a_step_that_calls_its_parents_is_one_step(cls: type[torch.optim.AdamW],
     """Third of six steps 1000 times too large: it is skipped, and no other; the reports are those of the steps."""
     torch.optim.AdamW([param()])  # marks AdamW's own step as one that runs hooks
     weight, twin = param(), param()
-    clipper = dist_clip.GradClipper([("w", weight)], dist_clip.GlobalNorm(1.0), skip_above=50.0)
+    clipper = dist_clip.GradClipper([("w", weight)], dist_clip.GlobalNorm(1.0), guard=dist_clip.SkipAbove(50.0))
     optimizer = cls([weight], lr=0.1, fused=fused)
     plain = torch.optim.AdamW([twin], lr=0.1, fused=fused)
     clipper.attach(optimizer)
@@ -219,7 +219,7 @@ class Combined:
 
 def test_optimizers_that_step_as_one_are_clipped_once() -> None:
     a, b = param(), param()
-    clipper = dist_clip.GradClipper([("a", a), ("b", b)], dist_clip.GlobalNorm(1.0), skip_above=50.0)
+    clipper = dist_clip.GradClipper([("a", a), ("b", b)], dist_clip.GlobalNorm(1.0), guard=dist_clip.SkipAbove(50.0))
     optimizer = Combined(torch.optim.SGD([a], lr=1.0), torch.optim.AdamW([b], lr=0.1, fused=True))
     clipper.attach(optimizer)
     for grad, skipped in ((3.0, False), (1000.0, True), (3.0, False)):
@@ -311,7 +311,7 @@ MORE_THAN_FUSED: dict[str, Callable[[nn.Parameter], Any]] = {
 @pytest.mark.parametrize("kind", MORE_THAN_FUSED)
 def test_a_skip_skips_what_is_done_around_a_fused_step(kind: str) -> None:
     weight = param(1.0)
-    clipper = dist_clip.GradClipper([("w", weight)], dist_clip.GlobalNorm(), skip_above=50.0)
+    clipper = dist_clip.GradClipper([("w", weight)], dist_clip.GlobalNorm(), guard=dist_clip.SkipAbove(50.0))
     optimizer = MORE_THAN_FUSED[kind](weight)
     clipper.attach(optimizer)
     for grad in (1.0, 1000.0, 1.0, 1000.0):
@@ -407,7 +407,7 @@ class MovesAnyway(torch.optim.Optimizer):
 
 def test_a_skip_is_a_skip_for_an_optimizer_that_moves_without_gradients() -> None:
     weight = param(1.0)
-    clipper = dist_clip.GradClipper([("w", weight)], dist_clip.GlobalNorm(), skip_above=50.0)
+    clipper = dist_clip.GradClipper([("w", weight)], dist_clip.GlobalNorm(), guard=dist_clip.SkipAbove(50.0))
     optimizer = MovesAnyway([weight])
     clipper.attach(optimizer)
     assert moved(optimizer, weight, 1.0) > 0
@@ -457,7 +457,7 @@ def test_a_step_that_raises_leaves_no_flag_and_no_step_under_way(fused: bool) ->
             return super().step(closure)
 
     weight = param()
-    clipper = dist_clip.GradClipper([("w", weight)], dist_clip.GlobalNorm(1.0), skip_above=50.0)
+    clipper = dist_clip.GradClipper([("w", weight)], dist_clip.GlobalNorm(1.0), guard=dist_clip.SkipAbove(50.0))
     optimizer = Raises([weight], lr=1.0, fused=fused)
     clipper.attach(optimizer)
     optimizer.fail = True

@@ -951,7 +951,7 @@ def test_the_reports_global_norms_are_computed_once() -> None:
     assert operators.seen == []
 
 
-@pytest.mark.parametrize("kwargs", [{"nonfinite": "skip"}, {"skip_above": 1e6}], ids=str)
+@pytest.mark.parametrize("kwargs", [{"nonfinite": "skip"}, {"guard": dist_clip.SkipAbove(1e6)}], ids=str)
 def test_a_warm_up_ends_where_steps_may_be_skipped(kwargs: Any) -> None:
     """AdaGC's median sorts its record on each step of the warm-up, and on none after it. A skipped step does not count."""
     model = nn.Linear(3, 2)

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import dist_clip
+from dist_clip.guards import registered_guards
 from dist_clip.policies import options_of, registered
 
 ROOT = Path(__file__).parents[2]
@@ -39,14 +40,15 @@ def public_objects() -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", MODULES)
 def test_examples_in_docstrings_run(name: str) -> None:
-    registry = importlib.import_module("dist_clip.policies.registry")
-    before = dict(registry._registered)
+    registries = [importlib.import_module(f"dist_clip.{kind}.registry") for kind in ("policies", "guards")]
+    before = [dict(registry._registered) for registry in registries]
     torch.manual_seed(0)
     try:
         results = doctest.testmod(importlib.import_module(name), extraglobs={"torch": torch})
     finally:
-        registry._registered.clear()
-        registry._registered.update(before)
+        for registry, known in zip(registries, before, strict=True):
+            registry._registered.clear()
+            registry._registered.update(known)
     assert results.failed == 0
 
 
@@ -58,9 +60,9 @@ def test_everything_public_has_an_example(name: str) -> None:
         assert ">>>" in value.__doc__, f"the docstring of {name} has no example"
 
 
-@pytest.mark.parametrize("name", sorted(registered()))
-def test_every_option_of_a_policy_has_a_help(name: str) -> None:
-    for option in options_of(registered()[name]):
+@pytest.mark.parametrize("name", sorted({**registered(), **registered_guards()}))
+def test_every_option_of_a_policy_or_guard_has_a_help(name: str) -> None:
+    for option in options_of({**registered(), **registered_guards()}[name]):
         assert option.help, f"{name}: {option.name} is not in the docstring's Args"
 
 

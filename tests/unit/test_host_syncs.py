@@ -197,6 +197,36 @@ def test_a_step_has_no_host_sync(policy: str, nonfinite: Any) -> None:
         steps_without_sync(clipper, params)
 
 
+GUARDS: dict[str, Callable[[], Any]] = {
+    "SkipAbove": lambda: dist_clip.SkipAbove(1.0, max_skips_in_a_row=2),
+    "SkipAbove-raise": lambda: dist_clip.SkipAbove(1.0, max_skips_in_a_row=2, when_stuck="raise"),
+    "SkipStep": lambda: dist_clip.SkipStep(window=4),
+    "SkipStep-norm": lambda: dist_clip.SkipStep(window=4, loss=False),
+    "DropNorm": dist_clip.DropNorm,
+    "DropNorm-std": lambda: dist_clip.DropNorm("std", min_steps=2),
+    "MedianGuard": lambda: dist_clip.MedianGuard(warmup_steps=2, window=3),
+    "all": lambda: [dist_clip.MedianGuard(), dist_clip.SkipStep(), dist_clip.DropNorm()],
+}
+
+
+@pytest.mark.parametrize("kernels", ["torch"], indirect=True)
+@pytest.mark.parametrize("policy", ["GlobalNorm", "LogClip-tensor", "LogClip-shard"])
+@pytest.mark.parametrize("guard", GUARDS)
+@pytest.mark.usefixtures("kernels")
+def test_guards_have_no_host_sync(guard: str, policy: str) -> None:
+    """Nor has the loss, which is on the device."""
+    with fake_cuda(strict=False):
+        params = fake_params()
+        clipper = dist_clip.GradClipper(list(params.items()), POLICIES[policy](), guard=GUARDS[guard]())
+        loss = torch.empty((), device="cuda")
+        for step in range(6):
+            set_grads(params)
+            with Copies() if step > 0 else torch.no_grad():
+                clipper.observe_loss(loss)
+                report = clipper.clip_(loss if step % 2 else None)
+                assert report.skip.device.type == "cuda"
+
+
 @pytest.mark.parametrize("policy", ["GlobalNorm", "AdaGC-tensor-median", "ZClip"])
 @pytest.mark.usefixtures("kernels")
 def test_groups_and_exclude_have_no_host_sync(policy: str) -> None:

@@ -128,7 +128,7 @@ SENT: dict[str, tuple[dist_clip.Policy, dict[str, Any]]] = {
     "global": (dist_clip.GlobalNorm(), {}),
     "by shard": (dist_clip.AdaGC(scope="shard", warmup_steps=0), {}),
     "by tensor, no global norm": (dist_clip.LogClip(warmup_steps=0), {}),
-    "skipped for its size": (dist_clip.ZClip(), {"skip_above": 1e-6}),
+    "skipped for its size": (dist_clip.ZClip(), {"guard": dist_clip.SkipAbove(1e-6)}),
     "skipped for a NaN": (dist_clip.AdaGC(), {"nonfinite": "skip"}),
     "without a gradient": (dist_clip.GlobalNorm(), {}),
 }

@@ -711,7 +711,9 @@ def test_skip_leaves_the_whole_state_untouched(policy: str, warmup: int, bad: fl
 def test_skip_above_also_keeps_zero_from_touching_a_bad_tensor(bad: float) -> None:
     """A step that is to be skipped is left as it is: also the gradient that would have been set to zero."""
     a, b = nn.Parameter(torch.zeros(4)), nn.Parameter(torch.zeros(9))
-    clipper = dist_clip.GradClipper([("a", a), ("b", b)], dist_clip.GlobalNorm(1e9), nonfinite="zero", skip_above=5.0)
+    clipper = dist_clip.GradClipper(
+        [("a", a), ("b", b)], dist_clip.GlobalNorm(1e9), nonfinite="zero", guard=dist_clip.SkipAbove(5.0)
+    )
     for height, skipped in ((7.0, True), (1.0, False)):
         a.grad, b.grad = torch.full((4,), height), torch.full((9,), height)
         b.grad[3] = bad

@@ -104,7 +104,7 @@ def made(name: str) -> tuple[list[nn.Parameter], Any]:
 def attached(name: str) -> tuple[list[nn.Parameter], Any, dist_clip.GradClipper]:
     params, optimizer = made(name)
     named = [(f"w{i}", param) for i, param in enumerate(params)]
-    clipper = dist_clip.GradClipper(named, dist_clip.GlobalNorm(MAX_NORM), skip_above=SKIP_ABOVE)
+    clipper = dist_clip.GradClipper(named, dist_clip.GlobalNorm(MAX_NORM), guard=dist_clip.SkipAbove(SKIP_ABOVE))
     clipper.attach(optimizer)
     return params, optimizer, clipper
 
@@ -159,7 +159,7 @@ def test_a_saved_state_goes_on(name: str) -> None:
             other.copy_(param)
     resumed.load_state_dict(state)
     named = [(f"w{i}", other) for i, other in enumerate(others)]
-    again = dist_clip.GradClipper(named, dist_clip.GlobalNorm(MAX_NORM), skip_above=SKIP_ABOVE)
+    again = dist_clip.GradClipper(named, dist_clip.GlobalNorm(MAX_NORM), guard=dist_clip.SkipAbove(SKIP_ABOVE))
     again.load_state_dict(clips)
     again.attach(resumed)
     for step in range(3, 6):

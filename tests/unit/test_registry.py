@@ -195,6 +195,57 @@ def test_launchs_parser_with_the_built_in_policies() -> None:
             parse(flags)
 
 
+# ---- guards ----------------------------------------------------------------------------------------------------------
+
+
+def test_guards_by_name() -> None:
+    assert dist_clip.guard("skipabove", max_norm=3.0) == dist_clip.SkipAbove(3.0)
+    assert [dist_clip.guard(name) for name in ("median", "skipstep", "dropnorm")] == [
+        dist_clip.MedianGuard(), dist_clip.SkipStep(), dist_clip.DropNorm(),
+    ]  # fmt: skip
+
+
+def test_launchs_flags_of_guards() -> None:
+    pytest.importorskip("tyro")
+    from launch.train import parse
+
+    assert parse([]).clip.guards() == []
+    flags = ["--guard", "median", "skipstep", "--median-threshold", "4", "--no-skipstep-loss"]
+    assert parse(flags).clip.guards() == [dist_clip.MedianGuard(threshold=4.0), dist_clip.SkipStep(loss=False)]
+    assert parse(["--guard", "skipabove", "--skipabove-max-norm", "9"]).clip.guards() == [dist_clip.SkipAbove(9.0)]
+    for wrong, message in (
+        (["--guard", "skipabove"], "--guard skipabove needs --skipabove-max-norm"),
+        (["--guard", "median", "--dropnorm-factor", "9"], "--dropnorm-factor does not go with --guard median"),
+        (["--dropnorm-factor", "9"], "--dropnorm-factor does not go with a command line without --guard"),
+        (["--guard", "median", "--median-threshold", "1"], r"threshold must be above 1, got 1\.0"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            parse(wrong)
+
+
+def test_megatrons_flags_of_guards(tmp_path: Path) -> None:
+    pytest.importorskip("megatron")
+    from dist_clip import megatron
+    from dist_clip.megatron.launcher import main
+
+    parser = megatron.add_clip_args(argparse.ArgumentParser(), [])
+    mode = ["--grad-clip-mode", "logclip"]
+    flags = ["--grad-clip-guard", "median", "dropnorm", "--dropnorm-variant", "std", "--median-when-stuck", "raise"]
+    made = megatron.guards_from_args(parser.parse_args([*mode, *flags]))
+    assert made == [dist_clip.MedianGuard(when_stuck="raise"), dist_clip.DropNorm("std")]
+    assert megatron.guards_from_args(parser.parse_args(mode)) == []
+    with pytest.raises(ValueError, match="--grad-clip-guard without --grad-clip-mode"):
+        megatron.policy_from_args(parser.parse_args(["--grad-clip-guard", "median"]), 1.0)
+    with pytest.raises(ValueError, match="--skipabove-max-norm does not go with --grad-clip-guard median"):
+        megatron.guards_from_args(
+            parser.parse_args([*mode, "--grad-clip-guard", "median", "--skipabove-max-norm", "3"])
+        )
+    script = tmp_path / "script.py"
+    script.write_text("")
+    with pytest.raises(SystemExit, match="SkipStep looks at the loss, which Megatron's loop does not hand"):
+        main([str(script), *mode, "--grad-clip-guard", "skipstep"])
+
+
 # ---- modules of ones own ---------------------------------------------------------------------------------------------
 
 MODULE = '''

@@ -138,4 +138,5 @@ def test_the_scalers_flags_have_no_host_sync() -> None:
         scaler._per_optimizer_states[1] = {"stage": OptState.UNSCALED, "found_inf_per_device": {flag.device: flag}}
         overflow = found_inf(scaler, flag.device)
         assert overflow.device.type == "cuda"
-        share_skip(scaler, overflow)
+        scaler._scale = torch.ones((), device="cuda")
+        share_skip(scaler, overflow, overflow)

@@ -167,7 +167,7 @@ def make_clipper(case: Case, model: Model) -> Any:
         exclude=case.exclude,
         nonfinite=case.nonfinite,
         log_global_norm=case.log_global_norm,
-        skip_above=case.skip_above,
+        guard=None if case.skip_above is None else dist_clip.SkipAbove(case.skip_above),
         pp_group=model.pp_group,
         # There is nothing to find: half of the cases say so.
         detect_desync=case.seed % 2 == 1,
