@@ -20,9 +20,12 @@ from dist_clip.guards import (
 )
 from dist_clip.kernels import Kernels
 from dist_clip.policies import (
+    AGC,
     AdaGC,
+    AutoClip,
     GlobalNorm,
     LogClip,
+    MeasureOnly,
     Need,
     Policy,
     Scope,
@@ -49,8 +52,10 @@ def __getattr__(name: str) -> Any:
 
 
 __all__ = [
+    "AGC",
     "AdaGC",
     "Attachment",
+    "AutoClip",
     "ClipReport",
     "DesyncError",
     "DropNorm",
@@ -62,6 +67,7 @@ __all__ = [
     "Kernels",
     "LayoutError",
     "LogClip",
+    "MeasureOnly",
     "MedianGuard",
     "Need",
     "NonFinite",

@@ -13,6 +13,7 @@ import statistics
 from collections.abc import Hashable, Mapping
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 
 Norms = Mapping[Hashable, float]
@@ -316,6 +317,79 @@ class ZClipEach:
         return self.rule(name).memory(name)
 
 
+class AutoClip:
+    """Clipping of each norm at a percentile of its own history, which it enters first."""
+
+    def __init__(self, percentile: float = 10.0, history: int = 10_000) -> None:
+        self.percentile, self.length = percentile, history
+        self.history: dict[Hashable, list[float]] = {}
+        self.count: dict[Hashable, int] = {}
+
+    def scales(self, norms: Norms) -> Scales:
+        return {name: self._scale(name, norm) for name, norm in norms.items()}
+
+    def _scale(self, name: Hashable, norm: float) -> float:
+        history = self.history.setdefault(name, [])
+        if observable(norm):
+            history.append(norm)
+            del history[: -self.length]
+            self.count[name] = self.count.get(name, 0) + 1
+        if norm == 0 or not history:
+            return 1.0
+        return at_most_one(float(np.percentile(history, self.percentile)) / (norm + 1e-6))
+
+    def memory(self, name: Hashable) -> dict[str, float]:
+        return {"count": self.count.get(name, 0)}
+
+
+class AutoClipGlobal(OnceToN, AutoClip):
+    """AutoClip of N, as in the paper."""
+
+
+class AGC:
+    """A gradient's norm is at most a share of its parameter's; `weigh` says the parameters' norms before each step."""
+
+    def __init__(self, lam: float = 0.01, eps: float = 1e-3) -> None:
+        self.lam, self.eps = lam, eps
+        self.weights: dict[Hashable, float] = {}
+
+    def weigh(self, weights: Norms) -> None:
+        self.weights = dict(weights)
+
+    def scales(self, norms: Norms) -> Scales:
+        return {name: self._scale(norm, self.weights[name]) for name, norm in norms.items()}
+
+    def _scale(self, norm: float, weight: float) -> float:
+        if math.isnan(norm):
+            return math.nan
+        if norm / max(weight, self.eps) > self.lam:
+            return self.lam * max(weight, self.eps) / max(norm, 1e-6)
+        return 1.0
+
+    def memory(self, name: Hashable) -> dict[str, float]:
+        return {}
+
+
+class AGCGlobal(OnceToN, AGC):
+    """AGC of N and the norm of all parameters."""
+
+    def weigh(self, weights: Norms) -> None:
+        super().weigh({"N": total_norm(weights)})
+
+
+@dataclasses.dataclass
+class Untouched:
+    """Every scale is 1."""
+
+    guarded: bool = True
+
+    def scales(self, norms: Norms) -> Scales:
+        return dict.fromkeys(norms, 1.0)
+
+    def memory(self, name: Hashable) -> dict[str, float]:
+        return {}
+
+
 @dataclasses.dataclass
 class Outcome:
     """The result of one clip: norms before it, scales, the scaled gradients (same dtypes as before), and N."""
@@ -328,8 +402,19 @@ class Outcome:
     skipped: bool = False
 
 
-def clip(rule: Rule, grads: Mapping[Hashable, torch.Tensor | None], nonfinite: str = "propagate") -> Outcome:
-    """Clip whole gradients by `rule`. Gradients that are None are ignored, and the inputs are not changed."""
+def clip(
+    rule: Rule,
+    grads: Mapping[Hashable, torch.Tensor | None],
+    nonfinite: str = "propagate",
+    weights: Mapping[Hashable, torch.Tensor] | None = None,
+) -> Outcome:
+    """Clip whole gradients by `rule`. Gradients that are None are ignored, and the inputs are not changed.
+
+    `weights`: the parameters, for a rule that looks at them.
+    """
+    if isinstance(rule, AGC):
+        assert weights is not None
+        rule.weigh({name: l2_norm(weight) for name, weight in weights.items()})
     present = {name: grad for name, grad in grads.items() if grad is not None}
     norms: dict[Hashable, float] = {name: l2_norm(grad) for name, grad in present.items()}
     bad = {name for name, norm in norms.items() if not math.isfinite(norm)}
@@ -355,6 +440,9 @@ RULES: dict[str, tuple[Any, Any]] = {
     "AdaGC": (AdaGCGlobal, AdaGC),
     "LogClip": (LogClipGlobal, LogClip),
     "ZClip": (ZClip, ZClipEach),
+    "AutoClip": (AutoClipGlobal, AutoClip),
+    "AGC": (AGCGlobal, AGC),
+    "MeasureOnly": (Untouched, None),
 }
 """By the class of a policy: the rule at scope "global", and the one for each tensor or shard."""
 

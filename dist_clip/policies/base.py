@@ -83,6 +83,7 @@ class Policy:
         post_max_norm: threshold, above 0, of a global clip after the rule; None for none. The policy's scaled gradients
             are clipped together, at their norm ``N' = sqrt(sum (scale_i n_i)^2)``. Where the scales differ, this costs
             a collective on every step across pipeline stages and, with scope "shard", over the norm groups.
+        guarded: whether guards look at the policy's tensors. False: guards see them as tensors without a gradient.
 
     Example:
         >>> import dataclasses, dist_clip
@@ -98,6 +99,7 @@ class Policy:
     scope: Scope = "tensor"
     nan_slots: tuple[str, ...] = ()
     post_max_norm: float | None = None
+    guarded: bool = True
 
     @property
     def elements(self) -> Elements:

@@ -60,6 +60,8 @@ def _check_class(policy: Policy, name: str) -> None:
         raise ValueError(f"{name}: scope must be one of {', '.join(map(repr, get_args(Scope)))}, got {policy.scope!r}")
     if policy.post_max_norm is not None:
         check_number(name, "post_max_norm", policy.post_max_norm, 0.0, open_low=True)
+    if not isinstance(policy.guarded, bool):
+        raise TypeError(f"{name}: guarded must be a bool, got {policy.guarded!r}")
     for step in (1, _LATE):
         unknown = sorted(set(policy.needs(step)) - set(get_args(Need)))
         if unknown:

@@ -53,6 +53,11 @@ class Guards:
     ) -> None:
         self._memory, self._channel, self._counts = memory, channel, counts
         self._process_group, self._stage, self._ranks_a_stage = process_group, stage, ranks_a_stage
+        guarded = {i for group in memory.groups if group.policy.guarded for i in group.indices}
+        self._all_guarded = all(group.policy.guarded for group in memory.groups)
+        self._guarded = torch.tensor(
+            [i in guarded for i in range(len(memory.layout))], dtype=torch.bool, device=memory.device
+        )
         self._loss_guards = [memory.guard for memory in memory.guards if "loss" in memory.guard.needs()]
         self.needs_loss = bool(self._loss_guards)
         self._may_raise = any(memory.guard.when_stuck == "raise" for memory in memory.guards)
@@ -110,10 +115,10 @@ class Guards:
         """Return what travels with the vector of the pipeline stages, float64 [j]: the tallies and the stage's loss."""
         if not self._memory.guards:
             return None
-        assert measured.whole is not None
+        norms = self._norms(measured)
         parts = []
         for memory in self._memory.guards:
-            tally = memory.guard.tally(memory.state, measured.whole).double()
+            tally = memory.guard.tally(memory.state, norms).double()
             parts.append(torch.where(self._counts, tally, 0.0).sum(dim=1))
         self._sizes = [len(part) for part in parts]
         if measured.carried is not None:
@@ -130,12 +135,11 @@ class Guards:
         """
         if not self._memory.guards:
             return []
-        assert measured.whole is not None
         assert totals.extra is not None
-        assert totals.together is not None
         assert totals.skip is not None
+        norms, together = self._norms(measured), self._together(totals)
         *tallies, rest = torch.split(totals.extra, [*self._sizes, len(totals.extra) - sum(self._sizes)])
-        finite, loss, no_loss = torch.isfinite(totals.together), None, torch.zeros_like(totals.skip)
+        finite, loss, no_loss = torch.isfinite(together), None, torch.zeros_like(totals.skip)
         if self.needs_loss:
             total, given, wrong = (rest if self._loss is None else self._with_gaps(self._loss)).unbind()
             loss, no_loss = total / given, torch.logical_or(wrong > 0, given == 0)
@@ -143,11 +147,11 @@ class Guards:
         for memory, tally in zip(self._memory.guards, tallies, strict=True):
             guard, in_a_row, needs = memory.guard, memory.skips_in_a_row, memory.guard.needs()
             inputs = GuardInputs(
-                norms=measured.whole,
+                norms=norms,
                 t=self._memory.t + 1,
                 skips_in_a_row=in_a_row,
                 tallies=tally,
-                global_norm=totals.together if "global_norm" in needs else None,
+                global_norm=together if "global_norm" in needs else None,
                 loss=loss if "loss" in needs else None,
             )
             skip, new = guard.step(memory.state, inputs)
@@ -162,6 +166,20 @@ class Guards:
             totals.skip = torch.logical_or(totals.skip, skip)
         self._look(torch.stack([stuck, no_loss]))
         return decided
+
+    def _norms(self, measured: Measured) -> Tensor:
+        """Return the norms that guards see, float64 [n]: 0 for the tensors of policies that are not guarded."""
+        assert measured.whole is not None
+        return measured.whole if self._all_guarded else torch.where(self._guarded, measured.whole, 0.0)
+
+    def _together(self, totals: Totals) -> Tensor:
+        """Return the norm of all tensors that guards see, float64 0-dim."""
+        assert totals.together is not None
+        if self._all_guarded:
+            return totals.together
+        groups = zip(self._memory.groups, totals.norms, strict=True)
+        squares = [norm.square() for group, norm in groups if group.policy.guarded and norm is not None]
+        return torch.stack(squares).sum().sqrt() if squares else torch.zeros_like(totals.together)
 
     def _with_gaps(self, loss: Tensor) -> Tensor:
         """Return the sums of what ranks sent of their losses, with an error where only a part of a stage has one."""

@@ -85,17 +85,26 @@ POLICIES: dict[str, Policy] = {
     "logclip-post": _logclip(post_max_norm=0.5),
     "logclip-shard-post": _logclip("logclip-shard", post_max_norm=0.5),
     "zclip-percentile": _made("zclip", mode="percentile", max_norm=None, skip_update_on_spike=True),
+    # At the percentile of the paper, and in a history that a short run fills and goes beyond.
+    "autoclip": Policy(lambda: dist_clip.AutoClip(history=8)),
+    "autoclip-tensor": Policy(lambda: dist_clip.AutoClip(percentile=50.0, history=8, scope="tensor")),
+    "autoclip-shard": Policy(lambda: dist_clip.AutoClip(percentile=35.0, history=40, scope="shard")),
+    "agc": Policy(lambda: dist_clip.AGC()),
+    "agc-shard": Policy(lambda: dist_clip.AGC(lam=0.02, scope="shard")),
+    "agc-global": Policy(lambda: dist_clip.AGC(lam=0.05, scope="global")),
 }
 MAIN_POLICIES = (
     *("global_norm", "adagc", "adagc-shard", "adagc-global", "zclip", "zclip-tensor", "zclip-shard"),
     *("logclip", "logclip-post", "logclip-shard-post", "logclip-global"),
 )
 """Each rule at each scope: the paths through the clipper that differ."""
+ON_FEW_LAYOUTS = ("autoclip", "autoclip-tensor", "autoclip-shard", "agc", "agc-shard", "agc-global")
+"""Rules whose paths through the clipper others have; test_weight_norms.py has AGC's inputs under more layouts."""
 
 
 def forgotten() -> list[str]:
-    """The modes of built-in policies that MAIN_POLICIES or the reference lacks; those that a test registers do not count."""
-    here = {(type(ours), ours.scope) for ours in (POLICIES[name].ours() for name in MAIN_POLICIES)}
+    """The modes of built-in policies that no layout or not the reference has; those that a test registers do not count."""
+    here = {(type(ours), ours.scope) for ours in (POLICIES[name].ours() for name in (*MAIN_POLICIES, *ON_FEW_LAYOUTS))}
     builtin = [mode for mode in modes() if parse_mode(mode)[0].__module__.startswith("dist_clip.")]
     made = {mode: dist_clip.policy(mode) for mode in builtin}
     return [
@@ -178,6 +187,8 @@ def train(
             param.grad = None
         setup.backward(step)
         record = clip_with_each(setup, clippers, functools.partial(clip_once, with_state=step >= WARMUP))
+        if any(name.startswith("agc") for name in policies):
+            record["weights"] = {name: local(param).detach().clone() for name, param in setup.named}
         records.append(record)
         if owned is not params:
             for mine, param in zip(owned, params, strict=True):
@@ -327,6 +338,10 @@ class Run:
     def whole_grads(self, step: int, key: str = "before") -> dict[str, Tensor]:
         return self.join(self.local_grads(step, key))
 
+    def whole_weights(self, step: int) -> dict[str, Tensor]:
+        """The parameters before a step; empty where no policy looks at them."""
+        return self.join([rank["records"][step - 1].get("weights", {}) for rank in self.ranks])
+
     def cut(self, whole: dict[str, Tensor]) -> dict[tuple[str, int], Tensor]:
         """The distinct pieces of whole tensors."""
         return {key: whole[key[0]].flatten()[index] for key, index in self.pieces.items() if key[0] in whole}
@@ -347,12 +362,13 @@ def train_alone(
         grads = {name: param.grad for name, param in named.items() if param.grad is not None}
         records.append({"grads": {name: grad.clone() for name, grad in grads.items()}})
         if rule is not None:
+            weights = {name: param.detach() for name, param in named.items()}
             if run is None:
-                outcome = reference.clip(rule, grads)
+                outcome = reference.clip(rule, grads, weights=weights)
                 for name, grad in outcome.grads.items():
                     named[name].grad = grad
             else:
-                outcome = reference.clip(rule, run.cut(grads))
+                outcome = reference.clip(rule, run.cut(grads), weights=run.cut(weights))
                 for (name, number), grad in outcome.grads.items():
                     named[name].grad.view(-1)[run.pieces[(name, number)]] = grad
             records[-1]["outcome"] = outcome
@@ -393,8 +409,8 @@ def check(
     clipped_something = False
     for step in range(1, len(run.ranks[0]["records"]) + 1):
         whole = run.whole_grads(step)
-        grads: dict[Any, Tensor] = dict(run.cut(whole)) if policy.scope == "shard" else dict(whole)
-        outcome = reference.clip(rule, grads)
+        shown = run.cut if policy.scope == "shard" else dict[Any, Tensor]
+        outcome = reference.clip(rule, shown(whole), weights=shown(run.whole_weights(step)))
         clipped_something |= step > WARMUP and min(outcome.scales.values()) < 1
         for rank in range(len(run.ranks)):
             check_report(run, rank, step, policy, outcome, rule)

@@ -1,7 +1,8 @@
 """Every policy through GradClipper on plain parameters, against the reference in plain Python floats (tests/reference.py).
 
 Covers: GlobalNorm, AdaGC (three scopes, four gamma_init), LogClip (three scopes, with and without the global clip after
-the rule) and ZClip (three scopes, its modes, with and without max_norm, clip_factor, skip_update_on_spike) over 160 steps
+the rule), ZClip (three scopes, its modes, with and without max_norm, clip_factor, skip_update_on_spike), AutoClip and AGC
+(three scopes) and MeasureOnly over 160 steps
 of gradients set by hand: random norms, spikes, zeros, missing gradients, NaN, Inf, values of 1e-30 and 1e30; each way to
 treat non-finite gradients; tensors that start with zero gradients; tensors first seen late; and what LogClip's constants
 guarantee, as docs/algorithms.md derives it.
@@ -118,12 +119,20 @@ class Trial:
     """A clipper and its reference, fed the same gradients step by step, and compared after each."""
 
     def __init__(self, policy: Any, nonfinite: str = "propagate", seed: int = 0) -> None:
-        self.params = {name: nn.Parameter(torch.zeros(shape)) for name, shape in SHAPES.items()}
+        self.rng, self.gen = random.Random(seed), torch.Generator().manual_seed(seed)
+        # A parameter of zeros is one of its own kind for rules that compare gradients with parameters.
+        self.params = {
+            name: nn.Parameter(
+                torch.randn(shape, generator=torch.Generator().manual_seed(len(name))) * (name != "scalar")
+            )
+            for name, shape in SHAPES.items()
+        }
         self.clipper = dist_clip.GradClipper(list(self.params.items()), policy, nonfinite=nonfinite)
         self.reference = Reference(policy)
         self.nonfinite = nonfinite
         self.t = 0
-        self.rng, self.gen = random.Random(seed), torch.Generator().manual_seed(seed)
+        if isinstance(self.reference.rule, reference.AGC):
+            self.reference.rule.weigh({name: exact_norm(param.detach()) for name, param in self.params.items()})
 
     def kinds(self, step: int, draw: Draw, whole: dict[int, str]) -> dict[str, str]:
         return {name: whole.get(step) or draw(self.rng, step) for name in self.params}
@@ -392,6 +401,95 @@ def test_logclip_defaults() -> None:
 def decide(policy: Policy, state: State, norms: Tensor, total: Tensor | None, t: Tensor) -> tuple[Tensor, State]:
     """One step of a policy by itself, whose number the host knows."""
     return policy.step(state, StepInputs(norms, torch.ones_like(norms).long(), t, int(t) - 1, total))
+
+
+AUTOCLIP_SETTINGS: list[dict[str, Any]] = [
+    {},
+    {"percentile": 50.0, "history": 16},
+    {"percentile": 99.5, "history": 7, "scope": "tensor"},
+    {"percentile": 0.0, "scope": "shard", "history": 40},
+    {"percentile": 100.0, "history": 1},
+    {"percentile": 33.3, "history": 30, "scope": "tensor"},
+]
+
+
+@pytest.mark.parametrize("stream", STREAMS)
+@pytest.mark.parametrize("settings", AUTOCLIP_SETTINGS, ids=str)
+def test_autoclip(settings: dict[str, Any], stream: str) -> None:
+    run(dist_clip.AutoClip(**settings), *STREAMS[stream], seed=13)
+
+
+@pytest.mark.parametrize("nonfinite", MODES)
+@pytest.mark.parametrize("scope", ["tensor", "global"])
+def test_autoclip_nonfinite(scope: Any, nonfinite: str) -> None:
+    run(dist_clip.AutoClip(30.0, 20, scope), dirty, WHOLE_STEP_DIRTY, nonfinite, seed=14)
+
+
+def test_autoclips_window_is_exact() -> None:
+    """500 steps through a window of 100: the same norms as a list that drops its first, and numpy's percentile of them."""
+    rng = random.Random(15)
+    policy, theirs = dist_clip.AutoClip(history=100), reference.AutoClip(history=100)
+    state = policy.init_state(1, torch.device("cpu"))
+    clipped = 0
+    for t in range(1, 501):
+        norm = rng.choices([rng.lognormvariate(0, 1), 0.0, math.nan, math.inf], [90, 3, 3, 3])[0]
+        scale, state = decide(policy, state, torch.tensor([norm], dtype=torch.float64), None, torch.tensor(t))
+        expected = theirs.scales({"N": norm})["N"]
+        assert scale.item() == pytest.approx(expected, rel=1e-14, nan_ok=True)
+        assert sorted(state["norms"][state["norms"] > 0].tolist()) == sorted(theirs.history["N"])
+        clipped += expected < 1
+    assert clipped > 350
+
+
+def test_autoclip_at_its_first_steps() -> None:
+    """A NaN before any norm leaves the gradient as it is; a first norm is not clipped, and a larger second one is."""
+    policy = dist_clip.AutoClip(percentile=50.0)
+    state = policy.init_state(1, torch.device("cpu"))
+    scales = []
+    for t, norm in enumerate((math.nan, 0.0, 2.0, 4.0), start=1):
+        scale, state = decide(policy, state, torch.tensor([norm], dtype=torch.float64), None, torch.tensor(t))
+        scales.append(scale.item())
+    assert scales == [1.0, 1.0, pytest.approx(1.0, rel=1e-6), pytest.approx(3.0 / 4.0, rel=1e-6)]
+    assert state["count"].tolist() == [2]
+
+
+AGC_SETTINGS: list[dict[str, Any]] = [
+    {},
+    {"lam": 0.3},
+    {"lam": 0.16, "eps": 1.0, "scope": "shard"},
+    {"lam": 0.1, "scope": "global"},
+]
+
+
+@pytest.mark.parametrize("stream", STREAMS)
+@pytest.mark.parametrize("settings", AGC_SETTINGS, ids=str)
+def test_agc(settings: dict[str, Any], stream: str) -> None:
+    run(dist_clip.AGC(**settings), *STREAMS[stream], seed=16)
+
+
+@pytest.mark.parametrize("nonfinite", MODES)
+@pytest.mark.parametrize("scope", ["tensor", "global"])
+def test_agc_nonfinite(scope: Any, nonfinite: str) -> None:
+    run(dist_clip.AGC(0.1, scope=scope), dirty, WHOLE_STEP_DIRTY, nonfinite, seed=17)
+
+
+def test_agc_equals_timms_on_one_row() -> None:
+    """On a vector the unit of the paper is the whole tensor. Written out from timm's adaptive_clip_grad."""
+    generator = torch.Generator().manual_seed(0)
+    for size in (1e-6, 1e-3, 1.0, 30.0):
+        param = nn.Parameter(torch.randn(50, generator=generator))
+        param.grad = torch.randn(50, generator=generator) * size
+        max_norm = param.detach().norm().clamp(min=1e-3) * 0.01
+        grad_norm = param.grad.norm()
+        clipped = param.grad * (max_norm / grad_norm.clamp(min=1e-6))
+        expected = torch.where(grad_norm < max_norm, param.grad, clipped)
+        dist_clip.GradClipper([param], dist_clip.AGC()).clip_()
+        torch.testing.assert_close(param.grad, expected)
+
+
+@pytest.mark.parametrize("nonfinite", MODES)
+def test_measure_only(nonfinite: str) -> None:
+    run(dist_clip.MeasureOnly(), dirty, WHOLE_STEP_DIRTY, nonfinite, seed=18)
 
 
 # ---- what LogClip's constants guarantee ------------------------------------------------------------------------------

@@ -21,6 +21,8 @@ BUILT_IN = {
     "adagc": dist_clip.AdaGC,
     "logclip": dist_clip.LogClip,
     "zclip": dist_clip.ZClip,
+    "autoclip": dist_clip.AutoClip,
+    "agc": dist_clip.AGC,
 }
 
 
