@@ -13,7 +13,7 @@ from torch.amp import GradScaler
 from torch.distributed.device_mesh import DeviceMesh
 
 from dist_clip.attachment import Attachment, Detachable
-from dist_clip.construction import Options, construct
+from dist_clip.construction import Options, Overrides, construct
 from dist_clip.errors import DesyncError
 from dist_clip.explain import explain_table
 from dist_clip.guards import Guard
@@ -50,8 +50,10 @@ class GradClipper:
             give, as in torch. "zero": that tensor's gradient becomes 0. "skip": nothing is clipped or remembered, and
             ``report.skip`` is set on every rank, so that all skip the step. "raise": raises `NonFiniteGradError` on
             every rank, before anything is changed, at the cost of a scalar all-reduce and a host sync a step.
-        overrides: {FQN pattern: policy}; the first match wins, and `policy` clips the rest. Each policy has its own
-            global norm.
+        overrides: {FQN pattern: policy}, or a list of (selector, policy) pairs; the first match wins, and `policy` clips
+            the rest. Each policy has its own global norm. A selector is a pattern, a function (name, parameter) -> bool,
+            an optimizer, or its param_groups or some of them. It must select the same tensors on every rank. States know
+            a function by its qualified name and an optimizer by its class, so keep both when you resume.
         exclude: FQN patterns (`fnmatch`) of tensors that are neither measured nor clipped.
         log_global_norm: reduce the global norm for the report also where no policy needs it. The reduction overlaps
             with the optimizer step; only reading the norm waits for it.
@@ -105,7 +107,7 @@ class GradClipper:
         pp_group: dist.ProcessGroup | DeviceMesh | None = None,
         process_group: dist.ProcessGroup | DeviceMesh | None = None,
         nonfinite: NonFinite = "propagate",
-        overrides: Mapping[str, Policy] | None = None,
+        overrides: Overrides | None = None,
         exclude: Sequence[str] = (),
         log_global_norm: bool = False,
         guard: Guard | Sequence[Guard] | None = None,
@@ -143,7 +145,13 @@ class GradClipper:
         checked = self._options = made.options
         self.layout = made.layout
         self.memory = Memory(
-            made.rules, made.layout, made.elsewhere, made.device, may_skip=checked.may_skip, guards=checked.guards
+            made.rules,
+            made.numbers,
+            made.layout,
+            made.elsewhere,
+            made.device,
+            may_skip=checked.may_skip,
+            guards=checked.guards,
         )
         self._detector = DesyncDetector(self.memory)
         detector = self._detector if checked.detect_desync else None

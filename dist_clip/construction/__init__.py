@@ -2,5 +2,6 @@
 
 from dist_clip.construction.draft import Construction, construct
 from dist_clip.construction.options import Options
+from dist_clip.construction.selection import Overrides
 
-__all__ = ["Construction", "Options", "construct"]
+__all__ = ["Construction", "Options", "Overrides", "construct"]

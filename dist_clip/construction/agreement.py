@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections.abc import Mapping
 from itertools import zip_longest
 
 import torch.distributed as dist
 
+from dist_clip.construction.selection import UNKNOWN
 from dist_clip.errors import LayoutError
 from dist_clip.layouts.process_groups import current_rank, gather
 
@@ -24,10 +26,12 @@ class RankConfig:
         stage: this rank's pipeline stage.
         tensors: a description of each tensor, the same on all ranks of the stage.
         options: a description of the clipper's options, the same on all ranks.
-        patterns: the FQN patterns that were passed.
-        matched: the patterns that match a tensor on this rank.
+        patterns: the FQN patterns that were passed, and the labels of other selectors.
+        matched: those that match a tensor on this rank.
         names: FQNs of the tensors.
         shapes: shapes of the whole tensors.
+        rules: the label of each rule, the default's last.
+        numbers: the number of each tensor's rule, `UNKNOWN` where this rank cannot tell.
     """
 
     error: Exception | None
@@ -38,6 +42,8 @@ class RankConfig:
     matched: frozenset[str] = frozenset()
     names: tuple[str, ...] = ()
     shapes: tuple[tuple[int, ...], ...] = ()
+    rules: tuple[str, ...] = ()
+    numbers: tuple[int, ...] = ()
 
 
 def agree(
@@ -72,6 +78,25 @@ def agree(
     return everyone
 
 
+def agreed_numbers(everyone: Mapping[int, RankConfig]) -> dict[str, int]:
+    """Return the number of the rule of each tensor of the whole model, by FQN, once `agree` has compared them.
+
+    Raises:
+        LayoutError: no rank can tell. The same on all ranks.
+    """
+    numbers: dict[str, int] = {}
+    for config in everyone.values():
+        for name, number in zip(config.names, config.numbers, strict=True):
+            if numbers.get(name, UNKNOWN) == UNKNOWN:
+                numbers[name] = number
+    lost = sorted(name for name, number in numbers.items() if number == UNKNOWN)
+    if lost:
+        raise LayoutError(
+            f"overrides=: no rank can tell whether its selectors select {lost[:3]}: select them by an FQN pattern"
+        )
+    return numbers
+
+
 def sendable(error: Exception) -> Exception:
     """Return `error` in a form that can be pickled: a `LayoutError` unless its class is one of `_KINDS`."""
     known = next((k for k in _KINDS if isinstance(error, k)), None)
@@ -79,7 +104,7 @@ def sendable(error: Exception) -> Exception:
 
 
 def _digest(mine: RankConfig) -> str:
-    content = repr((mine.tensors, sorted(mine.patterns), sorted(mine.matched)))
+    content = repr((mine.tensors, sorted(mine.patterns), sorted(mine.matched), mine.numbers))
     return hashlib.sha256(content.encode()).hexdigest()
 
 
@@ -112,6 +137,17 @@ def _check(everyone: list[tuple[int, RankConfig]]) -> None:
                     f"the layouts{stage} differ: tensor {i} is {ours or 'missing'!r} on rank {rank} but "
                     f"{theirs or 'missing'!r} on rank {ref_rank}. Every rank must pass the same parameters in the same "
                     "order, sharded alike; under pipeline parallelism pass pp_group="
+                )
+    chosen: dict[str, tuple[int, int]] = {}
+    for rank, config in everyone:
+        for name, number in zip(config.names, config.numbers, strict=True):
+            if number == UNKNOWN:
+                continue
+            ref_rank, ref_number = chosen.setdefault(name, (rank, number))
+            if number != ref_number:
+                raise LayoutError(
+                    f"overrides= gives {name!r} to {config.rules[number]!r} on rank {rank} but to "
+                    f"{config.rules[ref_number]!r} on rank {ref_rank}: a selector must select the same tensors on every rank"
                 )
     held: dict[str, tuple[int, tuple[int, ...]]] = {}
     for rank, config in reference.values():

@@ -12,9 +12,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dist_clip.construction.agreement import RankConfig, agree, sendable
+from dist_clip.construction.agreement import RankConfig, agree, agreed_numbers, sendable
 from dist_clip.construction.coverage import check_coverage
 from dist_clip.construction.options import CheckedOptions, Options
+from dist_clip.construction.selection import Selection, checked_rules, numbers_of
 from dist_clip.errors import LayoutError
 from dist_clip.kernels import TORCH, Kernels, choose
 from dist_clip.layouts import Layout, LayoutReader, ParameterWatch, build_layout, named_parameters
@@ -29,7 +30,7 @@ from dist_clip.layouts.process_groups import (
     stage_of,
 )
 from dist_clip.layouts.sharded import Division, divide, join
-from dist_clip.memory import Rule, checked_rules
+from dist_clip.memory import Rule
 from dist_clip.reduction import ReductionPlan, ReplicaCheck
 
 
@@ -40,7 +41,8 @@ class Construction:
     Attributes:
         options: the user's options, checked.
         layout: the logical tensors.
-        rules: (pattern, policy) pairs in order, the default last.
+        rules: (label, policy) pairs in order, the default last.
+        numbers: the number of the rule of each tensor of the whole model, by FQN.
         device: where norms, scales and state live.
         kernels: what measures and scales.
         plan: reduces over the norm groups; its coverage is checked.
@@ -55,6 +57,7 @@ class Construction:
     options: CheckedOptions
     layout: Layout
     rules: Sequence[Rule]
+    numbers: Mapping[str, int]
     device: torch.device
     kernels: Kernels
     plan: ReductionPlan
@@ -146,6 +149,7 @@ def construct(target: Any, policy: object, options: Options) -> Construction:
         options=checked,
         layout=layout,
         rules=draft.rules,
+        numbers=agreed_numbers(everyone),
         device=draft.device,
         kernels=draft.kernels,
         plan=plan,
@@ -165,6 +169,7 @@ class _Draft:
         self.target, self.policy, self.options = target, policy, options
         self.checked = CheckedOptions()
         self.rules: Sequence[Rule] = []
+        self.selections: Sequence[Selection] = []
         self.layout: Layout | None = None
         self.device: torch.device | None = None
         self.modules: Any = None
@@ -203,7 +208,7 @@ class _Draft:
 
     def _check(self) -> None:
         self.checked = self.options.checked()
-        self.rules = checked_rules(self.policy, self.options.overrides, self.options.exclude)
+        self.rules, self.selections = checked_rules(self.policy, self.options.overrides, self.options.exclude)
 
     def _describe(self) -> None:
         options = self.checked
@@ -211,18 +216,19 @@ class _Draft:
         _check_process_group(layout, options.process_group)
         self.device = layout.device or device_of(options.pp_group)
         self.kernels = choose(self.options.kernels, self.device)
-        patterns = (
-            frozenset(self.options.exclude) | {pattern for pattern, _ in self.rules[:-1]} | set(options.divisions)
-        )
+        numbers, selected = numbers_of(self.selections, layout, self.known)
+        patterns = frozenset(self.options.exclude) | set(options.divisions)
         matched = self._excluded | {p for p in patterns for name in layout.names if fnmatch.fnmatchcase(name, p)}
-        policies = ", ".join(f"{pattern!r}: {rule!r}" for pattern, rule in self.rules)
+        policies = ", ".join(f"{label!r}: {rule!r}" for label, rule in self.rules)
         self._described = RankConfig(
             error=None,
             stage=stage_of(options.pp_group),
             tensors=tuple(tensor.describe() for tensor in layout),
             options=f"{policies}; {options.describe()}, kernels={self.kernels.name}",
-            patterns=patterns,
-            matched=frozenset(matched),
+            patterns=patterns | {label for label, _ in self.rules[:-1]},
+            matched=frozenset(matched | selected),
+            rules=tuple(label for label, _ in self.rules),
+            numbers=numbers,
             names=layout.names,
             shapes=tuple(tensor.shape for tensor in layout),
         )

@@ -9,12 +9,12 @@ import torch.distributed as dist
 from torch.amp import GradScaler
 from torch.distributed.device_mesh import DeviceMesh
 
+from dist_clip.construction.selection import Overrides
 from dist_clip.guards import Guard
 from dist_clip.guards.trial import checked_guards
 from dist_clip.kernels import Kernels
 from dist_clip.layouts.process_groups import checked_group
 from dist_clip.layouts.sharded import Division, ShardedBy, checked_divisions
-from dist_clip.policies import Policy
 from dist_clip.step.grad_scaler import checked_scaler
 from dist_clip.step.nonfinite import NonFinite, NonFiniteMode
 
@@ -26,7 +26,7 @@ class Options:
     pp_group: dist.ProcessGroup | DeviceMesh | None
     process_group: dist.ProcessGroup | DeviceMesh | None
     nonfinite: NonFinite
-    overrides: Mapping[str, Policy] | None
+    overrides: Overrides | None
     exclude: Sequence[str]
     log_global_norm: bool
     guard: Guard | Sequence[Guard] | None

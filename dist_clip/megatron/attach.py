@@ -12,11 +12,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dist_clip.clipper import GradClipper
+from dist_clip.construction import Overrides
 from dist_clip.errors import LayoutError
 from dist_clip.guards import Guard, SkipAbove
 from dist_clip.layouts import ShardedBy
 from dist_clip.megatron import checkpoint, compat
 from dist_clip.megatron.reader import MegatronReader
+from dist_clip.megatron.selection import selections
 from dist_clip.policies import Policy
 from dist_clip.step import ClipReport, NonFinite
 
@@ -29,7 +31,7 @@ def attach(
     *,
     model: nn.Module | Sequence[nn.Module],
     nonfinite: NonFinite = "propagate",
-    overrides: Mapping[str, Policy] | None = None,
+    overrides: Overrides | None = None,
     exclude: Sequence[str] = (),
     guard: Guard | Sequence[Guard] | None = None,
     log_global_norm: bool = True,
@@ -52,7 +54,8 @@ def attach(
         policy: `GlobalNorm`, `AdaGC`, `LogClip`, `ZClip`, or a policy of your own (docs/policies.md).
         model: the model chunk, or the list of chunks, that the optimizer was made from.
         nonfinite, overrides, exclude: as for `GradClipper`; patterns match global names, as ``explain()`` lists them.
-            With "skip" a skipped step returns that it was not successful, as Megatron's own skipped steps do.
+            With "skip" a skipped step returns that it was not successful, as Megatron's own skipped steps do. A function
+            gets this rank's part of the model parameter; an optimizer is one of the chained_optimizers.
         guard: as for `GradClipper`; the same holds for the steps that it skips. The host reads whether to skip, on each
             step. Megatron's loop does not hand the loss to the optimizer: for a guard that looks at it, call
             ``clipper.observe_loss(loss)`` in the loss function.
@@ -102,7 +105,7 @@ def attach(
         policy,
         pp_group=pp_group,
         nonfinite=nonfinite,
-        overrides=overrides,
+        overrides=selections(overrides, optimizer),
         exclude=exclude,
         log_global_norm=log_global_norm,
         guard=[*own, *given] if own and isinstance(given, Sequence) else given,
@@ -111,6 +114,11 @@ def attach(
         sharded=sharded,
         check_replicas=check_replicas,
     )
+    if own and not all(group.policy.guarded for group in clipper.memory.groups):
+        raise ValueError(
+            f"Megatron's grad_norm_skip_threshold={threshold:g} looks at the norm of all tensors, those of "
+            "MeasureOnly(guarded=False) among them: switch it off, and pass guard=SkipAbove(...) in its place"
+        )
     clipper.attachment = MegatronAttachment(
         clipper, optimizer, pp_group, skips=nonfinite == "skip" or bool(given), norm_at_once=bool(own)
     )

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -14,10 +13,9 @@ from dist_clip.guards import Guard
 from dist_clip.layouts.layout import Layout
 from dist_clip.memory.host_copy import HostCopy, capturing
 from dist_clip.policies.base import Need, Policy, State
-from dist_clip.policies.trial import check_policy
 
 Rule = tuple[str, Policy]
-"""An FQN pattern, and the policy of the tensors that match it."""
+"""The label of a selector (an FQN pattern is its own), and the policy of the tensors that it selects."""
 
 _ASK_EVERY = 32
 """Steps between two copies of the step count to the host. The host may learn late that a warm-up is over."""
@@ -29,7 +27,7 @@ class PolicyGroup:
 
     Attributes:
         policy: the policy.
-        pattern: the FQN pattern that selects the tensors.
+        pattern: the FQN pattern that selects the tensors, or the label of another selector.
         indices: the tensors' numbers in the layout.
         index: `indices` on the device, int64.
         numel: int64 [elements], as in `StepInputs.numel`.
@@ -81,7 +79,8 @@ class Memory:
     """The policy groups and guards with their states, and the step count. It does not communicate.
 
     Args:
-        rules: (pattern, policy) pairs in order, the default last.
+        rules: (label, policy) pairs in order, the default last.
+        numbers: the number of the rule of each tensor of the whole model, by FQN.
         layout: the logical tensors.
         elsewhere: shape of each tensor that only other pipeline stages hold.
         device: where states and step count live.
@@ -90,7 +89,7 @@ class Memory:
 
     Attributes:
         guards: the guards with their states.
-        groups: one policy group a rule, with the tensors whose first match it is, possibly none.
+        groups: one policy group a rule, with its tensors on this stage, possibly none.
         t: int64 0-dim on `device`, the number of steps taken.
         calls: how often `advance` was called (after a load: the step that was loaded, and the calls since).
         names_elsewhere: FQNs of the tensors that only other pipeline stages hold.
@@ -100,6 +99,7 @@ class Memory:
     def __init__(
         self,
         rules: Sequence[Rule],
+        numbers: Mapping[str, int],
         layout: Layout,
         elsewhere: Mapping[str, tuple[int, ...]],
         device: torch.device,
@@ -112,7 +112,7 @@ class Memory:
         self.shapes = {**elsewhere, **{tensor.name: tensor.shape for tensor in layout}}
         self.t = torch.zeros((), dtype=torch.int64, device=device)
         self.calls = 0
-        self._rules = tuple(rules)
+        self._rules, self._numbers = tuple(rules), dict(numbers)
         self._may_skip = may_skip
         self._known_steps = 0
         self._pending: HostCopy | None = None
@@ -126,13 +126,11 @@ class Memory:
 
     def _group(self, k: int, elsewhere: Mapping[str, tuple[int, ...]]) -> PolicyGroup:
         pattern, policy = self._rules[k]
-        indices = tuple(i for i, name in enumerate(self.layout.names) if rule_number(self._rules, name) == k)
+        indices = tuple(i for i, name in enumerate(self.layout.names) if self._numbers[name] == k)
         tensors = [self.layout.tensors[i] for i in indices]
         numel = [t.shard_numel if policy.elements.per_rank else t.numel for t in tensors]
         if policy.elements.one:
-            numel = [
-                sum(numel) + sum(math.prod(s) for name, s in elsewhere.items() if rule_number(self._rules, name) == k)
-            ]
+            numel = [sum(numel) + sum(math.prod(s) for name, s in elsewhere.items() if self._numbers[name] == k)]
         group = PolicyGroup(
             policy,
             pattern,
@@ -146,7 +144,7 @@ class Memory:
 
     def policy_for(self, name: str) -> Policy:
         """Return the policy of the tensor `name`, of this pipeline stage or another."""
-        return self._rules[rule_number(self._rules, name)][1]
+        return self._rules[self._numbers[name]][1]
 
     def needs(self) -> list[frozenset[Need]]:
         """Return what the next step must measure for each policy group, the same on every rank."""
@@ -224,34 +222,3 @@ class Memory:
         """Return the states' tensors that all ranks of a pipeline stage share: all but those of scope "shard"."""
         guards = [value for guard in self.guards for value in (*guard.state.values(), guard.skips_in_a_row)]
         return [value for group in self.groups if not group.per_shard for value in group.state.values()] + guards
-
-
-def rule_number(rules: Sequence[Rule], name: str) -> int:
-    """Return the number of the first rule whose pattern `name` matches."""
-    return next(k for k, (pattern, _) in enumerate(rules) if fnmatch.fnmatchcase(name, pattern))
-
-
-def checked_rules(policy: object, overrides: object, exclude: object) -> list[Rule]:
-    """Check the clipper's arguments and return its rules, (pattern, policy) pairs in order, the default last.
-
-    Raises:
-        TypeError, ValueError: an argument of another type, the pattern "*", or a policy that breaks its contract.
-    """
-    checked = check_policy(policy)
-    if overrides is not None and not isinstance(overrides, Mapping):
-        raise TypeError(f"overrides must map FQN patterns to policies, got {overrides!r}")
-    if isinstance(exclude, str) or not isinstance(exclude, Iterable):
-        raise TypeError(f"exclude must be a list of FQN patterns, got {exclude!r}")
-    rules: list[Rule] = []
-    for pattern, override in (overrides or {}).items():
-        if not isinstance(pattern, str):
-            raise TypeError(f"overrides: a pattern must be a string, got {pattern!r}")
-        if pattern == "*":
-            raise ValueError(
-                "overrides: the pattern '*' would leave nothing to the policy argument: pass that policy there"
-            )
-        rules.append((pattern, check_policy(override, f"overrides: {pattern!r}")))
-    for pattern in exclude:
-        if not isinstance(pattern, str):
-            raise TypeError(f"exclude: a pattern must be a string, got {pattern!r}")
-    return [*rules, ("*", checked)]

@@ -61,7 +61,8 @@ class AGC(Policy):
         check_choice("AGC", "scope", self.scope, get_args(Scope))
 
     def needs(self, step: int) -> Collection[Need]:
-        return ("weight_norms",)
+        needs: tuple[Need, ...] = ("weight_norms",)
+        return needs
 
     def step(self, state: State, inputs: StepInputs) -> tuple[Tensor, State]:
         assert inputs.weight_norms is not None

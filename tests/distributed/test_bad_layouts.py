@@ -151,6 +151,42 @@ def group_matches_nothing() -> tuple[Any, dict[str, Any]]:
     return [("first", param(3)), ("second", param(3))], {"overrides": {"third.*": dist_clip.ZClip()}}
 
 
+def other_selection() -> tuple[Any, dict[str, Any]]:
+    """A function that selects by what differs between ranks."""
+
+    def heavy(name: str, param: torch.Tensor) -> bool:
+        return name == "second" or bad_rank()
+
+    return [("first", param(3)), ("second", param(3))], {"overrides": [(heavy, dist_clip.ZClip())]}
+
+
+def other_selection_of_a_tied_tensor() -> tuple[Any, dict[str, Any]]:
+    named, kwargs = stages_disagree_on_policy()
+    overrides = [(lambda name, param: name != "embed" or bad_rank(), dist_clip.ZClip())]
+    return [("embed", param(4)), *named], {**kwargs, "policy": dist_clip.AdaGC(), "overrides": overrides}
+
+
+def selector_fails_on_one() -> tuple[Any, dict[str, Any]]:
+    def fragile(name: str, param: torch.Tensor) -> bool:
+        if bad_rank():
+            raise AttributeError("no such mark")
+        return name == "second"
+
+    return [("first", param(3)), ("second", param(3))], {"overrides": [(fragile, dist_clip.ZClip())]}
+
+
+def optimizer_of_other_parameters_on_one() -> tuple[Any, dict[str, Any]]:
+    named = [("first", param(3)), ("second", param(3))]
+    optimizer = torch.optim.SGD([param(5) if bad_rank() else named[0][1]], lr=0.1)
+    return named, {"overrides": [(optimizer, dist_clip.ZClip())]}
+
+
+def optimizer_on_one() -> tuple[Any, dict[str, Any]]:
+    named = [("first", param(3)), ("second", param(3))]
+    optimizer = torch.optim.SGD([named[0][1]], lr=0.1)
+    return named, {"overrides": [(optimizer if bad_rank() else "first", dist_clip.ZClip())]}
+
+
 def nothing_on_one() -> tuple[Any, dict[str, Any]]:
     return ([] if bad_rank() else [("first", param(3))]), {}
 
@@ -297,6 +333,11 @@ CASES: dict[str, Callable[[], tuple[Any, dict[str, Any]]]] = {
         other_exclude,
         exclude_matches_nothing,
         group_matches_nothing,
+        other_selection,
+        other_selection_of_a_tied_tensor,
+        selector_fails_on_one,
+        optimizer_of_other_parameters_on_one,
+        optimizer_on_one,
         nothing_on_one,
         frozen_on_one,
         frozen_on_all,
@@ -365,6 +406,11 @@ def test_tensor_and_rank_are_named_at_four(case: str, tensor: str) -> None:
         ("other_nonfinite", ["skip", "zero"]),
         ("other_groups", ["first"]),
         ("other_exclude", ["first"]),
+        ("other_selection", ["'first'", "heavy", "'*'", "must select the same tensors on every rank"]),
+        ("other_selection_of_a_tied_tensor", ["'embed'", "must select the same tensors"]),
+        ("selector_fails_on_one", ["fragile failed on 'first'", "no such mark"]),
+        ("optimizer_of_other_parameters_on_one", ["SGD holds a parameter of shape [5]"]),
+        ("optimizer_on_one", ["SGD"]),
         ("nothing_on_one", []),
         ("frozen_on_one", []),
         ("pp_group_on_one", ["pp_group"]),

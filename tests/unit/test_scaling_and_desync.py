@@ -55,7 +55,7 @@ class Group:
 
 def detector(device: str = "cpu") -> DesyncDetector:
     rules: Any = [("*", dist_clip.GlobalNorm())]
-    return DesyncDetector(Memory(rules, Layout(()), {}, torch.device(device), may_skip=False))
+    return DesyncDetector(Memory(rules, {}, Layout(()), {}, torch.device(device), may_skip=False))
 
 
 def numbers(calls: int, again: bool, states: Any = (), device: str = "cpu") -> torch.Tensor:

@@ -1,0 +1,76 @@
+"""Selectors of ``overrides=`` under Megatron, where an optimizer holds other tensors than the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from dist_clip.construction.selection import Selection, are_groups, has_groups, parameters_of
+from dist_clip.errors import LayoutError
+from dist_clip.layouts import LogicalTensor
+from dist_clip.megatron import compat
+
+
+def selections(overrides: Any, optimizer: Any) -> Any:
+    """Return ``overrides=`` with `Steps` in place of optimizers and param_groups. What else is wrong with it stays."""
+    if isinstance(overrides, Mapping) or not isinstance(overrides, (list, tuple)):
+        return overrides
+    out = []
+    for pair in overrides:
+        if isinstance(pair, (list, tuple)) and len(pair) == 2:
+            selector, policy = pair
+            if has_groups(selector) or compat.is_chained(selector):
+                pair = (Steps(type(selector).__name__, selector, optimizer), policy)
+            elif are_groups(selector):
+                pair = (Steps("param_groups", selector, optimizer), policy)
+        out.append(pair)
+    return out
+
+
+class Steps(Selection):
+    """Selects the model parameters that a part of a Megatron optimizer steps.
+
+    A rank whose optimizers hold no piece of a parameter cannot tell.
+
+    Args:
+        said: an optimizer inside of `optimizer` (a chain, a leaf, or the torch optimizer of a leaf), or param_groups.
+    """
+
+    def __init__(self, label: str, said: Any, optimizer: Any) -> None:
+        super().__init__(label)
+        self._said, self._optimizer = said, optimizer
+        self._verdicts: dict[int, bool] = {}
+
+    def prepare(self, known: frozenset[int]) -> None:
+        chosen = {id(node) for node in _inside(self._said)} if not are_groups(self._said) else set()
+        tensors = [] if chosen & {id(node) for node in _inside(self._optimizer)} else self._tensors()
+        wanted, found = {id(tensor) for tensor in tensors}, set()
+        for leaf in compat.leaves(self._optimizer):
+            for piece in compat.pieces(leaf.optimizer):
+                mine = wanted & {id(piece.param), id(piece.holder)}
+                found |= mine
+                self._verdicts[id(piece.param)] = id(leaf.optimizer) in chosen or bool(mine)
+        lost = [list(tensor.shape) for tensor in tensors if id(tensor) not in found]
+        if lost:
+            raise LayoutError(
+                f"overrides: {self.label} holds {len(lost)} tensors (shapes {lost[:3]}) that the attached optimizer does "
+                "not step: pass one of its chained_optimizers, param_groups of one, or a function (name, parameter) -> bool"
+            )
+
+    def _tensors(self) -> list[Any]:
+        said = self._said
+        if not has_groups(said):
+            if not are_groups(said):
+                raise LayoutError(f"overrides: {self.label} is no part of the attached optimizer")
+            return parameters_of(said)
+        return parameters_of(said.param_groups)
+
+    def selects(self, tensor: LogicalTensor) -> bool | None:
+        return None if tensor.param is None else self._verdicts.get(id(tensor.param))
+
+
+def _inside(node: Any) -> Iterator[Any]:
+    """Yield the optimizer and those that it consists of."""
+    yield node
+    for child in getattr(node, "chained_optimizers", ()):
+        yield from _inside(child)
