@@ -334,9 +334,10 @@ class AutoClip:
             history.append(norm)
             del history[: -self.length]
             self.count[name] = self.count.get(name, 0) + 1
-        if norm == 0 or not history:
+        if not history:
             return 1.0
-        return at_most_one(float(np.percentile(history, self.percentile)) / (norm + 1e-6))
+        threshold = float(np.percentile(history, self.percentile))
+        return 1.0 if norm <= threshold else threshold / (norm + 1e-6)
 
     def memory(self, name: Hashable) -> dict[str, float]:
         return {"count": self.count.get(name, 0)}

@@ -26,9 +26,9 @@ class AGC(Policy):
     elements are out of scope. The norm of a matrix of equal rows is ``sqrt(rows)`` times a row's, on both sides of the
     comparison, so that ``lam`` means the same. One row that goes astray hides in the whole matrix, though.
 
-    The paper leaves the last layer alone, and its networks' biases and gains need it least: a bias that starts at 0 has
-    ``w = 0``, so that its gradient is held to ``lam * eps`` until it has grown. Leave those to another policy with
-    ``overrides=``, or unclipped with ``exclude=["*.bias", "*norm*", "head.*"]``.
+    Which tensors to leave out is yours to say. The paper leaves out the last layer. A bias that starts at 0 has ``w = 0``,
+    so that its gradient is held to ``lam * eps`` until it has grown: leave out biases and norms, too, unclipped with
+    ``exclude=["*.bias", "*norm*", "head.*"]``, or give them another policy with ``overrides=``.
 
     The parameters are read on every step. Their squared norms travel in the packed vector of the gradients', so AGC costs
     no collective more, under any sharding.

@@ -19,9 +19,9 @@ from dist_clip.policies.registry import register
 class AutoClip(Policy):
     """Clipping at a percentile of the past global norms, this step's included.
 
-    With ``c`` the percentile of the last ``history`` norms ``N``, this one among them: ``g *= min(1, c / (N + 1e-6))``.
-    The percentile lies between two norms where it falls between them, as ``numpy.percentile`` has it. So the first step
-    is not clipped, and the usual step is: at the default, nine of ten.
+    With ``c`` the percentile of the last ``history`` norms ``N``, this one among them: where ``N > c``,
+    ``g *= c / (N + 1e-6)``. The percentile lies between two norms where it falls between them, as ``numpy.percentile``
+    has it. So the first step is not clipped, and the usual step is: at the default, nine of ten.
     A norm of zero (no gradients), NaN or Inf never enters the history.
 
     The paper keeps all norms, and a state of fixed size cannot. Of 10,000 norms the 10th percentile is known to within
@@ -80,7 +80,6 @@ class AutoClip(Policy):
         high = ordered.gather(0, place.ceil().long())
         between = place - place.floor()
         threshold = torch.where(between > 0, low + (high - low) * between, low).squeeze(0)
-        scales = torch.clamp(threshold / (norms + 1e-6), max=1.0)
-        # Without a history there is no threshold, so the gradient stays as it is.
-        scales = torch.where(torch.logical_and(held > 0, norms != 0), scales, 1.0)
-        return scales, {"norms": history, "count": count}
+        # Without a history there is no threshold, so the gradient stays as it is. A NaN norm is within no threshold.
+        within = torch.logical_or(held == 0, norms <= threshold)
+        return torch.where(within, 1.0, threshold / (norms + 1e-6)), {"norms": history, "count": count}

@@ -21,6 +21,7 @@ FLOOR = "read the same bytes once (sum of one flat tensor)"
 NO_LIMIT = 1e30
 SPIKE = 16.0
 """Times its usual norm is what every rule clips."""
+RATIO = 100.0
 MODES = compared("adagc-global")
 
 Shapes = list[tuple[int, ...]]
@@ -34,7 +35,7 @@ def gpt2_shapes(layers: int = 12, dim: int = 768, vocab: int = 50257, context: i
 
 
 class Gradients:
-    """Parameters with gradients, and the originals to put back. The parameters have no memory of their own."""
+    """Parameters with gradients, and the originals to put back. A parameter's norm is `RATIO` times its gradient's."""
 
     def __init__(self, shapes: Shapes, device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
         torch.manual_seed(0)
@@ -44,7 +45,7 @@ class Gradients:
             part.view(shape)
             for part, shape in zip(torch.split(self.flat, [math.prod(s) for s in shapes]), shapes, strict=True)
         ]
-        self.params = [nn.Parameter(self.flat.new_zeros(1).expand(shape)) for shape in shapes]
+        self.params = [nn.Parameter(self.flat.new_full(shape, 1e-3 * RATIO)) for shape in shapes]
         for param, original in zip(self.params, self.originals, strict=True):
             param.grad = original.clone()
         self.named = [(f"p{i}", param) for i, param in enumerate(self.params)]
@@ -69,7 +70,7 @@ def clipper(gradients: Gradients, policy: dist_clip.Policy, kernels: str | None 
 
 def steady(mode: str, max_norm: float = NO_LIMIT) -> dist_clip.Policy:
     """The policy with a short warm-up, after which it clips spikes, and norms above `max_norm` if it has one."""
-    return make(mode, warmup_steps=2, max_norm=max_norm)
+    return make(mode, warmup_steps=2, max_norm=max_norm, percentile=0.0, lam=SPIKE**0.5 / RATIO)
 
 
 @dataclasses.dataclass(frozen=True)

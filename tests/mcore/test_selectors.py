@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ from tests.harness import pool
 from .setups import Config, build
 from .test_bad_input import bad_rank
 
+PAGE = Path(__file__).parents[2] / "docs" / "muon.md"
 LIMIT = 1e-3  # below every norm
 
 
@@ -27,6 +30,12 @@ def selector(kind: str, optimizer: Any) -> Any:
         return chain[1]  # of the experts
     if kind == "torch optimizer":
         return chain[1].optimizer
+    if kind == "recipe":
+        block = re.search(r"^def muons.*?^$", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+        assert block is not None
+        names: dict[str, Any] = {}
+        exec(block[0], names)
+        return names["muons"]
     if kind == "groups":  # Megatron decays no vectors
         return [group for leaf in chain for group in leaf.param_groups if group["wd_mult"] == 0]
     return vectors
@@ -55,6 +64,10 @@ def is_vector(name: str) -> bool:
     return name.endswith("bias") or "norm.weight" in name
 
 
+def is_muons(name: str) -> bool:
+    return not is_vector(name) and "embedding" not in name and "output_layer" not in name
+
+
 def is_expert(name: str) -> bool:
     return ".experts." in name
 
@@ -69,13 +82,23 @@ def is_expert(name: str) -> bool:
         (Config(tp=2, zero=True), 4, "groups"),
         (Config(layer_wise=True), 2, "groups"),
         (Config(pp=2, tp=2, tied=True), 4, "function"),
+        (Config(tp=2), 2, "recipe"),
     ],
-    ids=["experts-zero", "experts-zero-bf16", "experts-torch", "experts-function", "tp-groups", "layer-wise", "pp-tp"],
+    ids=[
+        "experts-zero",
+        "experts-zero-bf16",
+        "experts-torch",
+        "experts-function",
+        "tp-groups",
+        "layer-wise",
+        "pp-tp",
+        "recipe",
+    ],
 )
 def test_the_same_tensors_on_every_rank(config: Config, world: int, kind: str) -> None:
     ranks = pool(world, "megatron").run(selected, config, kind)
     norms = {name: norm for _, seen, _ in ranks for name, norm in seen.items()}
-    mine = is_expert if kind in ("leaf", "torch optimizer") else is_vector
+    mine = {"leaf": is_expert, "torch optimizer": is_expert, "recipe": is_muons}.get(kind, is_vector)
     rest = math.hypot(*(norm for name, norm in norms.items() if not mine(name)))
     assert 0 < sum(map(mine, norms)) < len(norms), "the test is to blame"
     for scales, _, policies in ranks:

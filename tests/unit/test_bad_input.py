@@ -69,6 +69,17 @@ POLICY_ARGUMENTS: dict[str, dict[str, list[Any]]] = {
         "patience": [*COUNT, None],
         "post_max_norm": POSITIVE,
     },
+    "AutoClip": {
+        "percentile": [-1.0, 100.5, NAN, "10", None],
+        "history": [0, -1, 10.0, True, None],
+        "scope": ["tensors", "Global", None, 1],
+    },
+    "AGC": {
+        "lam": [*POSITIVE, INF, None],
+        "eps": [*POSITIVE, INF, None],
+        "scope": ["tensors", "Tensor", None, 1],
+    },
+    "MeasureOnly": {"guarded": [1, None, "no"]},
 }
 POLICY_CASES = [(p, a, v) for p, args in POLICY_ARGUMENTS.items() for a, values in args.items() for v in values]
 

@@ -162,6 +162,9 @@ POLICIES: dict[str, Callable[[], Any]] = {
     "ZClip-mean": lambda: dist_clip.ZClip(warmup_steps=WARMUP, clip_option="mean"),
     "ZClip-percentile": lambda: dist_clip.ZClip(warmup_steps=WARMUP, mode="percentile", max_norm=None),
     "ZClip-skip": lambda: dist_clip.ZClip(warmup_steps=WARMUP, skip_update_on_spike=True),
+    "AutoClip": lambda: dist_clip.AutoClip(),
+    "AGC": lambda: dist_clip.AGC(),
+    "MeasureOnly": lambda: dist_clip.MeasureOnly(guarded=False),
 }
 
 
@@ -210,7 +213,7 @@ GUARDS: dict[str, Callable[[], Any]] = {
 
 
 @pytest.mark.parametrize("kernels", ["torch"], indirect=True)
-@pytest.mark.parametrize("policy", ["GlobalNorm", "LogClip-tensor", "LogClip-shard"])
+@pytest.mark.parametrize("policy", ["GlobalNorm", "LogClip-tensor", "LogClip-shard", "MeasureOnly"])
 @pytest.mark.parametrize("guard", GUARDS)
 @pytest.mark.usefixtures("kernels")
 def test_guards_have_no_host_sync(guard: str, policy: str) -> None:

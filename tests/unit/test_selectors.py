@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -239,3 +241,40 @@ def test_bad_selectors(case: str) -> None:
 def test_guarded_must_be_a_bool() -> None:
     with pytest.raises(TypeError, match="guarded must be a bool, got 1"):
         dist_clip.MeasureOnly(guarded=1)  # type: ignore[arg-type]
+
+
+# ---- the recipes of docs/muon.md -------------------------------------------------------------------------------------
+
+PAGE = (Path(__file__).parents[2] / "docs" / "muon.md").read_text(encoding="utf-8")
+
+
+def recipe(heading: str, **names: Any) -> dict[str, Any]:
+    """Run the block under a heading of the page."""
+    block = re.search(rf"^## {heading}.*?^```python\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+    assert block is not None
+    names |= {"torch": torch, "dist_clip": dist_clip}
+    exec(block[1], names)
+    return names
+
+
+def test_the_recipe_for_plain_torch() -> None:
+    model = net()
+    made = recipe("Plain torch", model=model)
+    before = set_grads(model, 5, 100.0)
+    made["muon"].step()
+    report = made["clipper"].last_report
+    assert report.scales.tolist() == pytest.approx([1.0, 1 / norm(before, "0.bias", "1.bias")] * 2, rel=1e-5)
+    made["adamw"].step()
+    assert made["clipper"].last_report is report, "one clip a round"
+
+
+def test_the_recipe_for_one_optimizer_of_two_algorithms() -> None:
+    model = net()
+    groups = [{"params": [p for p in model.parameters() if (p.ndim == 2) == muon]} for muon in (True, False)]
+    optimizer = torch.optim.SGD(groups, lr=0.1)
+    for group, algorithm in zip(optimizer.param_groups, ("muon", "adamw"), strict=True):
+        group["algorithm"] = algorithm
+    made = recipe("OLMo-core#812", model=model, optimizer=optimizer)
+    before = set_grads(model, 6, 100.0)
+    report = made["clipper"].clip_()
+    assert report.scales.tolist() == pytest.approx([1.0, 1 / norm(before, "0.bias", "1.bias")] * 2, rel=1e-5)
