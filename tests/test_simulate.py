@@ -135,7 +135,12 @@ def test_a_fake_rank_sends_what_a_real_one_does(layout: str) -> None:
         assert [
             len(entries) for _, phase, _, entries in fake[list(MODES).index('AdaGC scope="shard"')] if phase == "steady"
         ] == [0]
-        for _, norm in real:  # the simulation itself checks that its fake ranks find this norm
+        for policy, (_, norm) in zip(
+            MODES, real, strict=True
+        ):  # the simulation checks that its fake ranks find this norm
+            if policy == "AGC" and LAYOUTS[layout][1].pp > 1:
+                assert norm is None, "AGC needs nothing of the other stages"
+                continue
             assert norm is not None
             assert math.isclose(norm, math.sqrt(model.numel), rel_tol=1e-6)
 

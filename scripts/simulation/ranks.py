@@ -72,6 +72,8 @@ class AnsweringLog(CollectiveLog):
             {split.mesh_dim: split for split in splits(tensor, self.degrees)} for tensor in self.stage
         ]
         self.groups = meshes.groups
+        self.width = 1
+        """How many numbers of each tensor travel: 2 where a policy looks at the parameters, which are ones as well."""
         self.done: set[str] = set()
         """Mesh dimensions over which the squared norms under way have been added."""
 
@@ -102,6 +104,7 @@ class AnsweringLog(CollectiveLog):
                     tensors=mine.tensors if stage == mine.stage else tuple(t.name for t in tensors),
                     names=tuple(t.name for t in tensors),
                     shapes=tuple(t.shape for t in tensors),
+                    numbers=(0,) * len(tensors),  # one policy for all
                 )
             return
         everyone[:] = [mine] * len(everyone)
@@ -133,11 +136,13 @@ class AnsweringLog(CollectiveLog):
         if op == "MIN":
             self._answer_lowest(group, buffer)
             return
-        members, dims = self._members(group, buffer.numel())
+        columns = buffer.view(-1, self.width)
+        members, dims = self._members(group, len(columns))
         before = self._elements(members, self.done)
-        self._check_sent(buffer, before, group, silent=[self._spans_stage(group)] * len(members))
+        for sent in columns.unbind(1):
+            self._check_sent(sent, before, group, silent=[self._spans_stage(group)] * len(members))
         self.done |= dims
-        buffer.copy_(self._elements(members, self.done))
+        columns.copy_(self._elements(members, self.done).unsqueeze(1))
 
     def _answer_lowest(self, group: Any, buffer: Tensor) -> None:
         """Which copy speaks for a tensor: the one that the lowest rank has a part in."""
@@ -148,11 +153,13 @@ class AnsweringLog(CollectiveLog):
             buffer.copy_(torch.where(buffer > 0, buffer - (dist.get_rank() - ranks[0]), buffer))
 
     def _answer_all_gather(self, group: Any, buffer: Tensor, sent: Tensor) -> None:
-        members, dims = self._members(group, sent.numel())
+        columns = sent.view(-1, self.width)
+        members, dims = self._members(group, len(columns))
         (dim,) = dims
         # What this dimension does not split it spreads: its first rank sends the number, the others 0.
         spread = [dim not in self.splits[i] for i in members]
-        self._check_sent(sent, self._elements(members, self.done), group, silent=spread)
+        for column in columns.unbind(1):
+            self._check_sent(column, self._elements(members, self.done), group, silent=spread)
         others = self._elements(members, self.done | {dim})  # times a peer's share along this dimension
         length = np.array([self.splits[i][dim].length if not s else 1 for i, s in zip(members, spread, strict=True)])
         parts = np.array(
@@ -161,7 +168,8 @@ class AnsweringLog(CollectiveLog):
                 for c in range(group.size())
             ]
         )
-        buffer.view(group.size(), -1).copy_(torch.from_numpy(others.numpy() / length * parts))
+        answers = torch.from_numpy(others.numpy() / length * parts)
+        buffer.view(group.size(), -1, self.width).copy_(answers.unsqueeze(2))
         # The adding-up is the clipper's; from its next collective on, this dimension is done.
         self.done.add(dim)
 

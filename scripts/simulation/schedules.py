@@ -110,10 +110,12 @@ def run_clipper(
         kernels: None for the clipper's own, where gradients have memory.
     """
     sent: dict[str, tuple[Collective, ...]] = {}
+    policy = make(MODES[name], warmup_steps=WARMUP)
+    log.width = 1
     with log.logged() as entries:
         clipper = dist_clip.GradClipper(
             list(named),
-            make(MODES[name], warmup_steps=WARMUP),
+            policy,
             pp_group=meshes.pp_group,
             kernels=kernels,
             check_replicas=False,  # a few clips in all a run, and none of the usual step
@@ -121,6 +123,7 @@ def run_clipper(
     if kernels is ONES:
         clipper.layout = dataclasses.replace(clipper.layout, tensors=tuple(map(_as_it_is, clipper.layout)))
     sent["construction"] = tuple(entries)
+    log.width = 2 if "weight_norms" in policy.needs(1) else 1
     for step in range(1, WARMUP + 3):
         with log.logged() as entries:
             report = clipper.clip_()
