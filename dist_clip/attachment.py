@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.amp import GradScaler
 from torch.distributed.tensor import DTensor
@@ -18,14 +15,24 @@ from torch.distributed.tensor import DTensor
 from dist_clip.errors import LayoutError
 from dist_clip.layouts import Layout
 from dist_clip.layouts.process_groups import any_rank
+from dist_clip.optimizers import (
+    BY_HAND,
+    found_inf_of,
+    guard_step,
+    has_gradients,
+    holds_dtensors,
+    ids_of,
+    inside_of,
+    is_fused_alone,
+    params_of,
+    refuse_unfinished_gradients,
+    replace_step,
+    unwrapped,
+    versions_of,
+)
 from dist_clip.reduction.grad_version import ClippedGradients
 from dist_clip.step import ClipReport
 from dist_clip.step.grad_scaler import check_unscaled
-
-_DEFERRING = ("accelerate", "lightning", "lightning_fabric", "pytorch_lightning")
-"""Packages whose wrappers keep an optimizer as ``.optimizer`` and only decide whether it steps."""
-
-BY_HAND = "clip by hand instead: clipper.clip_() before its step, and no step where clipper.last_report.skip is set"
 
 
 class Detachable(Protocol):
@@ -92,7 +99,7 @@ class Attachment:
     ) -> None:
         if not optimizers:
             raise TypeError("attach() needs an optimizer")
-        optimizers = tuple(_unwrapped(optimizer) for optimizer in optimizers)
+        optimizers = tuple(unwrapped(optimizer) for optimizer in optimizers)
         if len({id(optimizer) for optimizer in optimizers}) < len(optimizers):
             raise RuntimeError("attach() got the same optimizer twice: gradients would be clipped twice a step")
         self._clip_, self._layout, self._known = clip_, layout, known
@@ -104,21 +111,21 @@ class Attachment:
         self._clipped = ClippedGradients()
         self._params: dict[int, list[int]] = {}
         for optimizer in optimizers:
-            _refuse_unfinished_gradients(optimizer)
+            refuse_unfinished_gradients(optimizer)
             self._check_parameters(optimizer)
-        inside = {id(optimizer): _inside_of(optimizer) for optimizer in optimizers}
+        inside = {id(optimizer): inside_of(optimizer) for optimizer in optimizers}
         self._wrapped = {key: _Wrapped(inner, self._check_inner) for key, inner in inside.items() if inner}
         # Optimizers whose step is torch's fused kernel and nothing else: it skips itself, without a host sync.
-        self._fused = {id(optimizer) for optimizer in optimizers if _is_fused_alone(optimizer)}
+        self._fused = {id(optimizer) for optimizer in optimizers if is_fused_alone(optimizer)}
         # Nothing is left on the optimizers unless all of them can be attached to.
         self._undo = contextlib.ExitStack()
         with contextlib.ExitStack() as undo:
             for optimizer in optimizers:
-                undo.callback(_replace_step(optimizer, self._step))
-                undo.callback(_guard(optimizer, self._check_inside))
+                undo.callback(replace_step(optimizer, self._step))
+                undo.callback(guard_step(optimizer, self._check_inside))
             for wrapped in self._wrapped.values():
                 for inner in wrapped.inner:
-                    undo.callback(_guard(inner, wrapped.note))
+                    undo.callback(guard_step(inner, wrapped.note))
             self._undo = undo.pop_all()
         self._attached = True
 
@@ -146,7 +153,7 @@ class Attachment:
                         f"number {i}, shape {list(param.shape)}): it would not be clipped. Construct the clipper from "
                         "the same parameters after the model was parallelised, or name it in exclude="
                     )
-        self._params[id(optimizer)] = _ids(optimizer)
+        self._params[id(optimizer)] = ids_of(optimizer)
 
     @_disable_dynamo
     def _check_inside(self, optimizer: Any, args: Any, kwargs: Any) -> None:
@@ -177,8 +184,8 @@ class Attachment:
                 return self._run(optimizer, step, args, kwargs)
             assert self._report is not None
             skip = self._report.skip
-            if id(optimizer) in self._fused and not _holds_dtensors(optimizer):
-                with _found_inf(optimizer, skip):
+            if id(optimizer) in self._fused and not holds_dtensors(optimizer):
+                with found_inf_of(optimizer, skip):
                     return step(*args, **kwargs)
             return None if bool(skip) else self._run(optimizer, step, args, kwargs)
         finally:
@@ -196,8 +203,8 @@ class Attachment:
         """Return whether there is a gradient, and how often each parameter was written to; see `_look_after`."""
         if wrapped := self._wrapped.get(id(optimizer)):
             wrapped.stepped = False
-        gradients = _has_gradients(optimizer)
-        return gradients, _versions(optimizer) if wrapped or not gradients else []
+        gradients = has_gradients(optimizer)
+        return gradients, versions_of(optimizer) if wrapped or not gradients else []
 
     @_disable_dynamo
     def _look_after(self, optimizer: Any, before: tuple[bool, list[int]]) -> None:
@@ -210,8 +217,8 @@ class Attachment:
         gradients, versions = before
         if not versions:
             return
-        name, moved = type(optimizer).__name__, _versions(optimizer) != versions
-        if moved and not gradients and not _has_gradients(optimizer):
+        name, moved = type(optimizer).__name__, versions_of(optimizer) != versions
+        if moved and not gradients and not has_gradients(optimizer):
             raise RuntimeError(
                 f"{name}.step moved parameters, but none of them has a gradient in .grad: it keeps gradients elsewhere, "
                 f"where attach() does not clip them. {BY_HAND[0].upper()}{BY_HAND[1:]}; or hand the gradients over in .grad"
@@ -236,7 +243,7 @@ class Attachment:
                 "the gradients are still multiplied by the GradScaler's scale (a fused optimizer unscales inside its "
                 "step): call scaler.unscale_(optimizer) before scaler.step(optimizer)"
             )
-        if _ids(optimizer) != self._params[id(optimizer)]:
+        if ids_of(optimizer) != self._params[id(optimizer)]:
             self._check_parameters(optimizer)  # parameters were added or replaced since
         # The order of steps is the same on every rank; gradients are a second reason to clip, never one not to: a rank
         # that has none of them goes by the order alone.
@@ -255,8 +262,7 @@ class Attachment:
     def _has_new_gradients(self, optimizer: Any) -> bool:
         """Whether a gradient of `optimizer` is another one, or has been written to, since the last clip."""
         covered = {id(tensor.param) for tensor in self._layout}
-        params = [param for group in optimizer.param_groups for param in group["params"]]
-        return any(id(param) in covered and self._clipped.is_new(param) for param in params)
+        return any(id(param) in covered and self._clipped.is_new(param) for param in params_of(optimizer))
 
     @_disable_dynamo
     def _initialises_state(self, optimizer: Any, args: Any, kwargs: Any) -> bool:
@@ -268,51 +274,13 @@ class Attachment:
             return False
         if any("lr" not in group or float(group["lr"]) != 0 for group in optimizer.param_groups):
             return False
-        grads = [param.grad for group in optimizer.param_groups for param in group["params"] if param.grad is not None]
+        grads = [param.grad for param in params_of(optimizer) if param.grad is not None]
         local = [grad.to_local() if isinstance(grad, DTensor) else grad for grad in grads]
         flags = [grad.count_nonzero() > 0 for grad in local]
         # Other ranks' shards may have gradients where this rank's have none.
         device = flags[0].device if flags else torch.device("cpu")
         found = torch.stack([flag.to(device) for flag in flags]).any() if flags else torch.zeros((), dtype=torch.bool)
         return not bool(any_rank(found, self._process_group))
-
-
-def _unwrapped(optimizer: Any) -> Any:
-    """The optimizer inside of wrappers that keep it as ``.optimizer``.
-
-    Raises:
-        TypeError: no optimizer.
-    """
-    while (_only_defers(optimizer) or not _is_optimizer(optimizer)) and _is_optimizer(
-        inner := getattr(optimizer, "optimizer", None)
-    ):
-        optimizer = inner
-    if not _is_optimizer(optimizer):
-        raise TypeError(
-            f"attach() needs optimizers, with step() and param_groups, got {type(optimizer).__name__}: {optimizer!r}; "
-            f"{BY_HAND}"
-        )
-    return optimizer
-
-
-def _only_defers(optimizer: Any) -> bool:
-    return any(cls.__module__.partition(".")[0] in _DEFERRING for cls in type(optimizer).__mro__)
-
-
-def _inside_of(optimizer: Any) -> list[Any]:
-    """All optimizers that `optimizer` wraps, directly or not: attributes, or entries of a list or dictionary that is one."""
-    found = {id(optimizer): optimizer}
-    waiting = [optimizer]
-    while waiting:
-        outer = waiting.pop()
-        for value in vars(outer).values() if hasattr(outer, "__dict__") else ():
-            several = (
-                value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else [value]
-            )
-            new = {id(each): each for each in several if _is_optimizer(each) and id(each) not in found}
-            found |= new
-            waiting += new.values()
-    return list(found.values())[1:]
 
 
 class _Wrapped:
@@ -328,116 +296,9 @@ class _Wrapped:
         self.stepped = True
 
 
-def _has_gradients(optimizer: Any) -> bool:
-    return any(param.grad is not None for group in optimizer.param_groups for param in group["params"])
-
-
-def _versions(optimizer: Any) -> list[int]:
-    return [param._version for group in optimizer.param_groups for param in group["params"]]
-
-
-def _refuse_unfinished_gradients(optimizer: Any) -> None:
-    """Raise for an optimizer whose step, or whose backward, does what has to come before the clip."""
-    name = type(optimizer).__name__
-    if getattr(optimizer, "_overlap_with_ddp", False):
-        raise TypeError(
-            f"{name} with overlap_with_ddp=True steps inside backward(), before the norm of all gradients is known: "
-            "attach() needs overlap_with_ddp=False"
-        )
-    if callable(getattr(optimizer, "skip_synchronize", None)):
-        raise TypeError(
-            f"{name} averages gradients over the ranks inside its step, after attach() would have clipped them. Clip by "
-            "hand: optimizer.synchronize(), clipper.clip_(), then its step inside `with optimizer.skip_synchronize():`"
-        )
-
-
-def _is_fused_alone(optimizer: Any) -> bool:
-    """Whether the step is a fused kernel of torch's, which looks at ``found_inf``, and no more than that.
-
-    A subclass, a wrapper that passes attributes on, and a step of the user's own do more, which a skip must skip, too.
-    """
-    if not isinstance(optimizer, torch.optim.Optimizer) or not vars(optimizer).get("_step_supports_amp_scaling", False):
-        return False
-    own = vars(optimizer).get("step")
-    of_torch = own is None or hasattr(own, "_wrapped_by_lr_sched") or hasattr(own, "_torchdynamo_orig_callable")
-    return of_torch and type(optimizer).step.__module__.startswith("torch.optim.")
-
-
-def _is_optimizer(value: Any) -> bool:
-    return callable(getattr(value, "step", None)) and isinstance(getattr(value, "param_groups", None), list)
-
-
-def _replace_step(optimizer: Any, run: Callable[..., Any]) -> Callable[[], None]:
-    """Have ``optimizer.step(...)`` call ``run(optimizer, its own step, ...)``. Returns what undoes it.
-
-    Raises:
-        TypeError: the object does not let its step be replaced.
-    """
-    step = optimizer.step
-    own = vars(optimizer).get("step") if hasattr(optimizer, "__dict__") else None
-
-    @functools.wraps(step)
-    def replaced(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if self is not optimizer:  # a copy of it, which nobody attached to
-            return type(self).step(self, *args, **kwargs)
-        return run(optimizer, step, *args, **kwargs)
-
-    # A method, for torch's schedulers ask for its __func__.
-    method = types.MethodType(replaced, optimizer)
-    try:
-        optimizer.step = method
-    except AttributeError:
-        method = None  # type: ignore[assignment]
-    if method is None or optimizer.step is not method:
-        raise TypeError(f"attach() cannot replace the step of {type(optimizer).__name__}; {BY_HAND}")
-
-    def undo() -> None:
-        # A scheduler that was made later has replaced it once more, and calls ours, which then only passes on.
-        if vars(optimizer).get("step") is method:
-            if own is None:
-                del optimizer.step
-            else:
-                optimizer.step = own
-
-    return undo
-
-
-def _guard(optimizer: Any, check: Callable[..., None]) -> Callable[[], None]:
-    """Run `check` in each step of `optimizer` that runs torch's hooks. Returns what undoes it."""
-    try:
-        return optimizer.register_step_pre_hook(check).remove
-    except (AttributeError, KeyError, TypeError):  # a wrapper that has torch's methods, but not what they work on
-        return lambda: None
-
-
-def _ids(optimizer: Any) -> list[int]:
-    return [id(param) for group in optimizer.param_groups for param in group["params"]]
-
-
 def _refuse_closure(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
     if any(callable(argument) for argument in (*args, *kwargs.values())):
         raise RuntimeError(
             "step(closure) computes gradients inside the step, after this hook: call clipper.clip_() at the end of the "
             "closure instead of attach()"
         )
-
-
-@contextlib.contextmanager
-def _found_inf(optimizer: Any, skip: Tensor) -> Iterator[None]:
-    """Have a fused optimizer look at `skip` on the device. A GradScaler may have put a flag of its own there."""
-    absent = object()
-    before: Any = getattr(optimizer, "found_inf", absent)
-    flag = skip.float()  # 0 or 1: the kernels compare it with exactly 1
-    optimizer.found_inf = flag if before is absent or before is None else torch.maximum(before, flag)
-    try:
-        yield
-    finally:
-        if before is absent:
-            del optimizer.found_inf
-        else:
-            optimizer.found_inf = before
-
-
-def _holds_dtensors(optimizer: Any) -> bool:
-    # A fused kernel refuses a plain flag beside DTensor parameters.
-    return any(isinstance(param, DTensor) for group in optimizer.param_groups for param in group["params"])

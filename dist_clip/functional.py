@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from dist_clip.errors import NonFiniteGradError
 from dist_clip.kernels import Kernels, choose
-from dist_clip.layouts import Layout, LogicalTensor, PartialReducer, layout_of_parameters
+from dist_clip.layouts import Layout, LogicalTensor, PartialReducer, layout_of_parameters, merge_groups
 from dist_clip.layouts.process_groups import checked_group, device_of, group_alive, group_size
 from dist_clip.reduction import PipelineReducer, ReductionPlan
 from dist_clip.step.fault import naming_what_fails
@@ -159,7 +159,7 @@ def _prepare(layout: Layout, stages: int, device: torch.device) -> _Prepared:
     made = _Prepared(
         stages=stages,
         described=tuple(t.describe() for t in layout),
-        plan=ReductionPlan(layout, copies_among=group_size(None) // stages),
+        plan=ReductionPlan(merge_groups(layout), copies_among=group_size(None) // stages),
         partial=PartialReducer(layout.tensors),
         kernels=choose(None, device),
     )

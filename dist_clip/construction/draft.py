@@ -18,7 +18,7 @@ from dist_clip.construction.options import CheckedOptions, Options
 from dist_clip.construction.selection import Selection, checked_rules, numbers_of
 from dist_clip.errors import LayoutError
 from dist_clip.kernels import TORCH, Kernels, choose
-from dist_clip.layouts import Layout, LayoutReader, ParameterWatch, build_layout, named_parameters
+from dist_clip.layouts import Layout, LayoutReader, ParameterWatch, build_layout, merge_groups, named_parameters
 from dist_clip.layouts.meeting import meet
 from dist_clip.layouts.process_groups import (
     checked_group,
@@ -115,7 +115,7 @@ def construct(target: Any, policy: object, options: Options) -> Construction:
     everyone = agree(mine, checked.process_group, checked.pp_group)
     assert draft.layout is not None
     assert draft.device is not None  # agree() has raised what went wrong
-    layout = join(draft.layout, draft.divisions, checked.process_group)
+    layout = merge_groups(join(draft.layout, draft.divisions, checked.process_group))
     names = frozenset(layout.names)
     # The first stage that holds a name counts it.
     earlier = {name for config in everyone.values() if config.stage < mine.stage for name in config.names}

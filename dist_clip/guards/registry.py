@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from dist_clip.guards.base import Guard
-from dist_clip.policies.registry import check_name, enter, options_of
+from dist_clip.policies.registry import check_name, check_options, enter, options_of
 
 _G = TypeVar("_G", bound=type[Guard])
 
@@ -66,8 +66,5 @@ def guard(name: str, **options: Any) -> Guard:
     cls = _registered.get(name)
     if cls is None:
         raise ValueError(f"no guard is called {name!r}; there are {', '.join(_registered)}")
-    known = [option.name for option in options_of(cls)]
-    unknown = sorted(set(options) - set(known))
-    if unknown:
-        raise TypeError(f"the guard {name} has no option {', '.join(unknown)}; it has {', '.join(known)}")
+    check_options(f"the guard {name}", options, [option.name for option in options_of(cls)])
     return cls(**options)

@@ -11,7 +11,15 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from dist_clip.guards.base import IN_A_ROW, Guard, GuardInputs, GuardNeed, check_patience
 from dist_clip.policies.base import State
-from dist_clip.policies.trial import NORMS, check_config, check_declared
+from dist_clip.policies.trial import (
+    NORMS,
+    check_config,
+    check_declared,
+    check_pair,
+    check_same_kind,
+    check_unchanged,
+    checked_first_state,
+)
 
 _CPU = torch.device("cpu")
 _LOSSES = (2.0, float("nan"), 0.0, float("inf"), -1.0)
@@ -54,9 +62,7 @@ def check_guard(guard: object) -> Guard:
 
 
 def _check_state(guard: Guard, name: str, n: int) -> None:
-    state = guard.init_state(n, _CPU)
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise TypeError(f"{name}.init_state must return a dict of tensors, got {state!r}")
+    state = checked_first_state(guard.init_state(n, _CPU), name)
     missing = sorted({*guard.tensor_slots} - set(state))
     if missing or IN_A_ROW in state:
         raise ValueError(
@@ -71,11 +77,6 @@ def _check_state(guard: Guard, name: str, n: int) -> None:
             )
         if slot not in guard.tensor_slots and value.shape != guard.init_state(n + 1, _CPU)[slot].shape:
             raise ValueError(f"{name}.init_state: the shape of slot {slot!r} depends on n: list it in tensor_slots")
-        if value.is_complex() or value.device.type != "cpu":
-            raise ValueError(
-                f"{name}.init_state: slot {slot!r} is {value.dtype} on {value.device}; it must be real and on the device "
-                "that init_state is given"
-            )
         if not bool(value.isfinite().all()):
             raise ValueError(
                 f"{name}.init_state: slot {slot!r} starts with NaN or Inf: choose another value for 'nothing observed'"
@@ -85,7 +86,7 @@ def _check_state(guard: Guard, name: str, n: int) -> None:
 def _check_steps(guard: Guard, name: str) -> None:
     state = guard.init_state(len(NORMS), _CPU)
     for norms, total, loss in _cases():
-        shown = f"{name}, tried out on norms {norms.tolist()}, global norm {float(total)} and loss {float(loss)},"
+        shown = f"{name}, tried out on norms {norms.tolist()}, global norm {float(total)} and loss {float(loss)}"
         before = [(value.clone(), value) for value in (*state.values(), norms, total, loss)]
         tallies = _tallies(guard, shown, state, norms)
         needs = guard.needs()
@@ -103,17 +104,14 @@ def _check_steps(guard: Guard, name: str) -> None:
             missing = [f for f in get_args(GuardNeed) if f not in needs]
             hint = f" ({' and '.join(missing)} is None, for needs() does not ask for it)" if missing else ""
             raise TypeError(
-                f"{shown} failed in step: {type(error).__name__}: {error}. The contract is step(self, state, inputs) -> "
+                f"{shown}, failed in step: {type(error).__name__}: {error}. The contract is step(self, state, inputs) -> "
                 f"skip, new state{hint}"
             ) from error
-        if not isinstance(result, tuple) or len(result) != 2 or not isinstance(result[1], dict):
-            raise TypeError(f"{shown} must return (skip, new state), got {type(result).__name__}")
-        skip, new = result
+        skip, new = check_pair(result, shown, "skip")
         if not isinstance(skip, Tensor) or skip.shape != () or skip.dtype != torch.bool:
             got = f"{skip.dtype} {list(skip.shape)}" if isinstance(skip, Tensor) else repr(skip)
-            raise ValueError(f"{shown} must return skip as one bool, a tensor of shape [], got {got}")
-        if not all(torch.equal(old.nan_to_num(), now.nan_to_num()) for old, now in before):
-            raise ValueError(f"{shown} changed an argument in place: it must return a new state and leave the old")
+            raise ValueError(f"{shown}, must return skip as one bool, a tensor of shape [], got {got}")
+        check_unchanged(before, shown)
         _check_new_state(shown, state, new)
         state = new
 
@@ -122,21 +120,18 @@ def _tallies(guard: Guard, shown: str, state: State, norms: Tensor) -> Tensor:
     tally = guard.tally(state, norms)
     if not isinstance(tally, Tensor) or tally.dim() != 2 or tally.shape[1] != norms.numel():
         got = list(tally.shape) if isinstance(tally, Tensor) else repr(tally)
-        raise ValueError(f"{shown} must return a tally of shape [k, {norms.numel()}], got {got}")
+        raise ValueError(f"{shown}, must return a tally of shape [k, {norms.numel()}], got {got}")
     return tally.double().sum(dim=1)
 
 
 def _check_new_state(shown: str, state: State, new: State) -> None:
     if set(new) != set(state):
-        raise ValueError(f"{shown} returned the slots {sorted(new)}, where init_state has {sorted(state)}")
+        raise ValueError(f"{shown}, returned the slots {sorted(new)}, where init_state has {sorted(state)}")
     for slot, value in new.items():
-        old = state[slot]
-        if not isinstance(value, Tensor) or value.shape != old.shape or value.dtype != old.dtype:
-            got = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
-            raise ValueError(f"{shown} made slot {slot!r} {got}, where init_state has {old.dtype} {list(old.shape)}")
+        check_same_kind(slot, value, state[slot], shown)
         if not bool(value.isfinite().all()):
             raise ValueError(
-                f"{shown} put {value.tolist()} into slot {slot!r}: NaN and Inf must not enter the state. Keep the old "
+                f"{shown}, put {value.tolist()} into slot {slot!r}: NaN and Inf must not enter the state. Keep the old "
                 "value where a norm or the loss is not finite"
             )
 

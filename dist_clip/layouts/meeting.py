@@ -17,7 +17,7 @@ from typing import Any
 import torch.distributed as dist
 
 from dist_clip.errors import LayoutError
-from dist_clip.layouts.process_groups import current_rank, group_size
+from dist_clip.layouts.process_groups import current_rank, group_size, name_ranks
 
 _MET = "all ranks are here"
 _AT_ONCE = datetime.timedelta(seconds=5)
@@ -60,7 +60,7 @@ def meet(group: dist.ProcessGroup | None, doing: str, kind: type[Exception] = La
                 store.compare_set(
                     verdict,
                     "",
-                    f"rank {me} waited {timeout:g} s for rank{'s' * (len(missing) > 1)} {', '.join(map(str, missing))} to "
+                    f"rank {me} waited {timeout:g} s for {name_ranks(missing)} to "
                     f"{doing}, as every rank of its process group must: did only some ranks get there, or did one fail "
                     "before? If fewer ranks train this model, pass their group as process_group=",
                 )

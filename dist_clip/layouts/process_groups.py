@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -102,6 +103,15 @@ def group_label(group: dist.ProcessGroup) -> str:
     ranks = dist.get_process_group_ranks(group)
     shown = ",".join(map(str, ranks)) if len(ranks) <= 4 else f"{ranks[0]},{ranks[1]},..,{ranks[-1]}"
     return f"{group.group_name}[{shown}]"
+
+
+def name_ranks(ranks: Sequence[int], most: int | None = None) -> str:
+    """Return "rank 3" or "ranks 0, 1, 5"; of more than `most` ranks the first and the last."""
+    if most is None or len(ranks) <= most:
+        shown = ", ".join(map(str, ranks))
+    else:
+        shown = f"{', '.join(map(str, ranks[: most - 1]))}, ..., {ranks[-1]}"
+    return f"rank{'s' if len(ranks) > 1 else ''} {shown}"
 
 
 def stage_of(pp_group: dist.ProcessGroup | None) -> int:

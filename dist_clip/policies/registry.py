@@ -10,7 +10,7 @@ import inspect
 import re
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from dist_clip.policies.base import Policy, Scope
@@ -96,6 +96,13 @@ def enter(known: dict[str, type[Any]], kind: str, name: str, cls: type) -> None:
     known[name] = cls
 
 
+def check_options(name: str, options: Iterable[str], known: Sequence[str]) -> None:
+    """Raise TypeError if any of the `options` that were given for `name` is none of the `known`."""
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        raise TypeError(f"{name} has no option {', '.join(unknown)}; it has {', '.join(known)}")
+
+
 def registered() -> dict[str, type[Policy]]:
     """Return {name: policy class}, in the order of registration."""
     return dict(_registered)
@@ -121,10 +128,9 @@ def policy(name: str, **options: Any) -> Policy:
         'global'
     """
     cls, fixed = parse_mode(name)
-    known = [option.name for option in options_of(cls)] + (["scope"] if _has_scope(cls) else [])
-    unknown = sorted(set(options) - set(known))
-    if unknown:
-        raise TypeError(f"{name} has no option {', '.join(unknown)}; it has {', '.join(known)}")
+    check_options(
+        name, options, [*(option.name for option in options_of(cls)), *(["scope"] if _has_scope(cls) else [])]
+    )
     if "scope" in options and fixed and options["scope"] != fixed["scope"]:
         raise ValueError(f"{name!r} says one scope and scope={options['scope']!r} another: pass one of them")
     return cls(**{**fixed, **options})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, get_args
 
 import torch
@@ -82,20 +82,54 @@ def check_config(config: Mapping[str, Any], name: str) -> None:
             )
 
 
+def checked_first_state(state: object, name: str) -> State:
+    """Return what `init_state` of a policy or guard returned on the CPU, if it is a dict of real tensors there.
+
+    Raises:
+        TypeError, ValueError: it is not.
+    """
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise TypeError(f"{name}.init_state must return a dict of tensors, got {state!r}")
+    for slot, value in state.items():
+        if value.is_complex() or value.device.type != "cpu":
+            raise ValueError(
+                f"{name}.init_state: slot {slot!r} is {value.dtype} on {value.device}; it must be real and on the device "
+                "that init_state is given"
+            )
+    return state
+
+
+def check_unchanged(before: Sequence[tuple[Tensor, Tensor]], shown: str) -> None:
+    """Raise ValueError if any of the (copy from before the step, argument) pairs differ."""
+    if not all(torch.equal(old.nan_to_num(), now.nan_to_num()) for old, now in before):
+        raise ValueError(f"{shown}, changed an argument in place: it must return a new state and leave the old")
+
+
+def check_same_kind(slot: str, value: object, old: Tensor, shown: str) -> None:
+    """Raise ValueError unless the new `value` of a slot is a tensor of the shape and dtype of the old."""
+    if not isinstance(value, Tensor) or value.shape != old.shape or value.dtype != old.dtype:
+        got = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
+        raise ValueError(f"{shown}, made slot {slot!r} {got}, where init_state has {old.dtype} {list(old.shape)}")
+
+
+def check_pair(result: object, shown: str, first: str) -> tuple[object, State]:
+    """Return what a step returned, if it is (`first`, new state).
+
+    Raises:
+        TypeError: it is not.
+    """
+    if not isinstance(result, tuple) or len(result) != 2 or not isinstance(result[1], dict):
+        raise TypeError(f"{shown}, must return ({first}, new state), got {type(result).__name__}")
+    return result
+
+
 def _check_state(policy: Policy, name: str) -> None:
     for n in (3, 0):
-        state = policy.init_state(n, _CPU)
-        if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-            raise TypeError(f"{name}.init_state must return a dict of tensors, got {state!r}")
+        state = checked_first_state(policy.init_state(n, _CPU), name)
         for slot, value in state.items():
             if value.dim() not in (1, 2) or value.shape[-1] != n:
                 raise ValueError(
                     f"{name}.init_state({n}, device): slot {slot!r} has shape {list(value.shape)}, not [{n}] or [k, {n}]"
-                )
-            if value.is_complex() or value.device.type != "cpu":
-                raise ValueError(
-                    f"{name}.init_state: slot {slot!r} is {value.dtype} on {value.device}; it must be real and on the "
-                    "device that init_state is given"
                 )
             if not may_hold(policy, slot, value):
                 raise ValueError(
@@ -122,14 +156,11 @@ def _check_steps(policy: Policy, name: str) -> None:
                 f"{shown}, failed: {type(error).__name__}: {error}. The contract is step(self, state, inputs) -> scales, "
                 f"new state{hint}"
             ) from error
-        if not isinstance(result, tuple) or len(result) != 2 or not isinstance(result[1], dict):
-            raise TypeError(f"{shown}, must return (scales, new state), got {type(result).__name__}")
-        scales, new = result
+        scales, new = check_pair(result, shown, "scales")
         if not isinstance(scales, Tensor) or scales.shape != inputs.norms.shape or not scales.is_floating_point():
             got = f"{scales.dtype} {list(scales.shape)}" if isinstance(scales, Tensor) else repr(scales)
             raise ValueError(f"{shown}, must return one float scale an element, [{len(inputs.norms)}], got {got}")
-        if not all(torch.equal(old.nan_to_num(), now.nan_to_num()) for old, now in before):
-            raise ValueError(f"{shown}, changed an argument in place: it must return a new state and leave the old")
+        check_unchanged(before, shown)
         if inputs.steps_done == int(inputs.t) - 1 and policy.one_scale(int(inputs.t)) and len(set(scales.tolist())) > 1:
             raise ValueError(f"{shown}, scaled elements differently, against what one_scale({int(inputs.t)}) says")
         _check_new_state(policy, shown, state, new)
@@ -143,9 +174,7 @@ def _check_new_state(policy: Policy, shown: str, state: State, new: State) -> No
         old = state.get(slot)
         if old is None:
             raise ValueError(f"{shown}, returned slot {slot!r}, which init_state lacks or an earlier step dropped")
-        if not isinstance(value, Tensor) or value.shape != old.shape or value.dtype != old.dtype:
-            got = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
-            raise ValueError(f"{shown}, made slot {slot!r} {got}, where init_state has {old.dtype} {list(old.shape)}")
+        check_same_kind(slot, value, old, shown)
         if not may_hold(policy, slot, value):
             raise ValueError(
                 f"{shown}, put {value.tolist()} into slot {slot!r}: NaN and Inf must not enter the state. Keep the old "

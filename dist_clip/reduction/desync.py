@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dist_clip.errors import DesyncError
-from dist_clip.layouts.process_groups import gather
+from dist_clip.layouts.process_groups import gather, name_ranks
 from dist_clip.memory.host_copy import HostCopy
 from dist_clip.memory.memory import Memory
 from dist_clip.memory.snapshot import snapshot
@@ -158,14 +158,14 @@ def _counts_that_differ(everyone: Mapping[int, RankState]) -> list[str]:
         if state.calls != usual:
             others.setdefault(state.calls, []).append(rank)
     return [
-        f"{_ranks(ranks)} {'is' if len(ranks) == 1 else 'are'} at step {calls} and the other ranks at {usual}"
+        f"{name_ranks(ranks)} {'is' if len(ranks) == 1 else 'are'} at step {calls} and the other ranks at {usual}"
         for calls, ranks in others.items()
     ]
 
 
 def _clipped_again(everyone: Mapping[int, RankState]) -> list[str]:
     ranks = [rank for rank, state in everyone.items() if state.again]
-    return [f"{_ranks(ranks)} clipped again without a backward"] if 0 < len(ranks) < len(everyone) else []
+    return [f"{name_ranks(ranks)} clipped again without a backward"] if 0 < len(ranks) < len(everyone) else []
 
 
 def _states_that_differ(everyone: Mapping[int, RankState]) -> list[str]:
@@ -181,7 +181,7 @@ def _states_that_differ(everyone: Mapping[int, RankState]) -> list[str]:
             if ranks:
                 problems.append(
                     f"the first state that differs is that of {key!r}: {_shown(_slots(stage[ranks[0]], key))} on "
-                    f"{_ranks(ranks)}, {_shown(usual)} on the others"
+                    f"{name_ranks(ranks)}, {_shown(usual)} on the others"
                 )
                 break
     return problems
@@ -194,10 +194,6 @@ def _slots(state: RankState, key: str) -> tuple[tuple[str, tuple[float | str, ..
 def _usual(values: Iterable[Any]) -> Any:
     """Return the most common of the values; if several are, the first of them."""
     return Counter(values).most_common(1)[0][0]
-
-
-def _ranks(ranks: Sequence[int]) -> str:
-    return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"
 
 
 def _shown(slots: tuple[tuple[str, tuple[float | str, ...]], ...]) -> str:

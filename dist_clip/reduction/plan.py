@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dist_clip.layouts.layout import Layout, merge_groups
+from dist_clip.layouts.layout import Layout
 from dist_clip.layouts.process_groups import group_label
 
 # torch 2.13 renamed this function and warns about the old name.
@@ -91,7 +91,7 @@ class ReductionPlan:
     Construction is collective over `process_group` and the norm groups.
 
     Args:
-        layout: the logical tensors.
+        layout: the logical tensors, with one group for the same ranks (`merge_groups`).
         process_group: a group all of whose ranks have this layout, if one is known; the caller must have checked it.
             None: a norm group that spans all tensors, if there is one.
         copies_among: number of ranks that may hold copies of this rank's tensors (world size over pipeline stages).
@@ -109,7 +109,6 @@ class ReductionPlan:
         shared: Collection[str] = (),
         meet: bool = False,
     ) -> None:
-        layout = merge_groups(layout)
         self.collectives: list[Collective] = []
         groups: list[dist.ProcessGroup] = []
         members: dict[int, list[int]] = {}

@@ -15,11 +15,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dist_clip.errors import LayoutError
-from dist_clip.layouts.layout import Layout, merge_groups
-from dist_clip.layouts.process_groups import any_rank, gather, group_size
+from dist_clip.layouts.layout import Layout
+from dist_clip.layouts.process_groups import any_rank, gather, group_size, name_ranks
+from dist_clip.memory.host_copy import capturing
 
 TOLERANCE = 1e-3
 """Relative difference of two copies' norms that no rounding explains; `tolerance_of` adds what one of few elements does."""
+
+_SHOWN = 8
+"""Ranks that an error names one by one."""
 
 _EXACT = 1e-12
 """Relative difference that the order of additions in float64 makes."""
@@ -69,8 +73,7 @@ class ReplicaCheck:
         shared: Collection[str],
         enabled: bool,
     ) -> None:
-        layout = self._layout = merge_groups(layout)
-        self._process_group = process_group
+        self._layout, self._process_group = layout, process_group
         self._names = sorted(set(names))
         self._clips = 0
         self._marked = any(tensor.marked_groups for tensor in layout)
@@ -100,7 +103,8 @@ class ReplicaCheck:
         if not self.needed:
             return
         self._clips += 1
-        if self._clips & (self._clips - 1) or _capturing(squares.device):
+        # A graph cannot hold what the host must read. The clips before the capture were compared.
+        if self._clips & (self._clips - 1) or capturing(squares.device):
             return
         columns = [squares, weight_squares()] if self._marked else [squares]
         sums, alike = self._per_copy(torch.stack(columns, dim=1))
@@ -179,11 +183,6 @@ class ReplicaCheck:
         return f"replicas: compared by their norms at clips 1, 2, 4, 8, ...; up to clip {found.clip} {result}"
 
 
-def _capturing(device: torch.device) -> bool:
-    # A graph cannot hold what the host must read. The clips before the capture were compared.
-    return device.type == "cuda" and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-
-
 def tolerance_of(dtype: torch.dtype, numel: int) -> float:
     """Return the relative difference of norms from which copies are no copies: that of few bf16 elements is larger."""
     return TOLERANCE + 2 * torch.finfo(dtype).eps / max(numel, 1) ** 0.5
@@ -209,9 +208,10 @@ def _apart(names: Sequence[str], everyone: dict[int, dict[str, float]]) -> str:
     sides = [[rank for rank in held if (held[rank] >= middle) is above] for above in (False, True)]
     others = f" (and {len(names) - 1} more tensors differ, such as {names[1]!r})" if len(names) > 1 else ""
     return (
-        f"{first!r} should be one tensor with copies on ranks {_shown(sorted(held))}, but the norms of its gradient differ: "
-        f"{held[low]:.7g} on {_ranks(sides[0])}, {held[high]:.7g} on {_ranks(sides[1])}{others}. If the ranks hold parts of "
-        f"one tensor, or tensors of their own (experts), say so: sharded={{{first!r}: dim or process group}}. If it is "
+        f"{first!r} should be one tensor with copies on {name_ranks(sorted(held), _SHOWN)}, but the norms of its gradient "
+        f"differ: {held[low]:.7g} on {name_ranks(sides[0], _SHOWN)}, {held[high]:.7g} on {name_ranks(sides[1], _SHOWN)}"
+        f"{others}. If the ranks hold parts of one tensor, or tensors of their own "
+        f"(experts), say so: sharded={{{first!r}: dim or process group}}. If it is "
         "replicated, average its gradient over the ranks before clip_(). If the ranks train apart on purpose (local SGD), "
         "pass the process_group= of those that share gradients, or check_replicas=False"
     )
@@ -225,11 +225,3 @@ def _alike(names: Sequence[str]) -> str:
         f"on all of them{others}: it seems to be replicated, and would be counted once for each rank. Pass "
         f"sharded={{{first!r}: None}} if it is replicated, or sharded={{{first!r}: dim}} if it is split along that dim"
     )
-
-
-def _ranks(ranks: Sequence[int]) -> str:
-    return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {_shown(ranks)}"
-
-
-def _shown(ranks: Sequence[int]) -> str:
-    return ", ".join(map(str, ranks)) if len(ranks) <= 8 else f"{', '.join(map(str, ranks[:7]))}, ..., {ranks[-1]}"

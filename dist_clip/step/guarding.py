@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from dist_clip.errors import StuckError
 from dist_clip.guards import GuardInputs
-from dist_clip.layouts.process_groups import distributed, gather
+from dist_clip.layouts.process_groups import distributed, gather, name_ranks
 from dist_clip.memory import Memory
 from dist_clip.memory.host_copy import HostCopy, capturing
 from dist_clip.policies.base import State
@@ -155,13 +155,13 @@ class Guards:
                 loss=loss if "loss" in needs else None,
             )
             skip, new = guard.step(memory.state, inputs)
-            if guard.max_skips_in_a_row is not None:
-                over = in_a_row >= guard.max_skips_in_a_row
-                if guard.when_stuck == "raise":
-                    stuck = torch.logical_or(stuck, torch.logical_and(skip, over))
-                else:
-                    usable = finite if inputs.loss is None else torch.logical_and(finite, torch.isfinite(inputs.loss))
-                    skip = torch.logical_and(skip, torch.logical_not(torch.logical_and(over, usable)))
+            if guard.when_stuck == "raise":
+                assert guard.max_skips_in_a_row is not None  # the trial has checked it
+                stuck = torch.logical_or(stuck, torch.logical_and(skip, in_a_row >= guard.max_skips_in_a_row))
+            elif guard.max_skips_in_a_row is not None:
+                usable = finite if inputs.loss is None else torch.logical_and(finite, torch.isfinite(inputs.loss))
+                taken = torch.logical_and(guard.overdue(inputs), usable)
+                skip = torch.logical_and(skip, torch.logical_not(taken))
             decided.append((new, torch.where(skip, in_a_row + 1, 0)))
             totals.skip = torch.logical_or(totals.skip, skip)
         self._look(torch.stack([stuck, no_loss]))
@@ -234,7 +234,7 @@ class Guards:
             rank, error = next(iter(strange.items()))
             what = f"rank {rank} {error}"
         elif having and lacking:
-            what = f"rank{'s' if len(lacking) > 1 else ''} {', '.join(map(str, lacking))} passed none"
+            what = f"{name_ranks(lacking)} passed none"
         else:
             what = "no rank passed it"
         raise ValueError(self._about_loss(what))

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[2] / "dist_clip"
 
 # A module may import from layers before its own, and from its own.
 LAYERS = [
-    {"errors"},
+    {"errors", "optimizers"},
     {"layouts", "kernels", "policies"},
     {"guards"},
     {"memory"},

@@ -1,0 +1,174 @@
+"""What `attach` must know of an optimizer or a wrapper of one, and how it replaces its step.
+
+Optimizers are any objects with ``step`` and ``param_groups``: torch's, subclasses, and other authors' wrappers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+_DEFERRING = ("accelerate", "lightning", "lightning_fabric", "pytorch_lightning")
+"""Packages whose wrappers keep an optimizer as ``.optimizer`` and only decide whether it steps."""
+
+BY_HAND = "clip by hand instead: clipper.clip_() before its step, and no step where clipper.last_report.skip is set"
+
+
+def unwrapped(optimizer: Any) -> Any:
+    """Return the optimizer inside of wrappers that keep it as ``.optimizer``.
+
+    Raises:
+        TypeError: no optimizer.
+    """
+    while (_only_defers(optimizer) or not _is_optimizer(optimizer)) and _is_optimizer(
+        inner := getattr(optimizer, "optimizer", None)
+    ):
+        optimizer = inner
+    if not _is_optimizer(optimizer):
+        raise TypeError(
+            f"attach() needs optimizers, with step() and param_groups, got {type(optimizer).__name__}: {optimizer!r}; "
+            f"{BY_HAND}"
+        )
+    return optimizer
+
+
+def _only_defers(optimizer: Any) -> bool:
+    return any(cls.__module__.partition(".")[0] in _DEFERRING for cls in type(optimizer).__mro__)
+
+
+def inside_of(optimizer: Any) -> list[Any]:
+    """Return all optimizers that `optimizer` wraps, directly or not: attributes, or entries of lists and dictionaries."""
+    found = {id(optimizer): optimizer}
+    waiting = [optimizer]
+    while waiting:
+        outer = waiting.pop()
+        for value in vars(outer).values() if hasattr(outer, "__dict__") else ():
+            several = (
+                value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else [value]
+            )
+            new = {id(each): each for each in several if _is_optimizer(each) and id(each) not in found}
+            found |= new
+            waiting += new.values()
+    return list(found.values())[1:]
+
+
+def has_gradients(optimizer: Any) -> bool:
+    """Return whether a parameter of the optimizer has a gradient."""
+    return any(param.grad is not None for param in params_of(optimizer))
+
+
+def versions_of(optimizer: Any) -> list[int]:
+    """Return how often each parameter of the optimizer was written to."""
+    return [param._version for param in params_of(optimizer)]
+
+
+def refuse_unfinished_gradients(optimizer: Any) -> None:
+    """Raise for an optimizer whose step, or whose backward, does what has to come before the clip."""
+    name = type(optimizer).__name__
+    if getattr(optimizer, "_overlap_with_ddp", False):
+        raise TypeError(
+            f"{name} with overlap_with_ddp=True steps inside backward(), before the norm of all gradients is known: "
+            "attach() needs overlap_with_ddp=False"
+        )
+    if callable(getattr(optimizer, "skip_synchronize", None)):
+        raise TypeError(
+            f"{name} averages gradients over the ranks inside its step, after attach() would have clipped them. Clip by "
+            "hand: optimizer.synchronize(), clipper.clip_(), then its step inside `with optimizer.skip_synchronize():`"
+        )
+
+
+def is_fused_alone(optimizer: Any) -> bool:
+    """Return whether the step is a fused kernel of torch's, which looks at ``found_inf``, and no more than that.
+
+    A subclass, a wrapper that passes attributes on, and a step of the user's own do more, which a skip must skip, too.
+    """
+    if not isinstance(optimizer, torch.optim.Optimizer) or not vars(optimizer).get("_step_supports_amp_scaling", False):
+        return False
+    own = vars(optimizer).get("step")
+    of_torch = own is None or hasattr(own, "_wrapped_by_lr_sched") or hasattr(own, "_torchdynamo_orig_callable")
+    return of_torch and type(optimizer).step.__module__.startswith("torch.optim.")
+
+
+def _is_optimizer(value: Any) -> bool:
+    return callable(getattr(value, "step", None)) and isinstance(getattr(value, "param_groups", None), list)
+
+
+def replace_step(optimizer: Any, run: Callable[..., Any]) -> Callable[[], None]:
+    """Have ``optimizer.step(...)`` call ``run(optimizer, its own step, ...)``. Returns what undoes it.
+
+    Raises:
+        TypeError: the object does not let its step be replaced.
+    """
+    step = optimizer.step
+    own = vars(optimizer).get("step") if hasattr(optimizer, "__dict__") else None
+
+    @functools.wraps(step)
+    def replaced(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self is not optimizer:  # a copy of it, which nobody attached to
+            return type(self).step(self, *args, **kwargs)
+        return run(optimizer, step, *args, **kwargs)
+
+    # A method, for torch's schedulers ask for its __func__.
+    method = types.MethodType(replaced, optimizer)
+    try:
+        optimizer.step = method
+    except AttributeError:
+        method = None  # type: ignore[assignment]
+    if method is None or optimizer.step is not method:
+        raise TypeError(f"attach() cannot replace the step of {type(optimizer).__name__}; {BY_HAND}")
+
+    def undo() -> None:
+        # A scheduler that was made later has replaced it once more, and calls ours, which then only passes on.
+        if vars(optimizer).get("step") is method:
+            if own is None:
+                del optimizer.step
+            else:
+                optimizer.step = own
+
+    return undo
+
+
+def guard_step(optimizer: Any, check: Callable[..., None]) -> Callable[[], None]:
+    """Run `check` in each step of `optimizer` that runs torch's hooks. Returns what undoes it."""
+    try:
+        return optimizer.register_step_pre_hook(check).remove
+    except (AttributeError, KeyError, TypeError):  # a wrapper that has torch's methods, but not what they work on
+        return lambda: None
+
+
+def ids_of(optimizer: Any) -> list[int]:
+    """Return the ids of the optimizer's parameters."""
+    return list(map(id, params_of(optimizer)))
+
+
+@contextlib.contextmanager
+def found_inf_of(optimizer: Any, skip: Tensor) -> Iterator[None]:
+    """Have a fused optimizer look at `skip` on the device. A GradScaler may have put a flag of its own there."""
+    absent = object()
+    before: Any = getattr(optimizer, "found_inf", absent)
+    flag = skip.float()  # 0 or 1: the kernels compare it with exactly 1
+    optimizer.found_inf = flag if before is absent or before is None else torch.maximum(before, flag)
+    try:
+        yield
+    finally:
+        if before is absent:
+            del optimizer.found_inf
+        else:
+            optimizer.found_inf = before
+
+
+def holds_dtensors(optimizer: Any) -> bool:
+    """Return whether a parameter is a DTensor, beside which a fused kernel refuses a plain flag."""
+    return any(isinstance(param, DTensor) for param in params_of(optimizer))
+
+
+def params_of(optimizer: Any) -> list[Tensor]:
+    """Return the optimizer's parameters, group by group."""
+    return [param for group in optimizer.param_groups for param in group["params"]]
