@@ -36,6 +36,7 @@ from dist_clip.policies import (
     policy,
     register,
 )
+from dist_clip.recommended import recommended
 from dist_clip.step import ClipReport, NonFinite
 from dist_clip.verify import VerifiedNorm, VerifyReport
 
@@ -89,6 +90,7 @@ __all__ = [
     "guard",
     "observed",
     "policy",
+    "recommended",
     "register",
     "register_guard",
 ]

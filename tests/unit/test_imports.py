@@ -16,6 +16,7 @@ LAYERS = [
     {"errors", "optimizers"},
     {"layouts", "kernels", "policies"},
     {"guards"},
+    {"recommended"},
     {"memory"},
     {"reduction"},
     {"step"},
