@@ -10,6 +10,8 @@ from typing import Any
 
 import tomllib
 
+from launch.faults import IN_BATCHES
+
 DEFAULT = Path(__file__).with_name("grid.toml")
 QUICK = Path(__file__).with_name("quick.toml")
 AXES = ("size", "corpus", "optimizer", "condition", "policy", "fault")
@@ -50,7 +52,7 @@ class Spec:
 
     @property
     def corrupts_batches(self) -> bool:
-        return self.options[self.options.index("--fault") + 1] == "batch"
+        return self.options[self.options.index("--fault") + 1] in IN_BATCHES
 
     @property
     def command(self) -> str:
