@@ -191,7 +191,7 @@ def test_launchs_parser_with_the_built_in_policies() -> None:
             ["--clip", "none", "--zclip-skip-update-on-spike"],
             "--zclip-skip-update-on-spike does not go with --clip none",
         ),
-        (["--logclip-ratio", "0.5"], r"ratio must be above 1, got 0\.5"),
+        (["--clip", "logclip", "--logclip-ratio", "0.5"], r"ratio must be above 1, got 0\.5"),
     ):
         with pytest.raises(SystemExit, match=message):
             parse(flags)
