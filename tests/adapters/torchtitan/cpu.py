@@ -8,6 +8,7 @@ pipeline's step here is a stand-in. Not covered: CUDA graphs, nccl, torchtitan's
 
 from __future__ import annotations
 
+import time
 import types
 from typing import Any
 
@@ -27,10 +28,12 @@ for _name, _stand_in in {
 }.items():
     setattr(torch.cpu, _name, _stand_in)
 
+from torchtitan import trainer  # noqa: E402
 from torchtitan.distributed import fsdp, utils  # noqa: E402
 from torchtitan.models.llama3 import parallelize  # noqa: E402
 
 utils.set_pg_timeouts = lambda timeout, parallel_dims: None
+trainer.time = types.SimpleNamespace(**{**vars(time), "sleep": lambda seconds: None})  # for 2 s after each run
 
 _apply_fsdp = fsdp.apply_fsdp_to_decoder
 

@@ -16,7 +16,7 @@ from torchtitan.components.loss import CrossEntropyLoss
 from torchtitan.components.metrics import MetricsProcessor
 from torchtitan.components.optimizer import LRSchedulersContainer, default_adamw
 from torchtitan.components.tokenizer import BaseTokenizer
-from torchtitan.config import ParallelismConfig, TrainingConfig
+from torchtitan.config import DebugConfig, ParallelismConfig, TrainingConfig
 from torchtitan.config.override import derive
 from torchtitan.distributed.pipeline_parallel import pipeline_llm
 from torchtitan.models.common import ComplexRoPE, Embedding, Linear, RMSNorm
@@ -37,7 +37,7 @@ from dist_clip.torchtitan import ClipTrainer
 __all__ = ["cpu", "plain", "with_trainer"]
 
 VOCABULARY, WIDTH, LENGTH, BATCH = 64, 32, 16, 4
-RATE = 1e-2
+STEPS, SAVED_EVERY, RATE = 12, 4, 1e-2
 
 
 class NoTokenizer(BaseTokenizer):
@@ -131,16 +131,18 @@ def plain() -> Trainer.Config:
         tokenizer=NoTokenizer.Config(),
         dataloader=Tokens.Config(),
         optimizer=default_adamw(lr=RATE),
-        lr_scheduler=LRSchedulersContainer.Config(warmup_steps=0),
+        lr_scheduler=LRSchedulersContainer.Config(warmup_steps=0, min_lr_factor=1.0),  # the same at every step
         training=TrainingConfig(
             local_batch_size=BATCH,
             seq_len=LENGTH,
-            steps=12,
+            steps=STEPS,
             disable_cuda_graphs=True,
             mixed_precision_param="float32",
         ),
-        parallelism=ParallelismConfig(pipeline_parallel_schedule="1F1B"),
-        checkpoint=CheckpointManager.Config(interval=4, last_save_model_only=False),
+        # torchtitan's default needs an FSDP that torch 2.13 does not have.
+        parallelism=ParallelismConfig(pipeline_parallel_schedule="1F1B", spmd_backend="partial_dtensor"),
+        checkpoint=CheckpointManager.Config(interval=SAVED_EVERY, last_save_model_only=False),
+        debug=DebugConfig(seed=1),
         metrics=MetricsProcessor.Config(log_freq=1, disable_color_printing=True),
     )
 
