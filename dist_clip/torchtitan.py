@@ -29,6 +29,7 @@ from torch.distributed.tensor import DTensor
 
 from dist_clip.adapter import make_clipper, refuse_native_clip
 from dist_clip.clipper import GradClipper
+from dist_clip.errors import LayoutError
 from dist_clip.optimizers import replace_step
 
 try:
@@ -82,7 +83,14 @@ class ClippingOptimizers(OptimizersContainer):  # type: ignore[misc]
 
     def __init__(self, config: Config, *, model_parts: list[nn.Module]) -> None:
         super().__init__(config, model_parts=model_parts)
-        self._clip = _Clip(self, model_parts, config.clip)
+        try:
+            self._clip = _Clip(self, model_parts, config.clip)
+        except LayoutError as error:
+            if "pp_group" not in str(error):
+                raise
+            raise LayoutError(
+                f"{error} (only dist_clip.torchtitan.ClipTrainer knows torchtitan's pipeline group)"
+            ) from None
         self.clipper = self._clip.clipper
         self._fresh = config.fresh
 
@@ -102,7 +110,7 @@ class ClippingOptimizers(OptimizersContainer):  # type: ignore[misc]
         return self._fresh and self.clipper.last_report is None
 
 
-@override(target=OptimizersContainer.Config, description="clips gradients with dist_clip")  # type: ignore[misc]
+@override(target=OptimizersContainer.Config, description="clips gradients with dist_clip")  # type: ignore[untyped-decorator]
 def clip(
     config: OptimizersContainer.Config,
     *,
@@ -140,9 +148,7 @@ def clip(
             f"dist_clip.torchtitan.clip replaces torchtitan's own OptimizersContainer, and here is a "
             f"{type(config).__qualname__}: use dist_clip.torchtitan.ClipTrainer"
         )
-    return derive(
-        config, ClippingOptimizers.Config, clip={"policy": policy, "guard": guard, **options}, fresh=fresh
-    )
+    return derive(config, ClippingOptimizers.Config, clip={"policy": policy, "guard": guard, **options}, fresh=fresh)
 
 
 class ClipMetrics(MetricsProcessor):  # type: ignore[misc]
@@ -165,7 +171,7 @@ class ClipMetrics(MetricsProcessor):  # type: ignore[misc]
         super().log(*args, extra_metrics={**(extra_metrics or {}), **_numbers(clipper)}, **kwargs)
 
 
-@override(target=MetricsProcessor.Config, description="logs what dist_clip clips")  # type: ignore[misc]
+@override(target=MetricsProcessor.Config, description="logs what dist_clip clips")  # type: ignore[untyped-decorator]
 def metrics(config: MetricsProcessor.Config) -> ClipMetrics.Config:
     """Have the metrics show what `clip` clips, for ``--override.imports ... dist_clip.torchtitan.metrics``.
 
@@ -252,7 +258,9 @@ class ClipTrainer(Trainer):  # type: ignore[misc]
 class _Clip:
     """A clipper, the optimizers that it clips for, and whether their next step has been clipped yet."""
 
-    def __init__(self, optimizers: OptimizersContainer, model_parts: list[nn.Module], arguments: dict[str, Any]) -> None:
+    def __init__(
+        self, optimizers: OptimizersContainer, model_parts: list[nn.Module], arguments: dict[str, Any]
+    ) -> None:
         # torchtitan logs the norm of all gradients, also across pipeline stages.
         self.clipper: GradClipper = make_clipper(model_parts, **{"log_global_norm": True, **arguments})
         self.params = frozenset(id(param) for part in model_parts for param in part.parameters())

@@ -40,6 +40,8 @@ def public_objects() -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", MODULES)
 def test_examples_in_docstrings_run(name: str) -> None:
+    if name == "dist_clip.torchtitan":
+        pytest.importorskip("torchtitan")
     registries = [importlib.import_module(f"dist_clip.{kind}.registry") for kind in ("policies", "guards")]
     before = [dict(registry._registered) for registry in registries]
     torch.manual_seed(0)

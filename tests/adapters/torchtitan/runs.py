@@ -169,7 +169,42 @@ def plain_loop(clip: dict[str, Any], *, accumulate: int = 1) -> dict[str, Any]:
         losses.append(total)
         if not bool(report.skip):
             optimizer.step()
-    state = [
-        value.clone() for param in model.parameters() for _, value in sorted(optimizer.state[param].items())
-    ]
+    state = [value.clone() for param in model.parameters() for _, value in sorted(optimizer.state[param].items())]
     return {"parameters": whole([model]), "moments": state, "reports": reports, "losses": losses}
+
+
+def follow_the_page(block: str, folder: str) -> dict[str, float]:
+    """Run a sample of docs/frameworks/torchtitan.md with the tiny model, and return what its last step logs."""
+    import shlex
+
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
+    settings = ["--dump_folder", folder, "--training.steps", "3"]
+    if block.startswith("torchrun"):
+        words = shlex.split(block.replace("\\\n", " "))
+        line = words[words.index("torchtitan.train") + 1 :]
+        assert line[:4] == ["--module", "llama3", "--config", "llama3_8b"]
+        config = ConfigManager().parse_args(["--module", MODULE, "--config", "plain", *settings, *line[4:]])
+    else:
+        from torchtitan.models.llama3 import config_registry
+
+        config_registry.llama3_8b = tiny.plain
+        names: dict[str, Any] = {}
+        exec(block, names)
+        config = names["llama3_8b_clip"]()
+        config.training.steps, config.dump_folder = 3, folder
+    trainer = config.build()
+    recorder = trainer.metrics_processor.logger = Recorder()
+    trainer.train()
+    trainer.close()
+    return recorder.rows[-1]
+
+
+def run_docstrings() -> int:
+    """Run the examples in the adapter's docstrings, and return how many there are."""
+    import doctest
+
+    import dist_clip.torchtitan
+
+    results = doctest.testmod(dist_clip.torchtitan)
+    assert results.failed == 0
+    return results.attempted

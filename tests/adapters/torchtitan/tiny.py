@@ -65,7 +65,9 @@ class Tokens(BaseDataLoader):
     class Config(BaseDataLoader.Config):
         pass
 
-    def __init__(self, config: Config, *, dp_world_size: int, dp_rank: int, local_batch_size: int, **kwargs: Any) -> None:
+    def __init__(
+        self, config: Config, *, dp_world_size: int, dp_rank: int, local_batch_size: int, **kwargs: Any
+    ) -> None:
         self.size, self.rank, self.batch, self.at = dp_world_size, dp_rank, local_batch_size, 0
 
     def __iter__(self) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
@@ -105,9 +107,7 @@ def model() -> ModelSpec:
     config = Llama3Model.Config(
         dim=WIDTH,
         vocab_size=VOCABULARY,
-        tok_embeddings=Embedding.Config(
-            num_embeddings=VOCABULARY, embedding_dim=WIDTH, param_init=_EMBEDDING_INIT
-        ),
+        tok_embeddings=Embedding.Config(num_embeddings=VOCABULARY, embedding_dim=WIDTH, param_init=_EMBEDDING_INIT),
         norm=RMSNorm.Config(normalized_shape=WIDTH, param_init=_NORM_INIT),
         lm_head=Linear.Config(in_features=WIDTH, out_features=VOCABULARY, param_init=_output_linear_init(WIDTH)),
         layers=layers,
