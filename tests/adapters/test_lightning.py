@@ -11,6 +11,7 @@ import contextlib
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import dist_clip
+from tests.adapters.docs import first_code_block
 from tests.harness import pool
 
 pl = pytest.importorskip("lightning.pytorch")
@@ -522,6 +524,17 @@ def test_16_mixed_by_contract_with_a_gradscaler_on_the_cpu() -> None:
     assert all(logged["grad_norm"] < 100 for i, logged in enumerate(record.logged) if i != 2), "a scaled norm"
 
 
+def test_the_page_s_five_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {"module": Module(), "loader": loader_of(batches(EPOCH))}
+    exec(first_code_block("lightning.md"), names)
+    trainer = names["trainer"]
+    assert {"grad_norm", "clip/fraction"} <= set(trainer.logged_metrics)
+    (saved,) = tmp_path.rglob("*.ckpt")
+    state = torch.load(saved, weights_only=True)["callbacks"]["dist_clip"]["clippers"][0]
+    assert state["step"] == 2 * EPOCH
+
+
 # ------------------------------------------------------------------------------------------------------------- two ranks
 
 
@@ -637,6 +650,41 @@ def test_two_ranks_equal_a_plain_loop_and_resume_exactly(kind: str, tmp_path: Pa
         assert_same(second, first)
         assert not torch.equal(third["0.weight"], second["0.weight"])
         assert third["0.weight.step"] == 2
+
+
+def step_fsdp1(several: bool) -> dict[str, Any]:
+    """On a rank: the callback's hooks, called as Lightning does, beside `clip_grad_norm_` of FSDP1's own."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    model, same = (
+        FullyShardedDataParallel(make_net(), use_orig_params=True, device_id=torch.device("cpu")) for _ in range(2)
+    )
+    params = list(model.parameters())
+    parts = (params[:2], params[2:]) if several else (params,)
+    optimizers = [torch.optim.SGD(part, lr=0.1) for part in parts]
+    strategy = SimpleNamespace(model=model, optimizers=optimizers)
+    trainer: Any = SimpleNamespace(strategy=strategy, precision_plugin=object(), gradient_clip_val=None)
+    callback, norms = ClipCallback(dist_clip.GlobalNorm(0.1), log=False), []
+    callback.on_train_start(trainer, None)
+    batch = batches(1, ranks=2)[0]
+    rows = slice(4 * dist.get_rank(), 4 * dist.get_rank() + 4)
+    for each in (model, same):
+        loss_of(each, (batch[0][rows], batch[1][rows])).backward()
+    for optimizer, clipper in zip(optimizers, callback.clippers, strict=True):
+        callback.on_before_optimizer_step(trainer, None, optimizer)
+        optimizer.step(closure=lambda: None)
+        norms.append(float(clipper.last_report.global_norm))
+    whole = float(same.clip_grad_norm_(0.1))
+    return {"norms": norms, "whole": whole, "names": [clipper.layout.names for clipper in callback.clippers]}
+
+
+@pytest.mark.parametrize("several", [False, True], ids=["one optimizer", "two optimizers"])
+def test_fsdp_strategy_by_contract(several: bool) -> None:
+    """FSDPStrategy refuses CPUs: the hooks with a model that FSDP1 wrapped."""
+    for found in pool(2).run(step_fsdp1, several):
+        assert sum(norm**2 for norm in found["norms"]) ** 0.5 == pytest.approx(found["whole"], rel=1e-5)
+        assert found["names"][0][:2] == ("0.weight", "0.bias")
+        assert [len(names) for names in found["names"]] == ([2, 4] if several else [6])
 
 
 # --------------------------------------------------------------------------------------------------------------- Fabric

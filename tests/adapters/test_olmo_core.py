@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dist_clip
+from tests.adapters.docs import first_code_block
 from tests.harness import pool
 
 pytest.importorskip("olmo_core")
@@ -102,7 +103,8 @@ class Record(Callback):
         self.metrics: dict[int, dict[str, float]] = {}
 
     def pre_optim_step(self) -> None:
-        self.scales.append(self.trainer.callbacks["dist_clip"].clipper.last_report.scales.clone())
+        if "dist_clip" in self.trainer.callbacks:
+            self.scales.append(self.trainer.callbacks["dist_clip"].clipper.last_report.scales.clone())
 
     def post_train_batch(self) -> None:
         if not dist.is_initialized() or self.step == self.trainer.max_steps:
@@ -140,9 +142,8 @@ def assert_same(one: Any, other: Any) -> None:
         assert one == other or (one != one and other != other)
 
 
-def train(
+def prepare(
     folder: Path | str,
-    callback: ClipCallback | None,
     *,
     steps: int = STEPS,
     micro_batches: int = 1,
@@ -150,15 +151,13 @@ def train(
     kind: DataParallelType | None = None,
     save_at: list[int] | None = None,
     load: str | None = None,
-    poison: int = 0,
     others: dict[str, Callback] | None = None,
     **module_options: Any,
-) -> tuple[Any, Record]:
-    """Run OLMo-core's Trainer; `poison`: the step whose gradient of the head is multiplied by 1e6."""
+) -> tuple[TrainerConfig, Any, Loader]:
+    """What a script of OLMo-core's has before it builds the trainer."""
     ranks, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
     os.environ["FS_LOCAL_RANK"] = str(rank)
     parallel._WORLD_MESH = None  # it allows one training a process
-    torch.manual_seed(0)
     module = TransformerTrainModuleConfig(
         rank_microbatch_size=ROWS * LENGTH // micro_batches,
         max_sequence_length=LENGTH,
@@ -167,7 +166,9 @@ def train(
         **module_options,
     ).build(model_config().build(init_device="cpu"), device=torch.device("cpu"))
     initialise(module.model)
-    record = Record()
+    saving = CheckpointerCallback(
+        save_interval=10**6, fixed_steps=save_at, pre_train_checkpoint=False, save_async=False, enabled=bool(save_at)
+    )
     config = TrainerConfig(
         save_folder=str(folder),
         save_overwrite=True,
@@ -177,21 +178,21 @@ def train(
         metrics_collect_interval=1,
         no_evals=True,
         callbacks={
-            "record": record,
-            "checkpointer": CheckpointerCallback(
-                save_interval=10**6,
-                fixed_steps=save_at,
-                pre_train_checkpoint=False,
-                save_async=False,
-                enabled=bool(save_at),
-            ),
+            "record": Record(),
+            "checkpointer": saving,
             "garbage_collector": GarbageCollectorCallback(enabled=False),
             **(others or {}),
         },
     )
+    return config, module, Loader(str(folder), ranks, rank)
+
+
+def train(folder: Path | str, callback: ClipCallback | None, poison: int = 0, **options: Any) -> tuple[Any, Record]:
+    """Run OLMo-core's Trainer; `poison`: the step whose gradient of the head is multiplied by 1e6."""
+    config, module, loader = prepare(folder, **options)
     if callback is not None:
         config = config.with_callback("dist_clip", callback)
-    trainer = config.build(module, Loader(str(folder), ranks, rank))
+    trainer = config.build(module, loader)
     if poison:
         count = [0]
 
@@ -264,10 +265,7 @@ def test_resume_equals_the_uninterrupted_run(tmp_path: Path, guard: Any) -> None
 def test_what_is_recorded(tmp_path: Path) -> None:
     """The same norms as OLMo-core's own clip, beside which the parameters are the same up to rounding."""
     _, ours = train(tmp_path / "ours", ClipCallback(dist_clip.GlobalNorm(0.1)), steps=4)
-    module_options = {"max_grad_norm": 0.1}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Record, "pre_optim_step", lambda self: None)
-        _, theirs = train(tmp_path / "theirs", None, steps=4, **module_options)
+    _, theirs = train(tmp_path / "theirs", None, steps=4, max_grad_norm=0.1)
     for step in range(1, 5):
         logged, norm = ours.metrics[step], theirs.metrics[step]["optim/total grad norm"]
         assert logged["optim/total grad norm"] == pytest.approx(norm, rel=1e-4)
@@ -351,6 +349,16 @@ def test_the_policy_can_be_set_on_olmo_core_s_command_line() -> None:
     config = config.merge(["callbacks.dist_clip.policy=logclip ratio=3"])
     assert config.callbacks["dist_clip"].policy == "logclip ratio=3"
     config.as_config_dict()
+
+
+def test_the_page_s_five_lines(tmp_path: Path) -> None:
+    names: dict[str, Any] = dict(
+        zip(("trainer_config", "train_module", "data_loader"), prepare(tmp_path, steps=3, save_at=[2]), strict=True)
+    )
+    exec(first_code_block("olmo_core.md"), names)
+    assert {"optim/total grad norm", "clip/fraction"} <= set(names["trainer"].callbacks["record"].metrics[3])
+    saved = torch.load(tmp_path / "step2" / "train" / "rank0.pt", weights_only=False)["callbacks"]["dist_clip"]
+    assert saved["step"] == 2
 
 
 # ------------------------------------------------------------------------------------------------------------- two ranks
