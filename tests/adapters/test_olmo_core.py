@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -393,3 +394,47 @@ def test_two_ranks_equal_a_plain_loop_and_resume_exactly(kind: str, tmp_path: Pa
             assert_same(again, params)
             assert_same(later, scales[step:])
             assert_same(resumed, state)
+
+
+def clip_a_pipeline() -> dict[str, Any]:
+    """On a rank: the callback's hooks, called as the Trainer does, with two stages of four; the second step is skipped."""
+    rank, recorded = dist.get_rank(), []
+    parts = [nn.ModuleDict({f"block{stage}": nn.Linear(3, 3, bias=False)}) for stage in (rank, rank + 2)]
+    for part in parts:
+        nn.init.constant_(next(part.parameters()), 0.5)
+    optimizers = [SkipStepAdamWConfig(lr=1e-2).build(part) for part in parts]
+    module = SimpleNamespace(model_parts=parts, optimizers=optimizers, pp_group=dist.group.WORLD, max_grad_norm=None)
+    trainer: Any = SimpleNamespace(
+        train_module=module,
+        get_metric=lambda name: torch.tensor(2.0) if rank == 1 else None,
+        record_metric=lambda name, value, **_: recorded.append((name, float(value))),
+    )
+    guards = [dist_clip.SkipAbove(1e3), dist_clip.SkipStep()]
+    callback = ClipCallback(dist_clip.AdaGC(warmup_steps=2), guards)
+    callback.trainer = trainer
+    callback.post_attach()
+    weights = []
+    for gradient in (1.0, 1e6):
+        for part in parts:
+            weight = next(part.parameters())
+            weight.grad = torch.full_like(weight, gradient)
+        callback.pre_optim_step()
+        for optimizer in optimizers:
+            optimizer.step()
+        callback.post_train_batch()
+        weights.append([next(part.parameters()).detach().clone() for part in parts])
+    norms = [[float(norm) for norm in optimizer._grad_norms] for optimizer in optimizers]
+    return {"recorded": recorded, "weights": weights, "norms": norms}
+
+
+def test_pipelines_by_contract() -> None:
+    """OLMo-core's pipelines run on GPUs only: the hooks with a train module of that form."""
+    for found in pool(2).run(clip_a_pipeline):
+        whole = (4 * 9) ** 0.5
+        assert [value for key, value in found["recorded"] if key == "optim/total grad norm"] == [whole, whole * 1e6]
+        assert [value for key, value in found["recorded"] if key == "clip/skipped"] == [0, 1]
+        assert found["recorded"][-1] == ("optim/step skipped", 1.0)
+        assert found["norms"] == [[whole], [whole]]
+        first, second = found["weights"]
+        assert_same(second, first)
+        assert not torch.equal(first[0], torch.full((3, 3), 0.5))
