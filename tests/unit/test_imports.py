@@ -23,7 +23,9 @@ LAYERS = [
     {"construction"},
     {"attachment", "explain", "functional", "verify"},
     {"clipper"},
-    {"__init__", "megatron"},
+    {"adapter"},
+    {"__init__", "megatron", "accelerate", "transformers", "lightning", "olmo_core", "torchtitan"},
+    {"axolotl"},
 ]
 
 
