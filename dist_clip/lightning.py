@@ -276,7 +276,7 @@ def _scaler_of(trainer: Any) -> Any:
 def _refuse_other_clips(trainer: Any, pl_module: Any) -> None:
     """Raise for what clips beside the callback; warn of what may. `pl_module`: None to leave the latter out."""
     if trainer.gradient_clip_val:
-        refuse_native_clip("Lightning", "Trainer(gradient_clip_val=...)", trainer.gradient_clip_val)
+        refuse_native_clip("Lightning's Trainer", "gradient_clip_val", trainer.gradient_clip_val)
     if any(cls.__name__ == "DeepSpeedStrategy" for cls in type(trainer.strategy).__mro__):
         raise TypeError(
             "DeepSpeedStrategy keeps gradients in buffers of its own, and clips in its engine: dist_clip cannot clip there. "

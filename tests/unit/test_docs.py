@@ -18,7 +18,7 @@ from dist_clip.guards import registered_guards
 from dist_clip.policies import options_of, registered
 
 ROOT = Path(__file__).parents[2]
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("launch/*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("launch/*.md")])
 IDS = [str(page.relative_to(ROOT)) for page in PAGES]
 
 MODULES = [
