@@ -197,7 +197,7 @@ class ClipCallback(Callback):
         model = trainer.strategy.model
         known = named_parameters(model)
         ids = {id(param) for _, param in known}
-        others = [name for name, param in known if param.requires_grad and id(param) not in held]
+        others = [name for name, param in known if id(param) not in held]
         for optimizer in optimizers:
             for param in params_of(optimizer):
                 if id(param) not in ids:

@@ -25,7 +25,9 @@ from tests.adapters.docs import first_code_block
 from tests.harness import pool
 
 pl = pytest.importorskip("lightning.pytorch")
+from lightning.pytorch.callbacks import BaseFinetuning  # noqa: E402
 from lightning.pytorch.plugins.environments import ClusterEnvironment  # noqa: E402
+from lightning.pytorch.plugins.precision import MixedPrecision  # noqa: E402
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy  # noqa: E402
 
 from dist_clip.lightning import ClipCallback, ZClipLightningCallback  # noqa: E402
@@ -287,8 +289,9 @@ def test_a_skipped_step_is_not_taken(value: float, own_step: bool) -> None:
     assert len(record.scales) == 5, "other callbacks' hooks must run at a skipped step too"
 
 
-def test_the_loss_that_a_guard_sees() -> None:
-    """SkipStep looks at the loss: the mean over micro-batches, not what Lightning divides by their number."""
+@pytest.mark.parametrize("scaled", [False, True], ids=["fp32", "16-mixed by contract"])
+def test_the_loss_that_a_guard_sees(scaled: bool) -> None:
+    """Not what Lightning divides by the number of micro-batches, nor what a GradScaler multiplies."""
     data = batches(6)
     seen: list[float] = []
     callback = ClipCallback(dist_clip.GlobalNorm(1.0), dist_clip.SkipStep())
@@ -303,8 +306,10 @@ def test_the_loss_that_a_guard_sees() -> None:
 
             callback.clippers[0].observe_loss = spy  # type: ignore[method-assign]
 
-    trainer_of([callback, Spy()], accumulate_grad_batches=2).fit(Module(), loader_of(data))
-    assert seen[:2] == pytest.approx([loss_of(make_net(), batch).item() for batch in data[:2]])
+    plugins = [Bf16Autocast()] if scaled else None
+    trainer_of([callback, Spy()], accumulate_grad_batches=2, plugins=plugins).fit(Module(), loader_of(data))
+    expected = [loss_of(make_net(), batch).item() for batch in data[:2]]
+    assert seen[:2] == pytest.approx(expected, rel=0.02 if scaled else 1e-6)
     assert len(seen) == 6
 
 
@@ -475,53 +480,82 @@ def test_a_parameter_outside_of_the_module_is_refused() -> None:
         trainer_of([ClipCallback(policy())]).fit(Own(), loader_of(batches(2)))
 
 
-def test_layers_that_are_unfrozen_later_are_clipped() -> None:
-    """Lightning's BaseFinetuning adds a parameter group in the middle of the training; the others keep their state."""
-    from lightning.pytorch.callbacks import BaseFinetuning
+@pytest.mark.parametrize("by_hand", [False, True], ids=["BaseFinetuning", "by hand"])
+def test_layers_that_are_unfrozen_later_are_clipped(by_hand: bool) -> None:
+    """Lightning's BaseFinetuning adds a parameter group in the middle of the training; others set requires_grad."""
 
-    class Unfreeze(BaseFinetuning):
+    class Unfreeze(BaseFinetuning):  # type: ignore[misc]
         def freeze_before_training(self, pl_module: Any) -> None:
             self.freeze(pl_module.net[0])
 
         def finetune_function(self, pl_module: Any, epoch: int, optimizer: Any) -> None:
-            if epoch == 1:
-                self.unfreeze_and_add_param_group(pl_module.net[0], optimizer)
+            if epoch == 1 and by_hand:
+                pl_module.net[0].requires_grad_(True)
+            elif epoch == 1:
+                self.unfreeze_and_add_param_group(pl_module.net[0], optimizer, train_bn=False)
 
     class Own(Module):
         def configure_optimizers(self) -> Any:
-            return torch.optim.AdamW([param for param in self.parameters() if param.requires_grad], lr=1e-2)
+            return torch.optim.AdamW([param for param in self.parameters() if by_hand or param.requires_grad], lr=1e-2)
 
-    callback = ClipCallback(dist_clip.GlobalNorm(0.01))
-    trainer = trainer_of([callback, Unfreeze()], epochs=2)
+    callback, levels = ClipCallback(dist_clip.AdaGC(gamma_init="median", warmup_steps=10)), []
+
+    class Levels(pl.Callback):  # type: ignore[misc, name-defined]
+        def on_train_epoch_end(self, *_: Any) -> None:
+            levels.append(callback.clippers[0].state_dict()["tensors"])
+
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*(tensor|state).*", category=UserWarning)  # the library's own
-        trainer.fit(Own(), loader_of(batches(EPOCH)))
-    assert "net.0.weight" in callback.clippers[0].layout.names
+        trainer_of([callback, Unfreeze(), Levels()], epochs=2).fit(Own(), loader_of(batches(EPOCH)))
     assert callback.clippers[0].steps == 2 * EPOCH
-    assert float(trainer.logged_metrics["clip/grad_norm_after"]) == pytest.approx(0.01, rel=1e-3)
+    assert by_hand or "net.0.weight" not in levels[0]
+    assert levels[1]["net.0.weight"]["gamma"] > 0
+    before, after = (each["net.2.weight"]["history"] for each in levels)
+    assert after[:EPOCH] == before[:EPOCH], "the state of the other tensors must stay"
+    assert all(norm > 0 for norm in after[: 2 * EPOCH])
+
+
+def test_a_second_fit_starts_afresh_as_its_optimizer_does() -> None:
+    data, module, callback = batches(EPOCH), Module(), ClipCallback(policy())
+    fit(module, callback, data)
+    optimizer = module.optimizers().optimizer
+    fit(module, callback, data)
+    assert callback.clippers[0].steps == EPOCH
+    assert "step" not in vars(optimizer), "the first fit's optimizer has its own step back"
+
+
+class Bf16Autocast(MixedPrecision):  # type: ignore[misc]
+    """Lightning's plugin of 16-mixed, but for the autocast, which CPUs have in bf16 only."""
+
+    def __init__(self) -> None:
+        super().__init__("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=1024.0))
+
+    def autocast_context_manager(self) -> Any:
+        return torch.autocast("cpu", dtype=torch.bfloat16)
 
 
 def test_16_mixed_by_contract_with_a_gradscaler_on_the_cpu() -> None:
     """Lightning turns 16-mixed into bf16-mixed on CPUs; its plugin with a CPU GradScaler has the same order of calls."""
-    from lightning.pytorch.plugins.precision import MixedPrecision
-
-    class Bf16Autocast(MixedPrecision):
-        def autocast_context_manager(self) -> Any:
-            return torch.autocast("cpu", dtype=torch.bfloat16)
-
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    module, steps = Module(), Steps()
-    callback = ClipCallback(dist_clip.GlobalNorm(0.5), dist_clip.SkipAbove(1e4))
+    module, steps, plugin = Module(), Steps(), Bf16Autocast()
+    callback = ClipCallback(dist_clip.GlobalNorm(0.5), [dist_clip.SkipAbove(1e4), dist_clip.SkipStep()])
     record = Record(callback)
-    plugin = Bf16Autocast("16-mixed", "cpu", scaler)
     trainer = trainer_of([callback, record, steps], plugins=[plugin])
     with gradients_at(module, 3, float("inf")):
         trainer.fit(module, loader_of(batches(5)))
     assert_same(steps.seen[2], steps.seen[1])
     assert [logged["clip/skipped"] for logged in record.logged] == [0, 0, 1, 0, 0]
-    assert scaler.get_scale() == 512.0
+    assert plugin.scaler.get_scale() == 512.0
     assert steps.seen[4]["0.weight.step"] == 4
     assert all(logged["grad_norm"] < 100 for i, logged in enumerate(record.logged) if i != 2), "a scaled norm"
+
+
+def test_fused_optimizers_in_16_mixed_are_an_error_by_contract() -> None:
+    class Own(Module):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.AdamW(self.parameters(), fused=True)
+
+    with pytest.raises(RuntimeError, match="still multiplied by the GradScaler's scale"):
+        trainer_of([ClipCallback(policy())], plugins=[Bf16Autocast()]).fit(Own(), loader_of(batches(2)))
 
 
 def test_the_page_s_five_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
