@@ -272,7 +272,9 @@ def test_a_skipped_step_is_not_taken(value: float, own_step: bool) -> None:
 
     class Own(Module):
         def configure_optimizers(self) -> Any:
-            return (Counting if own_step else torch.optim.AdamW)(self.parameters(), lr=1e-2)
+            optimizer = (Counting if own_step else torch.optim.AdamW)(self.parameters(), lr=1e-2)
+            schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.9**step)
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     module, steps = Own(), Steps()
     callback = ClipCallback(dist_clip.GlobalNorm(1.0), dist_clip.SkipAbove(1e4), nonfinite="skip")
@@ -287,6 +289,7 @@ def test_a_skipped_step_is_not_taken(value: float, own_step: bool) -> None:
     assert [logged["clip/skipped"] for logged in record.logged] == [0, 0, 1, 0, 0]
     assert callback.clippers[0].steps == 4
     assert len(record.scales) == 5, "other callbacks' hooks must run at a skipped step too"
+    assert trainer.lr_scheduler_configs[0].scheduler.last_epoch == 5, "schedulers go on, as the page says"
 
 
 @pytest.mark.parametrize("scaled", [False, True], ids=["fp32", "16-mixed by contract"])
