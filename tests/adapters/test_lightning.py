@@ -8,6 +8,8 @@ run is compared with an uninterrupted one, bit for bit, from before the end of t
 from __future__ import annotations
 
 import contextlib
+import importlib
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -442,6 +444,14 @@ def test_the_trainer_s_own_clip_is_refused() -> None:
     with pytest.raises(ValueError, match="gradient_clip_val"):
         trainer_of([ClipCallback(policy())], gradient_clip_val=1.0).fit(Module(), loader_of(batches(2)))
     trainer_of([ClipCallback(policy())], gradient_clip_val=0).fit(Module(), loader_of(batches(2)))  # off
+
+
+def test_the_extra_is_named_where_it_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("lightning", "lightning.pytorch", "pytorch_lightning"):
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.delitem(sys.modules, "dist_clip.lightning")
+    with pytest.raises(ImportError, match=r"pip install 'dist-clip\[lightning\]'"):
+        importlib.import_module("dist_clip.lightning")
 
 
 def test_a_hook_that_may_clip_is_warned_of() -> None:

@@ -7,7 +7,9 @@ loop. A resumed run is compared with an uninterrupted one, bit for bit, from bef
 
 from __future__ import annotations
 
+import importlib
 import os
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
@@ -327,6 +329,14 @@ def test_the_loss_that_a_guard_sees(tmp_path: Path) -> None:
 def test_olmo_core_s_own_clip_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="max_grad_norm"):
         train(tmp_path, ClipCallback(policy()), max_grad_norm=1.0)
+
+
+def test_the_extra_is_named_where_it_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("olmo_core", "olmo_core.optim"):
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.delitem(sys.modules, "dist_clip.olmo_core")
+    with pytest.raises(ImportError, match=r"pip install 'dist-clip\[olmo-core\]'"):
+        importlib.import_module("dist_clip.olmo_core")
 
 
 def test_olmo_ddp_is_refused_by_name() -> None:

@@ -40,11 +40,17 @@ def public_objects() -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", MODULES)
 def test_examples_in_docstrings_run(name: str) -> None:
+    try:
+        module = importlib.import_module(name)
+    except ImportError as error:
+        if name.split(".")[1] not in dist_clip._PARTS:
+            raise
+        pytest.skip(str(error))
     registries = [importlib.import_module(f"dist_clip.{kind}.registry") for kind in ("policies", "guards")]
     before = [dict(registry._registered) for registry in registries]
     torch.manual_seed(0)
     try:
-        results = doctest.testmod(importlib.import_module(name), extraglobs={"torch": torch})
+        results = doctest.testmod(module, extraglobs={"torch": torch})
     finally:
         for registry, known in zip(registries, before, strict=True):
             registry._registered.clear()
