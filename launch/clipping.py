@@ -14,6 +14,7 @@ from dist_clip.guards import registered_guards
 from dist_clip.guards.command_line import guard_flags, guards_from_flags
 from dist_clip.policies import modes, options_of, parse_mode, registered
 from dist_clip.policies.command_line import COMMON, PolicyFlag, options_from_flags, policy_flags
+from dist_clip.recommended import NAME as RECOMMENDED
 from launch.parallel import ParallelModel
 
 NONE = "none"
@@ -23,8 +24,9 @@ NONE = "none"
 class ClipConfig:
     """Which rule, and its options. Each registered rule has flags of its own, named after it."""
 
-    clip: str = "logclip"
-    """The rule, and after a dash its scope where that is not the rule's own; none: measure only."""
+    clip: str = RECOMMENDED
+    """The rule, and after a dash its scope where that is not the rule's own. recommended: the library's setting, a guard
+    included. none: measure only."""
     max_norm: float = 1.0
     """The rule's `max_norm`, where it has one."""
     options: tyro.conf.Suppress[Mapping[str, Any]] = dataclasses.field(default_factory=dict)
@@ -34,7 +36,7 @@ class ClipConfig:
     nonfinite: Literal["propagate", "zero", "skip", "raise"] = "propagate"
     """What a NaN or Inf in a gradient leads to."""
     guard: tuple[str, ...] = ()
-    """What decides whether a step is taken at all; of several, any may skip it. None: no guard."""
+    """What decides whether a step is taken at all; of several, any may skip it. None: no guard but a recommended one."""
     guard_options: tyro.conf.Suppress[Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     """The guards' hyper-parameters as {"GUARD_OPTION": value}; the guards' own defaults for those that are not there."""
     log_global_norm: bool = True
@@ -50,6 +52,9 @@ class ClipConfig:
         """
         if self.clip == NONE:
             return dist_clip.GlobalNorm(max_norm=math.inf)
+        if self.clip == RECOMMENDED:
+            policy: dist_clip.Policy = dist_clip.recommended(self.max_norm)["policy"]
+            return policy
         names = {option.name for option in options_of(parse_mode(self.clip)[0])}
         common = {COMMON: self.max_norm} if COMMON in names else {}
         return dist_clip.policy(self.clip, **{**common, **self.options})
@@ -60,7 +65,8 @@ class ClipConfig:
         Raises:
             ValueError, TypeError: no such guard, or an option that it refuses.
         """
-        return guards_from_flags(self.guard, self.guard_options, "--guard")
+        guards = guards_from_flags(self.guard, self.guard_options, "--guard")
+        return guards if self.guard or self.clip != RECOMMENDED else [dist_clip.recommended()["guard"]]
 
 
 def flags_class() -> type[ClipConfig]:
@@ -72,7 +78,7 @@ def flags_class() -> type[ClipConfig]:
         if option.name == COMMON
     ]
     fields: list[tuple[str, Any, Any]] = [
-        ("clip", Literal[(NONE, *modes())], ClipConfig.clip),
+        ("clip", Literal[(RECOMMENDED, NONE, *modes())], ClipConfig.clip),
         (COMMON, Annotated[float, tyro.conf.arg(help=" ".join(thresholds))], ClipConfig.max_norm),
     ]
     guard: Any = Literal[tuple(registered_guards())]
@@ -91,7 +97,7 @@ def config_from_flags(flags: ClipConfig) -> ClipConfig:
     """
     values = {flag.dest: _given(flag, getattr(flags, flag.dest)) for flag in policy_flags()}
     kept = {field.name: getattr(flags, field.name) for field in dataclasses.fields(ClipConfig)}
-    rule = None if flags.clip == NONE else parse_mode(flags.clip)[0]
+    rule = None if flags.clip in (NONE, RECOMMENDED) else parse_mode(flags.clip)[0]
     guarding = {flag.dest: _given(flag, getattr(flags, flag.dest)) for flag in guard_flags()}
     given = {dest: value for dest, value in guarding.items() if value is not None}
     options = options_from_flags(rule, values, f"--clip {flags.clip}")

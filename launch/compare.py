@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import tyro
 
 from dist_clip.policies import modes
+from launch.faults import IN_BATCHES
 from launch.metrics import Run, read_run, rule_of
 
 RECOVERED = 0.05
@@ -109,7 +110,7 @@ def comparable_from(runs: dict[str, Run]) -> int:
     """First step whose loss tells what the fault has done: on a corrupted batch it tells what the batch is."""
     start, end = fault_steps(runs)
     fault = next(run for run in runs.values() if has_fault(run)).header["config"]["fault"]["fault"]
-    return end + 1 if fault == "batch" else start
+    return end + 1 if fault in IN_BATCHES else start
 
 
 def steps_to_recover(values: Sequence[float]) -> int | None:

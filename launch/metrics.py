@@ -109,6 +109,7 @@ class RunLog:
                 torch.ones_like(nothing),
                 torch.zeros_like(nothing),
                 nothing,
+                torch.zeros_like(nothing),
             ]
         else:
             has_grad = report.tensor_norms != 0
@@ -121,6 +122,7 @@ class RunLog:
                 report.min_scale,
                 report.nonfinite,
                 torch.where(has_grad, report.scales, 0.0).sum(),
+                report.skip,
             ]
         numbers = [nothing if loss is None else loss, *clipping, torch.full_like(nothing, loss is not None)]
         vector = torch.stack([number.to(self.device, torch.float32) for number in numbers])
@@ -151,7 +153,7 @@ class RunLog:
         if not self.main:
             return
         for record, row in zip(records, torch.stack(ranks, dim=1).double().cpu(), strict=True):
-            loss, norm, clipped_norm, clipped, tensors, scale, nonfinite, scales, has_loss = row.unbind(1)
+            loss, norm, clipped_norm, clipped, tensors, scale, nonfinite, scales, skip, has_loss = row.unbind(1)
             record |= {
                 "loss": loss[has_loss > 0].mean().item(),
                 # The same number on all ranks, or on none where the rule has no need of it.
@@ -161,6 +163,7 @@ class RunLog:
                 "smallest_scale": scale.amin().item(),
                 "mean_scale": _number(scales.sum() / tensors.sum().clamp(min=1)),
                 "nonfinite": bool(nonfinite.any()),
+                "skipped": bool(skip.any()),
             }
             self._write(record)
             if self._board is not None:

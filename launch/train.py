@@ -23,7 +23,7 @@ import dist_clip
 from dist_clip.policies.command_line import import_modules
 from launch.clipping import ClipConfig, build_clipper, config_from_flags, flags_class
 from launch.data import Corpus, DataConfig, load_corpus
-from launch.faults import FaultConfig, add_garbage, corrupt_batch
+from launch.faults import FaultConfig, corrupt_batch, corrupt_gradients, wrong_lr
 from launch.metrics import LogConfig, RunLog, global_mean
 from launch.model import ModelConfig, build_model
 from launch.optim import OptimConfig, build_optimizer, build_schedule
@@ -85,13 +85,12 @@ def train(cfg: Config, device: torch.device, corpus: Corpus | None = None) -> No
     with RunLog(cfg.log, cfg.optim.steps - done, device, header) as log:
         for step in range(done + 1, cfg.optim.steps + 1):
             anew = step == cfg.data.other_batch
-            inputs, targets = corpus.batch(step, cfg.optim.batch_size, cfg.model.seq_len, cfg.seed, anew=anew)
-            if cfg.fault.active("batch", step):
-                inputs, targets = corrupt_batch(inputs, step, cfg.seed)
+            source, rows = cfg.fault.source(step), cfg.fault.rows(cfg.optim.batch_size, step)
+            inputs, targets = corpus.batch(source, rows, cfg.model.seq_len, cfg.seed, anew=anew)
+            inputs, targets = corrupt_batch(inputs, targets, cfg.fault, step, cfg.seed)
 
             loss = parallel.forward_backward(parallel.rows(inputs), parallel.rows(targets))
-            if cfg.fault.active("grad", step):
-                add_garbage(parallel.module.named_parameters(), cfg.fault, cfg.seed)
+            corrupt_gradients(parallel.module.named_parameters(), cfg.fault, step, cfg.seed)
 
             if cfg.verify and step == done + 1:
                 verify(clipper)
@@ -102,7 +101,8 @@ def train(cfg: Config, device: torch.device, corpus: Corpus | None = None) -> No
                 optimizer.zero_grad(set_to_none=False)
             # To skip, the host has to look at a flag, which waits for the device.
             if not (cfg.fault.answered("skip", step) or (clipper.may_skip and report.skip)):
-                optimizer.step()
+                with wrong_lr(optimizer, cfg.fault, step):
+                    optimizer.step()
             optimizer.zero_grad()
 
             lr, fault = optimizer.param_groups[0]["lr"], cfg.fault.at(step)

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Watch clipping at work: a small GPT trained with GlobalGC, with LogClip and with AdaGC (median), each with and without
-# the same injected fault.
+# Watch clipping at work: a small GPT trained with GlobalGC, with the recommended setting and with AdaGC (median), each
+# with and without the same injected fault.
 # Does its own set-up on a fresh machine. The table and the plot are made from the runs' logs (runs/demo).
 #   SEED=1 OUT=runs/demo-1 scripts/demo.sh      another seed
 #   scripts/demo.sh --fault batch --fault-steps 12      another fault (any option of launch/train.py)
@@ -24,8 +24,8 @@ train() { # name, then options
 
 train global --clip global
 train global-fault --clip global "${fault[@]}"
-train logclip --clip logclip
-train logclip-fault --clip logclip "${fault[@]}"
+train recommended --clip recommended
+train recommended-fault --clip recommended "${fault[@]}"
 train adagc --clip adagc --adagc-gamma-init median
 train adagc-fault --clip adagc --adagc-gamma-init median "${fault[@]}"
 

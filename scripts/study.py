@@ -4,10 +4,11 @@
     python -m scripts.study run                        # all of it; stop it when you like, it goes on where it was
     python -m scripts.study run --quick --out DIR      # a few tiny runs, to see that everything works
     python -m scripts.study row ID                     # run one row again and compare the numbers
+    python -m scripts.study run --grid gpu --workers 1 # 125M parameters on one GPU, about 25 minutes
     python -m scripts.study carriers                   # which tensors carry what corrupted batches did
-    python -m scripts.study report                     # docs/stability.md and its figures, from the committed rows
+    python -m scripts.study report                     # the pages' tables and figures, from the committed rows
 
-docs/stability.md has the question, the set-up and the results.
+docs/stability.md has the question, the set-up and the results of the rules, docs/recommended.md those of the guards.
 """
 
 from __future__ import annotations
@@ -23,16 +24,22 @@ from typing import Annotated
 import tyro
 
 from launch.metrics import read_run
-from scripts.stability import carriers
+from scripts.stability import carriers, rates
 from scripts.stability.grid import DEFAULT, QUICK, Family, Grid, select
-from scripts.stability.report import report
+from scripts.stability.report import GUARDS_PAGE, RULES_PAGE, report
+from scripts.stability.results import Results
 from scripts.stability.runner import remaining, run_all, start
 from scripts.stability.store import Rows
 
 ROWS = Path("docs/data/study/rows.jsonl")
 CARRIERS = Path("docs/data/study/carriers.jsonl")
-PAGE = Path("docs/stability.md")
+PAGES = Path("docs")
 IMAGES = Path("docs/images")
+
+
+def rows_of(grid: Path) -> Path:
+    """The committed rows of a grid."""
+    return ROWS if grid == DEFAULT else ROWS.with_name(f"{grid.stem}.jsonl")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,13 +47,17 @@ class Chosen:
     """Which part of the grid."""
 
     grid: Path = DEFAULT
-    """The grid's file."""
-    rows: Path = ROWS
-    """Where the finished runs are."""
+    """The grid's file, or the name of one in scripts/stability: gpu."""
+    rows: Path | None = None
+    """Where the finished runs are. Default: the grid's file in docs/data/study."""
     policies: tuple[str, ...] = ()
     """Only these policies; default all."""
     blocks: tuple[str, ...] = ()
     """Only these blocks; default all."""
+
+    @property
+    def finished(self) -> Rows:
+        return Rows(self.rows or rows_of(self.grid))
 
     def families(self) -> list[Family]:
         return select(Grid.load(self.grid).families(), self.policies, self.blocks)
@@ -62,7 +73,7 @@ class Plan(Chosen):
     """Print each run's id instead."""
 
     def __call__(self) -> int:
-        families, done = self.families(), Rows(self.rows).read().keys()
+        families, done = self.families(), self.finished.read().keys()
         if self.runs:
             print("\n".join(spec.id for family in families for spec in family.specs))
             return 0
@@ -93,15 +104,15 @@ class Run(Chosen):
 
     def __call__(self) -> int:
         if not self.quick:
-            grid, rows = Grid.load(self.grid), Rows(self.rows)
+            grid, rows = Grid.load(self.grid), self.finished
             failed = run_all(grid, self.families(), rows, self.work, self.workers)
         else:
             grid, rows = Grid.load(QUICK), Rows(self.out / "rows.jsonl")
             failed = run_all(grid, list(grid.families()), rows, self.out / "work", self.workers)
-            page = self.out / PAGE.name
-            page.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(Path(__file__).parents[1] / PAGE, page)
-            report(grid, rows.read(), [], page, self.out)
+            self.out.mkdir(parents=True, exist_ok=True)
+            for page in (RULES_PAGE, GUARDS_PAGE):
+                shutil.copy(Path(__file__).parents[1] / PAGES / page, self.out / page)
+            report(grid, rows.read(), [], self.out, self.out)
         for line in failed:
             print("failed:", line, file=sys.stderr)
         return 1 if failed else 0
@@ -113,10 +124,10 @@ class Row:
 
     id: Annotated[str, tyro.conf.Positional]
     grid: Path = DEFAULT
-    rows: Path = ROWS
+    rows: Path | None = None
 
     def __call__(self) -> int:
-        recorded = Rows(self.rows).read().get(self.id)
+        recorded = Rows(self.rows or rows_of(self.grid)).read().get(self.id)
         spec = next(spec for spec in Grid.load(self.grid).find(self.id).specs if spec.id == self.id)
         print(spec.command)
         with tempfile.TemporaryDirectory() as folder:
@@ -152,17 +163,23 @@ class Carriers:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """Make the page's tables and the figures from the rows."""
+    """Make the pages' tables and the figures from the rows."""
 
     grid: Path = DEFAULT
-    rows: Path = ROWS
+    """The grid's file, or its name. Of another than the default one, the tables of learning rates are printed."""
+    rows: Path | None = None
+    """Where the finished runs are. Default: the grid's file in docs/data/study."""
     carriers: Path = CARRIERS
-    page: Path = PAGE
+    pages: Path = PAGES
+    """The folder of the pages."""
     images: Path = IMAGES
 
     def __call__(self) -> int:
-        made = list(Rows(self.carriers).read().values())
-        report(Grid.load(self.grid), Rows(self.rows).read(), made, self.page, self.images)
+        grid, rows = Grid.load(self.grid), Rows(self.rows or rows_of(self.grid)).read()
+        if self.grid != DEFAULT:
+            print("\n\n".join(rates.tables(Results(grid, rows, rates.PART)).values()))
+            return 0
+        report(grid, rows, list(Rows(self.carriers).read().values()), self.pages, self.images)
         return 0
 
 

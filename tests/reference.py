@@ -527,7 +527,7 @@ class MedianGuard:
     """The library's guard, by the median itself; levels are float32."""
 
     def __init__(
-        self, threshold: float = 3.0, rate: float = 0.02, warmup: int = 100, window: int = 128, most: int = 50
+        self, threshold: float = 2.0, rate: float = 0.02, warmup: int = 100, window: int = 128, most: int = 50
     ) -> None:
         self.threshold, self.rate, self.warmup, self.window, self.most = threshold, rate, warmup, window, most
         self.spread: dict[Hashable, float] = {}  # the moving average of |ln(norm / level)|

@@ -77,7 +77,7 @@ class MedianGuard(Guard):
     Reference: a rule of this library; docs/guards.md says what it promises.
     """
 
-    threshold: float = 3.0
+    threshold: float = 2.0
     deviations: float = 4.0
     rate: float = 0.02
     warmup_steps: int = 100

@@ -15,6 +15,8 @@ from dist_clip.guards.command_line import guard_flags, guards_from_flags
 from dist_clip.megatron.attach import MegatronAttachment, attach
 from dist_clip.policies import Policy, modes, options_of, parse_mode, policy
 from dist_clip.policies.command_line import COMMON, flag_names, import_modules, options_from_flags, policy_flags
+from dist_clip.recommended import NAME as RECOMMENDED
+from dist_clip.recommended import recommended
 from dist_clip.step import NonFinite
 
 _NOT_OF_A_POLICY = (
@@ -60,7 +62,12 @@ def add_clip_args(parser: argparse.ArgumentParser, arguments: Sequence[str] | No
         # Flags have no defaults, so that the policy's own default holds for those that were not given.
         group.add_argument(flag, default=None, **kwargs)
 
-    add("--grad-clip-mode", choices=modes(), help="The rule. Not given: Megatron's own clipping, untouched.")
+    add(
+        "--grad-clip-mode",
+        choices=(RECOMMENDED, *modes()),
+        help=f"The rule; {RECOMMENDED}: what docs/recommended.md supports, a guard included. Not given: Megatron's own "
+        "clipping, untouched.",
+    )
     add(
         "--grad-clip-module",
         action="append",
@@ -130,8 +137,15 @@ def policy_from_args(args: argparse.Namespace, clip_grad: float) -> Policy | Non
         ours = (*(flag.dest for flag in (*policy_flags(), *guard_flags())), *_NOT_OF_A_POLICY)
         stray = sorted(dest for dest in ours if getattr(args, dest, None) is not None)
         if stray:
-            raise ValueError(f"{flag_names(stray)} without --grad-clip-mode: give it one of {', '.join(modes())}")
+            known = ", ".join((RECOMMENDED, *modes()))
+            raise ValueError(f"{flag_names(stray)} without --grad-clip-mode: give it one of {known}")
         return None
+    if mode == RECOMMENDED:
+        options_from_flags(None, vars(args), f"--grad-clip-mode {mode}")  # raises for any policy's flag
+        if not clip_grad > 0:
+            raise ValueError(f"--grad-clip-mode {mode} clips at --clip-grad, which must be above 0, got {clip_grad}")
+        chosen: Policy = recommended(clip_grad)["policy"]
+        return chosen
     rule, _ = parse_mode(mode)
     options = options_from_flags(rule, vars(args), f"--grad-clip-mode {mode}")
     for option in options_of(rule):
@@ -145,7 +159,7 @@ def policy_from_args(args: argparse.Namespace, clip_grad: float) -> Policy | Non
 
 
 def guards_from_args(args: argparse.Namespace) -> list[Guard]:
-    """Return the guards of ``--grad-clip-guard``, none without the flag.
+    """Return the guards of ``--grad-clip-guard``; without the flag none, or the recommended one in that mode.
 
     Args:
         args: parsed arguments, with the flags of `add_clip_args`.
@@ -160,7 +174,9 @@ def guards_from_args(args: argparse.Namespace) -> list[Guard]:
         >>> guards_from_args(parser.parse_args(arguments))
         [SkipAbove(max_norm=10.0, max_skips_in_a_row=None, when_stuck='step')]
     """
-    return guards_from_flags(getattr(args, "grad_clip_guard", None) or (), vars(args), "--grad-clip-guard")
+    names = getattr(args, "grad_clip_guard", None) or ()
+    guards = guards_from_flags(names, vars(args), "--grad-clip-guard")
+    return guards if names or args.grad_clip_mode != RECOMMENDED else [recommended()["guard"]]
 
 
 def attach_from_args(

@@ -50,8 +50,9 @@ def draw(results: Results, folder: Path) -> list[Path]:
 
 
 def colour(results: Results, policy: str) -> Any:
-    """One colour a rule in all figures."""
-    shown = [name for name in results.grid.raw["policy"] if name not in HIDDEN]
+    """One colour a rule in all figures of a part."""
+    drawn = {row["policy"] for row in results.rows}
+    shown = [name for name in results.grid.raw["policy"] if name in drawn and name not in HIDDEN]
     return plt.get_cmap("tab20" if len(shown) > 10 else "tab10")(shown.index(policy))
 
 

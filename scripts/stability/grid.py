@@ -1,4 +1,4 @@
-"""The grid: from grid.toml to an ordered list of runs, each with the options of launch/train.py that make it."""
+"""A grid: from a file to an ordered list of runs, each with the options of launch/train.py that make it."""
 
 from __future__ import annotations
 
@@ -10,11 +10,15 @@ from typing import Any
 
 import tomllib
 
+from launch.faults import IN_BATCHES
+
 DEFAULT = Path(__file__).with_name("grid.toml")
 QUICK = Path(__file__).with_name("quick.toml")
 AXES = ("size", "corpus", "optimizer", "condition", "policy", "fault")
 NONE = "none"
 """The fault that is none."""
+RULES, TUNING = "rules", "tuning"
+"""Parts of the study: the rules, which is the part of blocks that name none, and what their settings were chosen from."""
 
 Options = dict[str, Any]
 
@@ -50,7 +54,7 @@ class Spec:
 
     @property
     def corrupts_batches(self) -> bool:
-        return self.options[self.options.index("--fault") + 1] == "batch"
+        return self.options[self.options.index("--fault") + 1] in IN_BATCHES
 
     @property
     def command(self) -> str:
@@ -86,6 +90,9 @@ class Grid:
 
     @classmethod
     def load(cls, path: Path = DEFAULT) -> Grid:
+        """Read a grid's file; a name without a folder and an ending is one beside grid.toml, such as "gpu"."""
+        if path.name == str(path) and not path.suffix:
+            path = DEFAULT.with_name(f"{path.name}.toml")
         grid = cls(tomllib.loads(path.read_text(encoding="utf-8")))
         list(grid.families())  # a name that is not there shows now
         return grid
@@ -97,13 +104,22 @@ class Grid:
         """In the file's order, no run twice: a seed of all cells of a block before the next seed."""
         seen: set[str] = set()
         for block in self.raw["block"]:
-            axes = [block[axis] for axis in ("size", "corpus", "optimizer", "condition", "policy")]
-            for seed, *place in itertools.product(block["seeds"], *axes):
-                specs = [self.spec(*place, fault, seed) for fault in (NONE, *block["faults"])]
+            for specs in self._cells(block):
                 new = [spec for spec in specs if spec.id not in seen]
                 seen.update(spec.id for spec in new)
                 if new:
                     yield Family(block["name"], specs[0], tuple(spec for spec in new if spec.fault != NONE))
+
+    def ids(self, part: str) -> list[str]:
+        """The runs of the blocks of a part, in the file's order, each once, whichever other blocks have them as well."""
+        blocks = [block for block in self.raw["block"] if part in block.get("parts", [RULES])]
+        return list(dict.fromkeys(spec.id for block in blocks for specs in self._cells(block) for spec in specs))
+
+    def _cells(self, block: dict[str, Any]) -> Iterator[list[Spec]]:
+        """A run without a fault, followed by those that branch off it; a seed of all cells before the next seed."""
+        axes = [block[axis] for axis in ("size", "corpus", "optimizer", "condition", "policy")]
+        for seed, *place in itertools.product(block["seeds"], *axes):
+            yield [self.spec(*place, fault, seed) for fault in (NONE, *block["faults"])]
 
     def spec(self, size: str, corpus: str, optimizer: str, condition: str, policy: str, fault: str, seed: int) -> Spec:
         place = dict(zip(AXES, (size, corpus, optimizer, condition, policy, fault), strict=True))

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Iterator
 
-from scripts.stability.grid import NONE, Grid
+from scripts.stability.grid import NONE, RULES, Grid
 from scripts.stability.measures import Interval, paired
 from scripts.stability.store import Row
 
@@ -36,19 +36,12 @@ class Setting:
 
 
 class Results:
-    """The rows of the grid's cells, in the grid's order. `tuning` has those of the blocks that tune."""
+    """The rows of the cells of a part of the grid, in the grid's order. `ids`: of all that there should be."""
 
-    def __init__(self, grid: Grid, rows: dict[str, Row]) -> None:
+    def __init__(self, grid: Grid, rows: dict[str, Row], part: str = RULES) -> None:
         self.grid = grid
-        tuning = {block["name"] for block in grid.raw["block"] if block.get("tuning")}
-        self.rows: list[Row] = []
-        self.tuning: list[Row] = []
-        for family in grid.families():
-            found = [rows[spec.id] for spec in family.specs if spec.id in rows]
-            (self.tuning if family.block in tuning else self.rows).extend(found)
-        # A twin is in the families of two blocks where the later one adds branches.
-        self.rows = list({row["id"]: row for row in self.rows}.values())
-        self.planned = len({spec.id for family in grid.families() for spec in family.specs})
+        self.ids = grid.ids(part)
+        self.rows: list[Row] = [rows[name] for name in self.ids if name in rows]
 
     @property
     def settings(self) -> list[Setting]:
@@ -71,7 +64,9 @@ class Results:
         return [policy for policy in self.grid.raw["policy"] if self.of(setting, policy)]
 
     def faults(self) -> Iterator[str]:
-        return (fault for fault in self.grid.raw["fault"] if fault != NONE)
+        """Those that there are rows of, in the grid file's order."""
+        found = {row["fault"] for row in self.rows}
+        return (fault for fault in self.grid.raw["fault"] if fault != NONE and fault in found)
 
     def price(self, setting: Setting, policy: str) -> Interval | None:
         """Validation loss without a fault, less GlobalGC's, paired over seeds. None where a run of either diverged."""

@@ -69,6 +69,7 @@ def make_row(spec: Spec, run: Run, twin: Run | None, recorded: Recorded) -> Row:
         "spike_score": measures.spike_score(loss),
         "clipped": statistics.fmean(clipped[before]),
         "scale": statistics.fmean(scale[before]),
+        "skipped": [record["step"] for record in records if record["skipped"]],
         "series": {
             "loss": rounded(measures.binned(loss, BIN)),
             "clipped": rounded(measures.binned(clipped, BIN), 2),

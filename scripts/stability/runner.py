@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from launch.data import Corpus, DataConfig, load_corpus
 from launch.metrics import Run, read_run
-from launch.parallel import process_group
+from launch.parallel import Device, process_group
 from launch.train import parse, train
 from scripts.stability.grid import AXES, NONE, Family, Grid, Spec
 from scripts.stability.row import Recorded, make_row
@@ -118,9 +118,9 @@ def cached_corpus(data: DataConfig, seq_len: int) -> Corpus:
 
 
 @functools.cache
-def _device() -> torch.device:
+def _device(device: Device) -> torch.device:
     """Join the process group of one that all of this process's runs share."""
-    group = process_group("cpu")
+    group = process_group(device)
     _kept.append(group)
     return group.__enter__()
 
@@ -175,7 +175,7 @@ def start(spec: Spec, out: Path, more: Sequence[str] = ()) -> None:
     options = [*spec.options, "--out", str(out), *QUIET, *more]
     if spec.ranks == 1:
         cfg = parse(options)
-        train(cfg, _device(), cached_corpus(cfg.data, cfg.model.seq_len))
+        train(cfg, _device(cfg.device), cached_corpus(cfg.data, cfg.model.seq_len))
         return
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(spec.ranks)]
     command = [*launcher, "-m", "launch.train", *options]

@@ -23,28 +23,30 @@ SHARE = 0.2
 """Of GlobalGC's excursion that the candidate may have."""
 
 
-def tables(results: Results) -> dict[str, str]:
-    """Sections of the page: name -> text."""
+def tables(results: Results, tuned: Results) -> dict[str, str]:
+    """Sections of the page: name -> text. `tuned`: the runs that settings were chosen from."""
     return {
-        "state": state(results),
+        "state": state(results, tuned),
         "summary": summary(results),
         "floor": floors(results),
         "controls": controls(results),
         "acceptance": acceptance(results),
         "cells": "\n\n".join(cell_table(results, setting) for setting in results.settings),
-        "tuning": tuning(results),
+        "tuning": tuning(tuned),
     }
 
 
-def state(results: Results) -> str:
-    rows = [*results.rows, *results.tuning]
+def state(*parts: Results) -> str:
+    """How many runs there are of what the grid has, and of which versions."""
+    rows = list({row["id"]: row for results in parts for row in results.rows}.values())
+    planned = len({name for results in parts for name in results.ids})
     if not rows:
-        return f"No rows yet, of {results.planned}."
+        return f"No rows yet, of {planned}."
     failed = sum(row["diverged"] for row in rows)
     versions = sorted({", ".join(f"{k} {v}" for k, v in row["versions"].items()) for row in rows})
     seconds = sum(row["seconds"] for row in rows)
-    missing = "" if len(rows) == results.planned else f"**Not complete: {len(rows)} of {results.planned} runs.** "
-    twins = [row for row in results.rows if row["fault"] == "none"]
+    missing = "" if len(rows) == planned else f"**Not complete: {len(rows)} of {planned} runs.** "
+    twins = [row for row in parts[0].rows if row["fault"] == "none"]
     text = (
         f"{missing}{len(rows)} runs, {seconds / 3600:.1f} hours of training added up; in {failed} of them the loss became "
         f"NaN or Inf. Spikes without a fault: {sum(row['spikes'] for row in twins)} in {len(twins)} runs. "
@@ -194,11 +196,11 @@ def back_after(rows: Sequence[Row]) -> str:
 
 def tuning(results: Results) -> str:
     """Mean validation losses of the tuning seeds; the smallest of a setting is bold."""
-    settings = list(dict.fromkeys((row["size"], row["optimizer"]) for row in results.tuning))
+    settings = list(dict.fromkeys((row["size"], row["optimizer"]) for row in results.rows))
     lines = []
     for size, optimizer in settings:
         losses: dict[str, list[float]] = {}
-        for row in results.tuning:
+        for row in results.rows:
             if (row["size"], row["optimizer"]) == (size, optimizer):
                 titles = [results.grid.title(axis, row[axis]) for axis in ("condition", "policy")]
                 losses.setdefault(", ".join(titles), []).append(number(row["validation"]))

@@ -169,11 +169,11 @@ def test_promise_bad_batches_of_1_to_50_steps_are_skipped(length: int, factor: f
 
 def test_promise_bad_tensors_are_left_to_the_policy() -> None:
     ours, norms = settled()
-    assert not any(ours.skips(norms.step(1e4, tensors=20)) for _ in range(100))
+    assert not any(ours.skips(norms.step(1e4, tensors=16)) for _ in range(100))
     assert ours.skips(norms.step(1e4, tensors=21))
 
 
-@pytest.mark.parametrize("factor", [4.5, 8.0, 1e3])
+@pytest.mark.parametrize("factor", [2.5, 4.5, 8.0, 1e3])
 def test_promise_a_lasting_rise_is_skipped_for_50_steps(factor: float) -> None:
     ours, norms = settled()
     skips = [ours.skips(norms.step(factor)) for _ in range(600)]
@@ -225,10 +225,11 @@ def test_promise_norms_that_scatter_are_usual() -> None:
 
 
 @pytest.mark.parametrize("factor", [0.5, 2.0])
-def test_promise_another_batch_size_is_no_fault(factor: float) -> None:
+@pytest.mark.parametrize(("noise", "most"), [(0.2, 0), (0.1, 2), (0.05, 2)])
+def test_promise_another_batch_size_is_no_fault(factor: float, noise: float, most: int) -> None:
     """Four times the batch halves norms that noise dominates; a quarter doubles them."""
-    ours, norms = settled()
-    assert not any(ours.skips(norms.step(factor)) for _ in range(300))
+    ours, norms = settled(noise=noise)
+    assert sum(ours.skips(norms.step(factor)) for _ in range(300)) <= most
 
 
 def test_promise_idle_experts_do_not_count() -> None:
