@@ -20,6 +20,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 
 import dist_clip
@@ -59,21 +64,27 @@ def loss_of(net: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     return (net(batch[0]) - batch[1]).square().mean()
 
 
-class Module(pl.LightningModule):  # type: ignore[misc, name-defined]
-    """The network as a LightningModule; `shard` says whether `configure_model` shards it by FSDP2."""
+def lay_out(kind: str, net: nn.Module, mesh: DeviceMesh) -> None:
+    """Shard the network by FSDP2, or by tensor parallelism."""
+    if kind == "fsdp2":
+        for layer in (net[0], net[2], net):  # type: ignore[index]
+            fully_shard(layer, mesh=mesh)
+    elif kind == "tp":
+        parallelize_module(net, mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
 
-    def __init__(self, shard: bool = False) -> None:
+
+class Module(pl.LightningModule):  # type: ignore[misc, name-defined]
+    """The network as a LightningModule; `kind` says how `configure_model` lays it out, if it does."""
+
+    def __init__(self, kind: str = "") -> None:
         super().__init__()
-        self.net, self._shard = make_net(), shard
+        self.net, self._kind = make_net(), kind
 
     def configure_model(self) -> None:
-        if self._shard:
-            from torch.distributed.fsdp import fully_shard
-
-            mesh = self.device_mesh["data_parallel"]
-            if not isinstance(self.net[0].weight, torch.distributed.tensor.DTensor):
-                for layer in (self.net[0], self.net[2], self.net):
-                    fully_shard(layer, mesh=mesh)
+        if self._kind in ("fsdp2", "tp") and not isinstance(self.net[0].weight, DTensor):
+            lay_out(
+                self._kind, self.net, self.device_mesh["data_parallel" if self._kind == "fsdp2" else "tensor_parallel"]
+            )
 
     def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
         return loss_of(self.net, batch)
@@ -619,28 +630,21 @@ def parallel_trainer(kind: str, callbacks: list[Any], epochs: int) -> Any:
     if kind == "ddp":
         strategy: Any = DDPStrategy(cluster_environment=Here())
     else:
-        strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
+        sizes = (2, 1) if kind == "fsdp2" else (1, 2)
+        strategy = ModelParallelStrategy(data_parallel_size=sizes[0], tensor_parallel_size=sizes[1])
     plugins = None if kind == "ddp" else [Here()]
     return trainer_of(callbacks, epochs, devices=2, strategy=strategy, plugins=plugins)
 
 
 def plain_parallel(kind: str, data: Any, epochs: int) -> Any:
-    """A plain loop under DDP or FSDP2: snapshot and scales."""
-    from torch.distributed.fsdp import fully_shard
-    from torch.nn.parallel import DistributedDataParallel
-
+    """A plain loop under DDP, FSDP2 or tensor parallelism: snapshot and scales."""
     net = make_net()
-    model: nn.Module = net
-    if kind == "ddp":
-        model = DistributedDataParallel(net)
-    else:
-        mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (2,))
-        for layer in (net[0], net[2], net):
-            fully_shard(layer, mesh=mesh)
+    lay_out(kind, net, init_device_mesh("cpu", (2,)))
+    model = DistributedDataParallel(net) if kind == "ddp" else net
     optimizer, clipper = torch.optim.AdamW(net.parameters(), lr=1e-2), dist_clip.GradClipper(model, policy())
     scales = []
     for _ in range(epochs):
-        for batch in loader_of(data, dist.get_rank()):
+        for batch in loader_of(data, dist.get_rank() if kind != "tp" else 0):
             optimizer.zero_grad()
             loss_of(model, batch).backward()
             scales.append(clipper.clip_().scales.clone())
@@ -650,10 +654,10 @@ def plain_parallel(kind: str, data: Any, epochs: int) -> Any:
 
 def train_parallel(kind: str, folder: str) -> dict[str, Any]:
     """On a rank: the Trainer's run, the plain one, and runs that were resumed within and after the warm-up."""
-    data, rank = batches(EPOCH, ranks=2), dist.get_rank()
+    data, rank = batches(EPOCH, ranks=2), dist.get_rank() if kind != "tp" else 0
 
     def run(epochs: int, resume: str | None = None, save: str | None = None) -> Any:
-        module, callback = Module(shard=kind == "fsdp2"), ClipCallback(policy())
+        module, callback = Module(kind), ClipCallback(policy())
         record = Record(callback)
         trainer = parallel_trainer(kind, [callback, record], epochs)
         trainer.fit(module, loader_of(data, rank), ckpt_path=resume, weights_only=True if resume else None)
@@ -662,10 +666,10 @@ def train_parallel(kind: str, folder: str) -> dict[str, Any]:
         return snapshot(module.net, module.optimizers().optimizer), record.scales, callback.state_dict()
 
     def run_poisoned() -> list[dict[str, Tensor]]:
-        """The second batch of rank 1 is NaN; a snapshot after each step."""
-        module, callback, steps = Module(shard=kind == "fsdp2"), ClipCallback(policy(), nonfinite="skip"), Steps()
+        """The second batch of rank 1 (of both under tensor parallelism) is NaN; a snapshot after each step."""
+        module, callback, steps = Module(kind), ClipCallback(policy(), nonfinite="skip"), Steps()
         poisoned = [(x.clone(), y) for x, y in data]
-        if rank == 1:
+        if rank == 1 or kind == "tp":
             poisoned[1][0].fill_(float("nan"))
         parallel_trainer(kind, [callback, steps], 1).fit(module, loader_of(poisoned, rank))
         assert callback.clippers[0].steps == EPOCH - 1
@@ -680,7 +684,7 @@ def train_parallel(kind: str, folder: str) -> dict[str, Any]:
     return {**found, "poisoned": run_poisoned()}
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2", "tp"])
 def test_two_ranks_equal_a_plain_loop_and_resume_exactly(kind: str, tmp_path: Path) -> None:
     for found in pool(2).run(train_parallel, kind, str(tmp_path)):
         params, scales, state = found["whole"]
@@ -701,8 +705,6 @@ def test_two_ranks_equal_a_plain_loop_and_resume_exactly(kind: str, tmp_path: Pa
 
 def step_fsdp1(several: bool) -> dict[str, Any]:
     """On a rank: the callback's hooks, called as Lightning does, beside `clip_grad_norm_` of FSDP1's own."""
-    from torch.distributed.fsdp import FullyShardedDataParallel
-
     model, same = (
         FullyShardedDataParallel(make_net(), use_orig_params=True, device_id=torch.device("cpu")) for _ in range(2)
     )
