@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dist_clip.adapter import make_clipper, refuse_native_clip
+from dist_clip.adapter import make_clipper, refuse_native_clip, warn_of_lost_state
 from dist_clip.clipper import GradClipper
 from dist_clip.errors import LayoutError
 from dist_clip.layouts.naming import named_parameters
@@ -121,7 +121,9 @@ class ClipCallback(Callback):
         groups = [self._optimizers] if self._together else [[each] for each in self._optimizers]
         self.clippers = [self._make(trainer, group) for group in groups]
         loaded, self._loaded = self._loaded, None
-        if loaded is not None:
+        if loaded is None:
+            warn_of_lost_state(self._optimizers, f"callbacks[{self.state_key!r}]")
+        else:
             if len(loaded) != len(self.clippers):
                 raise ValueError(
                     f"the checkpoint has the state of {len(loaded)} clippers, and here are {len(self.clippers)}: "

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from dist_clip.adapter import make_clipper, refuse_native_clip
+from dist_clip.adapter import make_clipper, refuse_native_clip, warn_of_lost_state
 from dist_clip.clipper import GradClipper
 from dist_clip.optimizers import SkippableStep
 
@@ -60,7 +60,7 @@ class ClipCallback(Callback):
     def __post_init__(self) -> None:
         self.clipper: GradClipper | None = None
         self._steps: list[SkippableStep] = []
-        self._skipped = False
+        self._skipped = self._loaded = False
 
     def post_attach(self) -> None:
         """Make the clipper."""
@@ -103,6 +103,12 @@ class ClipCallback(Callback):
             self.trainer.record_metric("optim/step skipped", 1.0, merge_strategy=MetricMergeStrategy.latest)
         self._skipped = False
 
+    def post_checkpoint_loaded(self, path: Any) -> None:
+        """Warn if the optimizer's state was loaded, and none of the clipper."""
+        if self.clipper is not None and not self._loaded:
+            optimizers = _optimizers_of(self.trainer.train_module)
+            warn_of_lost_state(optimizers, f"state of the callback {self.trainer.get_callback_name(self)!r}")
+
     def state_dict(self) -> dict[str, Any]:
         """Return the clipper's state; empty without a clipper."""
         return {} if self.clipper is None else self.clipper.state_dict()
@@ -111,6 +117,7 @@ class ClipCallback(Callback):
         """Load what `state_dict` returned; nothing of a run that did not train."""
         if self.clipper is not None and state_dict:
             self.clipper.load_state_dict(state_dict)
+            self._loaded = True
 
 
 def _optimizers_of(module: Any) -> list[Any]:

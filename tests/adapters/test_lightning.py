@@ -238,6 +238,16 @@ def test_resume_equals_the_uninterrupted_run(tmp_path: Path, saved_at: int, guar
     assert callback.clippers[0].steps == 4 * EPOCH
 
 
+def test_a_checkpoint_without_the_clippers_state_is_warned_of(tmp_path: Path) -> None:
+    data = batches(EPOCH)
+    trainer = trainer_of([])
+    trainer.fit(Module(), loader_of(data))
+    trainer.save_checkpoint(tmp_path / "saved.ckpt")
+    trainer = trainer_of([ClipCallback(policy())], epochs=2)
+    with pytest.warns(UserWarning, match=r"has taken 3 steps.*no callbacks\['dist_clip'\]"):
+        trainer.fit(Module(), loader_of(data), ckpt_path=tmp_path / "saved.ckpt")
+
+
 def test_state_that_waits_is_saved_again() -> None:
     """A checkpoint that is loaded and saved without training keeps the state."""
     callback = ClipCallback(policy())

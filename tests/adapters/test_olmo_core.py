@@ -265,6 +265,12 @@ def test_resume_equals_the_uninterrupted_run(tmp_path: Path, guard: Any) -> None
         assert_same(again.callbacks["dist_clip"].state_dict(), trainer.callbacks["dist_clip"].state_dict())
 
 
+def test_a_checkpoint_without_the_clipper_s_state_is_warned_of(tmp_path: Path) -> None:
+    train(tmp_path / "before", None, steps=3, save_at=[2])
+    with pytest.warns(UserWarning, match=r"has taken 2 steps.*no state of the callback 'dist_clip'"):
+        train(tmp_path / "after", ClipCallback(policy()), load=str(tmp_path / "before" / "step2"), steps=3)
+
+
 def test_what_is_recorded(tmp_path: Path) -> None:
     """The same norms as OLMo-core's own clip, beside which the parameters are the same up to rounding."""
     _, ours = train(tmp_path / "ours", ClipCallback(dist_clip.GlobalNorm(0.1)), steps=4)
