@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from dist_clip import guards, policies
 from dist_clip.clipper import GradClipper
 from dist_clip.guards import Guard
+from dist_clip.optimizers import steps_taken
 from dist_clip.policies import Policy
 from dist_clip.recommended import recommended
 
@@ -132,6 +134,17 @@ def from_json(stored: Any) -> Any:
     if isinstance(stored, list):
         return [from_json(value) for value in stored]
     return float(stored) if stored in ("nan", "inf", "-inf") else stored
+
+
+def warn_of_lost_state(optimizers: Iterable[Any], where: str) -> None:
+    """Warn if `optimizers` come from a checkpoint that had no state for the clipper, which is looked for in `where`."""
+    steps = max(map(steps_taken, optimizers), default=0)
+    if steps > 1:  # checkpoint functions make a state by a step that is none
+        warnings.warn(
+            f"the optimizer has taken {steps} steps, and the clipper begins at step 0 with its warm-up: the checkpoint has "
+            f"no {where}. No matter if this run clips for the first time",
+            stacklevel=3,
+        )
 
 
 def refuse_native_clip(framework: str, setting: str, value: object, off: str = "None") -> None:

@@ -230,3 +230,65 @@ def holds_dtensors(optimizer: Any) -> bool:
 def params_of(optimizer: Any) -> list[Tensor]:
     """Return the optimizer's parameters, group by group."""
     return [param for group in optimizer.param_groups for param in group["params"]]
+
+
+class SkippableStep:
+    """Lets one step of an optimizer be left out, also from inside the closure that computes its gradients.
+
+    A framework that calls ``step(closure)`` clips at the closure's end, when the step has begun. Optimizers evaluate the
+    closure before anything else, so that leaving it by an exception takes no step at all, whatever the optimizer does
+    beside what gradients tell it.
+
+    Args:
+        optimizer: an object with ``step``.
+
+    Raises:
+        TypeError: its step cannot be replaced.
+    """
+
+    def __init__(self, optimizer: Any) -> None:
+        self._name = type(optimizer).__name__
+        self._skip = self._running = self._clipped = False
+        self.remove = replace_step(optimizer, self._run)
+
+    def clips(self) -> None:
+        """Say that the gradients of the coming, or of the running, step are about to be clipped.
+
+        Raises:
+            RuntimeError: they were already clipped in the running step.
+        """
+        if self._running and self._clipped:
+            raise RuntimeError(
+                f"{self._name} evaluates its closure several times in a step, and each would clip and count as a step: "
+                "clip by hand in the closure, or use an optimizer that takes one step of one gradient"
+            )
+        self._clipped = self._running
+
+    def leave_out(self, skip: bool) -> None:
+        """Leave the coming, or the running, step out if `skip`."""
+        self._skip = skip
+
+    def _run(self, optimizer: Any, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        closure = args[0] if args else kwargs.get("closure")
+        if closure is None:
+            skip, self._skip = self._skip, False
+            return None if skip else step(*args, **kwargs)
+
+        def evaluate() -> Any:
+            result = closure()
+            if self._skip:
+                raise _LeftOut(result)
+            return result
+
+        self._running, self._clipped = True, False
+        try:
+            return step(evaluate, *args[1:], **kwargs) if args else step(**{**kwargs, "closure": evaluate})
+        except _LeftOut as left:
+            return left.result
+        finally:
+            self._running = self._skip = False
+
+
+class _LeftOut(Exception):
+    def __init__(self, result: Any) -> None:
+        self.result = result
