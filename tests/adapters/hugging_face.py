@@ -15,6 +15,8 @@ import transformers
 from accelerate import state as accelerate_state
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 import dist_clip
 
@@ -70,10 +72,9 @@ def plain_loop(
         if world > 1:
             dist.all_reduce(labels)
         for i, batch in enumerate(micro_batches):
-            synchronise = i == len(micro_batches) - 1 or not hasattr(model, "no_sync")
-            with contextlib.nullcontext() if synchronise else model.no_sync():
-                loss = model(**batch, num_items_in_batch=labels).loss
-                (loss * world).backward()
+            synchronise(model, i == len(micro_batches) - 1)
+            loss = model(**batch, num_items_in_batch=labels).loss
+            (loss * world).backward()
         spoil(step, model)
         report = clip(clipper)
         scales.append(report.scales.clone())
@@ -82,6 +83,22 @@ def plain_loop(
             optimizer.step()
         optimizer.zero_grad()
     return whole_parameters(model), scales, norms
+
+
+def synchronise(model: Any, now: bool) -> None:
+    """Have DDP or FSDP2 reduce gradients in the backward that follows, or later."""
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        model.require_backward_grad_sync = now
+    elif hasattr(model, "set_requires_gradient_sync"):
+        model.set_requires_gradient_sync(now)
+
+
+def sharded(model: Any) -> Any:
+    """The model under FSDP2, with units of one block, as the tests have Accelerate make it."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for block in model.transformer.h:
+        fully_shard(block, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
 
 
 def whole_parameters(model: nn.Module) -> list[Tensor]:
@@ -111,6 +128,7 @@ def launched(fsdp: bool = False) -> Iterator[None]:
         plugin = kwargs.get("fsdp_plugin")
         if plugin is not None:
             self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, plugin
+            accelerate_state.PartialState._shared_state["distributed_type"] = DistributedType.FSDP
 
     if fsdp:
         accelerate_state.AcceleratorState.__init__ = told

@@ -342,17 +342,7 @@ def trained(path: str, fsdp: bool, saved: int) -> dict[str, Any]:
         clipper = trainer.clip_callback.clipper
         again, _ = make_trainer(path, **arguments)
         again.train(resume_from_checkpoint=f"{path}/checkpoint-{saved}")
-        model = hf.make_model()
-        if fsdp:
-            from torch.distributed.device_mesh import init_device_mesh
-            from torch.distributed.fsdp import fully_shard
-
-            mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-            for block in model.transformer.h:
-                fully_shard(block, mesh=mesh)
-            plain: nn.Module = fully_shard(model, mesh=mesh)
-        else:
-            plain = nn.parallel.DistributedDataParallel(model)
+        plain = hf.sharded(hf.make_model()) if fsdp else nn.parallel.DistributedDataParallel(hf.make_model())
         parameters, scales, norms = hf.plain_loop(plain, recorder.steps(8, 2))
         return {
             "kind": kind,
