@@ -55,8 +55,10 @@ def collate(examples: Sequence[Batch]) -> Batch:
 def plain_loop(
     model: nn.Module,
     steps: Sequence[Sequence[Batch]],
-    clip: Callable[[dist_clip.GradClipper], Any] = dist_clip.GradClipper.clip_,
     spoil: Callable[[int, nn.Module], None] = lambda step, model: None,
+    loss_of: Callable[[Any, Batch, Tensor], Tensor] = lambda model, batch, labels: (
+        model(**batch, num_items_in_batch=labels).loss
+    ),
     **options: Any,
 ) -> tuple[list[Tensor], list[Tensor], list[float]]:
     """Train by hand on the micro-batches of each step. Returns whole parameters, and of each step scales and norm.
@@ -73,10 +75,9 @@ def plain_loop(
             dist.all_reduce(labels)
         for i, batch in enumerate(micro_batches):
             synchronise(model, i == len(micro_batches) - 1)
-            loss = model(**batch, num_items_in_batch=labels).loss
-            (loss * world).backward()
+            (loss_of(model, batch, labels) * world).backward()
         spoil(step, model)
-        report = clip(clipper)
+        report = clipper.clip_()
         scales.append(report.scales.clone())
         norms.append(report.global_norm.item())
         if not report.skip:

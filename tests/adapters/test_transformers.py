@@ -367,3 +367,66 @@ def test_two_processes_train_as_the_plain_loop_does(fsdp: bool, tmp_path: Path) 
         assert rank["found"][2] == rank["expected"][2]
         hf.assert_equal(rank["resumed"], rank["found"][0])
         assert rank["steps"] == (8, 8)
+
+
+# ---------------------------------------------------------------------------------------------------------------- TRL
+
+
+def make_sft_trainer(path: Path, way: str) -> Any:
+    datasets, trl = pytest.importorskip("datasets"), pytest.importorskip("trl")
+    tokenizers = pytest.importorskip("tokenizers")
+    words = {str(i): i for i in range(hf.VOCABULARY)}
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="0")),
+        pad_token="0",
+        eos_token="1",
+    )
+    arguments = trl.SFTConfig(
+        str(path),
+        per_device_train_batch_size=4,
+        max_steps=8,
+        learning_rate=1e-2,
+        lr_scheduler_type="constant",
+        optim="adamw_torch",
+        logging_steps=1,
+        save_strategy="no",
+        report_to=[],
+        use_cpu=True,
+        bf16=False,
+        disable_tqdm=True,
+    )
+    data = datasets.Dataset.from_list([{"input_ids": row["input_ids"].tolist()} for row in hf.make_data()])
+    given = {"model": hf.make_model(), "args": arguments, "train_dataset": data, "processing_class": tokenizer}
+
+    class MixedSFTTrainer(adapter.ClipMixin, trl.SFTTrainer):
+        clip_policy = hf.policy()
+
+    if way == "mixin":
+        return MixedSFTTrainer(**given)
+    trainer = trl.SFTTrainer(**given, callbacks=[adapter.ClipCallback(hf.policy())] if way == "callback" else None)
+    if way == "attach":
+        adapter.attach(trainer, hf.policy())
+    return trainer
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_trl_s_sft_trainer_trains_as_the_plain_loop_does(way: str, tmp_path: Path) -> None:
+    trainer = make_sft_trainer(tmp_path, way)
+    batches: list[hf.Batch] = []
+    collate = trainer.data_collator
+
+    def recorded(examples: Any) -> hf.Batch:
+        batches.append(dict(collate(examples)))
+        return dict(batches[-1])
+
+    trainer.data_collator = recorded
+    trainer.train()
+    other = make_sft_trainer(tmp_path, "none")  # for TRL's loss, which is not the model's to the last bit
+    parameters, _, norms = hf.plain_loop(
+        other.model.train(),
+        [[batch] for batch in batches[:8]],
+        loss_of=lambda model, batch, labels: other.compute_loss(model, dict(batch), num_items_in_batch=labels),
+    )
+    hf.assert_equal(hf.whole_parameters(trainer.model), parameters)
+    assert logged(trainer, "grad_norm") == pytest.approx(norms, rel=1e-6)
+    assert len(logged(trainer, "clip/fraction")) == len(logged(trainer, "mean_token_accuracy")) == 8
