@@ -23,15 +23,15 @@ try:
     from accelerate.optimizer import AcceleratedOptimizer
     from accelerate.utils import DistributedType
 except ImportError:
-    raise ImportError("dist_clip.accelerate needs Accelerate: pip install dist-clip[accelerate]") from None
+    raise ImportError("dist_clip.accelerate needs Accelerate: pip install 'dist-clip[accelerate]'") from None
 
-__all__ = ["AcceleratedAttachment", "attach"]
+__all__ = ["attach"]
 
 _MARK = "_dist_clip_attachments"
 
 _REFUSED = {
-    DistributedType.DEEPSPEED: "DeepSpeed clips inside its engine (gradient_clipping in its configuration), and its gradients "
-    "are not in .grad, so dist_clip cannot read them",
+    DistributedType.DEEPSPEED: "DeepSpeed clips inside its engine (gradient_clipping in its configuration), and its "
+    "gradients are not in .grad, so dist_clip cannot read them",
     DistributedType.MEGATRON_LM: "Megatron-LM clips inside its optimizer: use dist_clip.megatron.attach(optimizer, policy, "
     "model=...)",
     DistributedType.XLA: "on XLA devices Accelerate reduces gradients inside optimizer.step, after dist_clip would have "
@@ -138,7 +138,6 @@ class AcceleratedAttachment:
     ) -> None:
         self.clipper, self.optimizers, self._accelerator = clipper, list(optimizers), accelerator
         self._scaler = clipper._options.scaler
-        self._known = clipper._made.known
         self._check()
         self.attached = True
         self._sums_losses = loss == "sum"
@@ -153,14 +152,22 @@ class AcceleratedAttachment:
         for optimizer in self.optimizers:
             self._undo.callback(replace_step(optimizer, self._step))
         if accelerator is not None:
-            setattr(accelerator, _MARK, [*getattr(accelerator, _MARK, ()), self])
+            others = [each for each in getattr(accelerator, _MARK, ()) if each.attached]
+            setattr(accelerator, _MARK, [*others, self])
             for name in ("clip_grad_norm_", "clip_grad_value_", "backward"):
                 self.replace(accelerator, name, getattr(self, f"_{name}"))
 
+    @property
+    def _known(self) -> frozenset[int]:
+        return self.clipper._made.known
+
     def remove(self) -> None:
-        """Detach: the accelerator and the optimizers do again what they did before."""
+        """Detach: the accelerator and the optimizers do again what they did before, and save no state of the clipper."""
         self.attached = False
         self._undo.close()
+        saved = getattr(self._accelerator, "_custom_objects", [])
+        if any(each is self.clipper for each in saved):
+            saved.remove(self.clipper)
 
     def replace(self, owner: Any, name: str, run: Callable[..., Any]) -> None:
         """Have ``owner.name(...)`` call ``run(what it was, ...)``, until `remove`."""

@@ -15,7 +15,7 @@ try:
     from accelerate.optimizer import AcceleratedOptimizer
     from transformers.trainer_callback import ExportableState, TrainerCallback
 except ImportError:
-    raise ImportError("dist_clip.transformers needs transformers: pip install dist-clip[transformers]") from None
+    raise ImportError("dist_clip.transformers needs transformers: pip install 'dist-clip[transformers]'") from None
 
 from dist_clip.accelerate import AcceleratedAttachment, refuse
 

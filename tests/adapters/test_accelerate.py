@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import math
+import sys
 import types
 import warnings
 from collections.abc import Iterator, Sequence
@@ -24,6 +26,7 @@ import dist_clip
 import dist_clip.accelerate as adapter
 from tests.harness import pool
 
+from . import docs
 from . import hugging_face as hf
 
 STEPS = 8
@@ -174,7 +177,7 @@ def test_fp16_unscales_first_and_an_overflow_is_not_remembered() -> None:
     """Accelerate's GradScaler on the CPU; the plain loop has none, and its steps are those that were not skipped."""
     run = Run(accelerator={"mixed_precision": "fp16"}, policy=dist_clip.GlobalNorm(0.5))
     scaler = run.accelerator.scaler
-    assert scaler is not None and scaler.get_scale() > 1
+    assert scaler.get_scale() > 1
     run.train(batches(5), inf_at_3)
     assert run.clipper.steps == 4
     hf.assert_equal(run.parameters[3], run.parameters[2])
@@ -234,9 +237,8 @@ def test_max_norm_has_no_effect_and_is_warned_of_once() -> None:
     run = Run()
     run.accelerator.backward(run.model(**batches(1)[0]).loss)
     with pytest.warns(UserWarning, match=r"clip_grad_norm_\(max_norm=0.1\) has no effect any more: AdaGC") as caught:
-        run.accelerator.clip_grad_norm_(run.model.parameters(), 0.1)
-        run.accelerator.clip_grad_norm_(run.model.parameters(), 0.1)
-    assert len(caught) == 1
+        twice = [run.accelerator.clip_grad_norm_(run.model.parameters(), 0.1) for _ in range(2)]
+    assert (len(twice), len(caught)) == (2, 1)
     assert caught[0].filename == __file__
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -276,7 +278,9 @@ def test_what_is_refused_names_itself() -> None:
         adapter.attach(accelerator, unprepared)
     two = nn.ModuleList([nn.Linear(2, 2), nn.Linear(3, 3)])
     prepared, _ = accelerator.prepare(two, torch.optim.SGD(two.parameters()))
-    with pytest.raises(dist_clip.LayoutError, match=r"SGD holds a parameter of shape \[3, 3\] that is not in the model"):
+    with pytest.raises(
+        dist_clip.LayoutError, match=r"SGD holds a parameter of shape \[3, 3\] that is not in the model"
+    ):
         adapter.attach(accelerator, prepared[0])
     for kind in ("DEEPSPEED", "MEGATRON_LM", "XLA"):
         with pytest.raises(ValueError, match=f"^{kind}: "):
@@ -317,7 +321,30 @@ def test_remove_gives_the_accelerator_its_own_clip_back() -> None:
     run.optimizer.step()
     assert run.clipper.steps == 0
     again = adapter.attach(run.accelerator, run.model)
-    assert again.attachment.attached
+    assert run.accelerator._custom_objects == [again]
+
+
+def test_the_lines_on_the_page_run() -> None:
+    model = hf.make_model()
+    before = hf.whole_parameters(model)
+    names: dict[str, Any] = {
+        "model": model,
+        "optimizer": torch.optim.AdamW(model.parameters(), lr=1e-2),
+        "loader": torch.utils.data.DataLoader(hf.make_data(), batch_size=8, collate_fn=hf.collate),
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        exec(docs.first_code_block("accelerate.md"), names)
+    assert names["clipper"].steps == 8
+    assert names["clipper"].policy == dist_clip.recommended()["policy"]
+    assert not torch.equal(hf.whole_parameters(model)[0], before[0])
+
+
+def test_the_extra_is_named_where_it_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "accelerate.optimizer", None)
+    monkeypatch.delitem(sys.modules, "dist_clip.accelerate")
+    with pytest.raises(ImportError, match=r"pip install 'dist-clip\[accelerate\]'"):
+        importlib.import_module("dist_clip.accelerate")
 
 
 # ------------------------------------------------------------------------------------------------- several processes

@@ -13,8 +13,11 @@ from typing import Any
 
 import pytest
 
-pydantic = pytest.importorskip("pydantic")
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("pydantic")
+pytest.importorskip("transformers")
+
+import pydantic
+import transformers
 
 import dist_clip
 
