@@ -27,7 +27,8 @@ except ImportError:
 
 __all__ = ["attach"]
 
-_MARK = "_dist_clip_attachments"
+_MARK = "_dist_clip_attachment"
+"""Attribute of a prepared optimizer: what clips for it."""
 
 _REFUSED = {
     DistributedType.DEEPSPEED: "DeepSpeed clips inside its engine (gradient_clipping in its configuration), and its "
@@ -65,7 +66,7 @@ def attach(
         The clipper; ``clipper.last_report`` says what was done, and ``clipper.attachment.remove()`` detaches.
 
     Raises:
-        RuntimeError: the model or its optimizer is not prepared yet, or the model is attached already.
+        RuntimeError: the model or its optimizer is not prepared yet, or the optimizer is attached already.
         ValueError: DeepSpeed, Megatron-LM or XLA; several optimizers under fp16; a policy with scope "shard" on several
             ranks, whose state Accelerate would save of one rank only.
         LayoutError: an optimizer holds a parameter that is not the model's.
@@ -95,12 +96,6 @@ def attach(
             "model, optimizer = accelerator.prepare(model, optimizer), then attach(accelerator, model), whose parameters "
             "are those that the prepared optimizer steps"
         )
-    for other in getattr(accelerator, _MARK, ()):
-        if other.attached and any(id(param) in trained for each in other.optimizers for param in params_of(each)):
-            raise RuntimeError(
-                "this model is attached already: gradients would be clipped twice. clipper.attachment.remove() takes the "
-                "first one off"
-            )
     options = {"log_global_norm": True, "scaler": accelerator.scaler, **options}
     clipper = make_clipper(models[0] if len(models) == 1 else models, policy, guard, **options)
     clipper.attachment = AcceleratedAttachment(clipper, optimizers, accelerator)
@@ -130,6 +125,7 @@ class AcceleratedAttachment:
 
     Raises:
         LayoutError: an optimizer holds a parameter that the clipper does not know.
+        RuntimeError: an optimizer has an attachment already.
         ValueError: several optimizers under fp16, or a policy whose state belongs to ranks.
     """
 
@@ -150,10 +146,9 @@ class AcceleratedAttachment:
         self._warned = False
         self._undo = contextlib.ExitStack()
         for optimizer in self.optimizers:
+            setattr(optimizer, _MARK, self)
             self._undo.callback(replace_step(optimizer, self._step))
         if accelerator is not None:
-            others = [each for each in getattr(accelerator, _MARK, ()) if each.attached]
-            setattr(accelerator, _MARK, [*others, self])
             for name in ("clip_grad_norm_", "clip_grad_value_", "backward"):
                 self.replace(accelerator, name, getattr(self, f"_{name}"))
 
@@ -211,6 +206,12 @@ class AcceleratedAttachment:
         for optimizer in self.optimizers:
             if not isinstance(optimizer, AcceleratedOptimizer):
                 raise ValueError(f"{type(optimizer).__name__} is not an optimizer that Accelerate prepared")
+            other = getattr(optimizer, _MARK, None)
+            if other is not None and other.attached:
+                raise RuntimeError(
+                    "this optimizer is attached already: gradients would be clipped twice. "
+                    "clipper.attachment.remove() takes the first one off"
+                )
             for param in params_of(optimizer):
                 if id(param) not in self._known:
                     raise LayoutError(

@@ -309,6 +309,27 @@ def test_two_optimizers_share_one_clip_a_round() -> None:
     assert clipper.steps == 3
 
 
+def test_two_models_that_take_turns_are_clipped_each_at_its_own_step() -> None:
+    """As a GAN: the second one's backward leaves gradients in the first."""
+    accelerator = Accelerator(cpu=True)
+    models = [nn.Linear(2, 2), nn.Linear(2, 2)]
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.1) for model in models]
+    first, second, *optimizers = accelerator.prepare(*models, *optimizers)
+    clippers = [adapter.attach(accelerator, model, dist_clip.GlobalNorm(0.1)) for model in (first, second)]
+    for _ in range(3):
+        for loss, model, optimizer in (
+            (lambda: first(torch.ones(1, 2)).sum(), first, optimizers[0]),
+            (lambda: first(second(torch.ones(1, 2))).sum(), second, optimizers[1]),
+        ):
+            optimizer.zero_grad()
+            accelerator.backward(loss())
+            accelerator.clip_grad_norm_(model.parameters(), 0.1)
+            grads = [param.grad for param in model.parameters()]
+            assert torch.nn.utils.get_total_norm(grads) == pytest.approx(0.1, rel=1e-4)
+            optimizer.step()
+    assert [clipper.steps for clipper in clippers] == [3, 3]
+
+
 def test_remove_gives_the_accelerator_its_own_clip_back() -> None:
     run = Run()
     run.clipper.attachment.remove()

@@ -309,6 +309,9 @@ def test_what_is_refused_names_itself(tmp_path: Path) -> None:
     trainer, _ = make_trainer(tmp_path)
     with pytest.raises(RuntimeError, match="this trainer clips with dist_clip already"):
         adapter.attach(trainer)
+    twice, _ = make_trainer(tmp_path, "callback", callbacks=[adapter.ClipCallback()])
+    with pytest.raises(RuntimeError, match="this optimizer is attached already"):
+        twice.train()
     with pytest.raises(ValueError, match="restore_callback_states_from_checkpoint=True makes callbacks anew"):
         make_trainer(tmp_path, restore_callback_states_from_checkpoint=True)
     late, _ = make_trainer(tmp_path, "callback", restore_callback_states_from_checkpoint=True)
