@@ -222,6 +222,20 @@ def test_a_step_that_the_script_leaves_out_is_no_reason_to_leave_the_next_clip_o
     assert run.clipper.steps == 2
 
 
+@pytest.mark.parametrize(("past", "steps"), [(True, True), (False, False)])
+def test_gradients_that_stay_the_same_tensors_are_clipped_each_time(past: bool, steps: bool) -> None:
+    """The order of steps tells them, and where a step was left out ``accelerator.backward``."""
+    run = Run()
+    for batch in batches(3):
+        loss = run.model(**batch).loss
+        loss.backward() if past else run.accelerator.backward(loss)
+        run.accelerator.clip_grad_norm_(run.model.parameters(), math.inf)
+        if steps:
+            run.optimizer.step()
+        run.optimizer.zero_grad(set_to_none=False)
+    assert run.clipper.steps == 3
+
+
 def test_gradients_that_the_script_changes_after_the_clip_are_not_clipped_again() -> None:
     run = Run()
     run.accelerator.backward(run.model(**batches(1)[0]).loss)
