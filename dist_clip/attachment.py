@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
@@ -27,8 +28,12 @@ from dist_clip.optimizers import (
     params_of,
     refuse_unfinished_gradients,
     replace_step,
+    steps_taken,
     unwrapped,
     versions_of,
+)
+from dist_clip.optimizers import (
+    carry as carry_state,
 )
 from dist_clip.reduction.grad_version import ClippedGradients
 from dist_clip.step import ClipReport
@@ -69,10 +74,12 @@ class Attachment:
         may_skip: whether a report may ask for its step to be skipped.
         scaler: the GradScaler, whose optimizers must all be unscaled before a clip; None without one.
         process_group: all ranks that train the model; None for all there are.
+        fresh: whether the clipper has clipped nothing and was given no state.
+        carry: saves and loads the clipper's state with the first optimizer's; None: neither.
 
     Raises:
         TypeError: no optimizer, or an object that is none, or one whose ``step`` cannot be replaced, or whose gradients
-            are not complete before its step.
+            are not complete before its step, or whose state dicts have no hooks for `carry`.
         RuntimeError: the same optimizer twice.
         LayoutError: an optimizer holds a parameter that is not in `known`.
 
@@ -96,6 +103,8 @@ class Attachment:
         may_skip: bool,
         scaler: GradScaler | None,
         process_group: dist.ProcessGroup | None = None,
+        fresh: Callable[[], bool] = lambda: False,
+        carry: tuple[Callable[[], dict[str, Any]], Callable[[Mapping[str, Any]], None]] | None = None,
     ) -> None:
         if not optimizers:
             raise TypeError("attach() needs an optimizer")
@@ -104,6 +113,7 @@ class Attachment:
             raise RuntimeError("attach() got the same optimizer twice: gradients would be clipped twice a step")
         self._clip_, self._layout, self._known = clip_, layout, known
         self._may_skip, self._scaler, self._process_group = may_skip, scaler, process_group
+        self._fresh = fresh
         self._optimizers = optimizers
         self._stepped: set[int] = set()
         self._inside: Any = None  # the optimizer whose step is running
@@ -126,6 +136,8 @@ class Attachment:
             for wrapped in self._wrapped.values():
                 for inner in wrapped.inner:
                     undo.callback(guard_step(inner, wrapped.note))
+            if carry is not None:
+                undo.callback(carry_state(optimizers[0], *carry))
             self._undo = undo.pop_all()
         self._attached = True
 
@@ -252,12 +264,25 @@ class Attachment:
                 for other in self._optimizers:
                     if self._has_new_gradients(other):
                         check_unscaled(self._scaler, other)
+            if self._fresh():
+                self._warn_of_lost_state()
             self._report = self._clip_()
             self._stepped = set()
             self._clipped.remember(self._layout)
         self._stepped.add(id(optimizer))
         if len(self._stepped) == len(self._optimizers):
             self._stepped = set()
+
+    def _warn_of_lost_state(self) -> None:
+        """Warn if the optimizers have taken steps and the clipper has not. Looks at them before the first clip only."""
+        steps = max(map(steps_taken, self._optimizers))
+        if steps > 1:  # checkpoint functions make a state by a step that is none
+            warnings.warn(
+                f"the optimizer has taken {steps} steps, and the clipper begins at step 0 with its warm-up: load its state "
+                "before the first step (clipper.load_state_dict), or attach(optimizer, carry_state=True) when you save "
+                "and when you load. No matter if this run clips for the first time",
+                stacklevel=6,
+            )
 
     def _has_new_gradients(self, optimizer: Any) -> bool:
         """Whether a gradient of `optimizer` is another one, or has been written to, since the last clip."""
@@ -280,10 +305,18 @@ class _Wrapped:
 
 def refuse_closure(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
     """Raise if an argument of ``step`` is a closure."""
-    if any(callable(argument) for argument in (*args, *kwargs.values())):
+    closures = [argument for argument in (*args, *kwargs.values()) if callable(argument)]
+    if closures:
+        functions = [getattr(each, "func", each) for each in closures]  # of partial()
+        owners = {str(getattr(each, "__module__", "")).partition(".")[0] for each in functions}
+        lightning = owners & {"lightning", "pytorch_lightning"}
         raise RuntimeError(
-            "step(closure) computes gradients inside the step, after this hook: call clipper.clip_() at the end of the "
-            "closure instead of attach()"
+            "step(closure) computes gradients inside the step, after this hook: "
+            + (
+                "Lightning's Trainer does so always. Use Trainer(callbacks=[dist_clip.lightning.ClipCallback(policy)])"
+                if lightning
+                else "call clipper.clip_() at the end of the closure instead of attach()"
+            )
         )
 
 
@@ -293,9 +326,10 @@ def initialises_state(
 ) -> bool:
     """Return whether this is no step of training, but one that torch.distributed.checkpoint takes to make a state.
 
-    It calls ``step(closure=None)`` on a fresh optimizer, with zero gradients and a learning rate of 0 (pytorch#164929).
+    It calls ``step(closure=None)`` on a fresh optimizer, with zero gradients and a learning rate of 0 (pytorch#164929);
+    torchtitan has a copy of it that calls ``step()``.
     """
-    if args or kwargs != {"closure": None} or getattr(optimizer, "state", None):
+    if args or kwargs not in ({"closure": None}, {}) or getattr(optimizer, "state", None):
         return False
     if any("lr" not in group or float(group["lr"]) != 0 for group in optimizer.param_groups):
         return False

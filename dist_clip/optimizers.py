@@ -8,7 +8,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import types
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -141,6 +142,63 @@ def guard_step(optimizer: Any, check: Callable[..., None]) -> Callable[[], None]
         return optimizer.register_step_pre_hook(check).remove
     except (AttributeError, KeyError, TypeError):  # a wrapper that has torch's methods, but not what they work on
         return lambda: None
+
+
+STATE_KEY = "dist_clip"
+"""The entry of an optimizer's state dict that holds a clipper's state."""
+
+
+def carry(
+    optimizer: Any, save: Callable[[], dict[str, Any]], load: Callable[[Mapping[str, Any]], None]
+) -> Callable[[], None]:
+    """Have the state of a clipper saved and loaded as an entry of the optimizer's. Returns what undoes it.
+
+    Args:
+        save: returns the clipper's state.
+        load: loads it. Not called for a state dict without the entry, of which there is a warning.
+
+    Raises:
+        TypeError: the optimizer has none of torch's hooks for it.
+    """
+
+    def put(_: Any, state: dict[str, Any]) -> dict[str, Any]:
+        return {**state, STATE_KEY: save()}
+
+    def take(_: Any, state: dict[str, Any]) -> dict[str, Any]:
+        if STATE_KEY in state:
+            load(state[STATE_KEY])
+        else:
+            warnings.warn(
+                f"the optimizer's state has no entry {STATE_KEY!r}: the clipper's state was not saved with it, or the "
+                "checkpoint functions of torch.distributed dropped it. The clipper goes on as it is",
+                stacklevel=4,
+            )
+        return {key: value for key, value in state.items() if key != STATE_KEY}
+
+    try:
+        handles = [
+            optimizer.register_state_dict_post_hook(put),
+            optimizer.register_load_state_dict_pre_hook(take),
+        ]
+    except (AttributeError, KeyError, TypeError):
+        raise TypeError(
+            f"carry_state=True needs torch's hooks of state dicts, which {type(optimizer).__name__} has not: save "
+            "clipper.state_dict() yourself"
+        ) from None
+
+    def undo() -> None:
+        for handle in handles:
+            handle.remove()
+
+    return undo
+
+
+def steps_taken(optimizer: Any) -> int:
+    """Return how many steps the optimizer's state says were taken; 0 where it does not say. May sync the host."""
+    state = getattr(optimizer, "state", None)
+    kept = next((each for each in state.values() if isinstance(each, dict)), {}) if isinstance(state, dict) else {}
+    steps = kept.get("step", 0)
+    return int(steps) if isinstance(steps, (int, float, Tensor)) else 0
 
 
 def ids_of(optimizer: Any) -> list[int]:
