@@ -179,17 +179,17 @@ class Attachment:
 
     def _check_inner(self, inner: Any, args: Any, kwargs: Any) -> None:
         """As `_check_inside`, for the optimizer inside a wrapper, which a checkpoint function may be given."""
-        if not self._initialises_state(inner, args[1:], kwargs):
+        if not initialises_state(inner, args[1:], kwargs, self._process_group):
             self._check_inside(inner, args, kwargs)
 
     def _step(self, optimizer: Any, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Clip if this step begins a round, then step; or skip where the round's clip says so."""
         if not self._attached or self._inside is not None:
             return step(*args, **kwargs)  # a step inside of a step belongs to it
-        _refuse_closure(args, kwargs)
+        refuse_closure(args, kwargs)
         self._inside = optimizer
         try:
-            if self._initialises_state(optimizer, args, kwargs):
+            if initialises_state(optimizer, args, kwargs, self._process_group):
                 return step(*args, **kwargs)
             self._clip_round(optimizer)
             if not self._may_skip:
@@ -289,25 +289,6 @@ class Attachment:
         covered = {id(tensor.param) for tensor in self._layout}
         return any(id(param) in covered and self._clipped.is_new(param) for param in params_of(optimizer))
 
-    @_disable_dynamo
-    def _initialises_state(self, optimizer: Any, args: Any, kwargs: Any) -> bool:
-        """Whether this is no step of training, but one that torch.distributed.checkpoint takes to make an optimizer's state.
-
-        It calls ``step(closure=None)`` on a fresh optimizer, with zero gradients and a learning rate of 0 (pytorch#164929);
-        torchtitan has a copy of it that calls ``step()``.
-        """
-        if args or kwargs not in ({"closure": None}, {}) or getattr(optimizer, "state", None):
-            return False
-        if any("lr" not in group or float(group["lr"]) != 0 for group in optimizer.param_groups):
-            return False
-        grads = [param.grad for param in params_of(optimizer) if param.grad is not None]
-        local = [grad.to_local() if isinstance(grad, DTensor) else grad for grad in grads]
-        flags = [grad.count_nonzero() > 0 for grad in local]
-        # Other ranks' shards may have gradients where this rank's have none.
-        device = flags[0].device if flags else torch.device("cpu")
-        found = torch.stack([flag.to(device) for flag in flags]).any() if flags else torch.zeros((), dtype=torch.bool)
-        return not bool(any_rank(found, self._process_group))
-
 
 class _Wrapped:
     """The optimizers inside a wrapper, and whether one of them stepped."""
@@ -322,7 +303,8 @@ class _Wrapped:
         self.stepped = True
 
 
-def _refuse_closure(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+def refuse_closure(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Raise if an argument of ``step`` is a closure."""
     closures = [argument for argument in (*args, *kwargs.values()) if callable(argument)]
     if closures:
         functions = [getattr(each, "func", each) for each in closures]  # of partial()
@@ -336,3 +318,25 @@ def _refuse_closure(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
                 else "call clipper.clip_() at the end of the closure instead of attach()"
             )
         )
+
+
+@_disable_dynamo
+def initialises_state(
+    optimizer: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], process_group: dist.ProcessGroup | None
+) -> bool:
+    """Return whether this is no step of training, but one that torch.distributed.checkpoint takes to make a state.
+
+    It calls ``step(closure=None)`` on a fresh optimizer, with zero gradients and a learning rate of 0 (pytorch#164929);
+    torchtitan has a copy of it that calls ``step()``.
+    """
+    if args or kwargs not in ({"closure": None}, {}) or getattr(optimizer, "state", None):
+        return False
+    if any("lr" not in group or float(group["lr"]) != 0 for group in optimizer.param_groups):
+        return False
+    grads = [param.grad for param in params_of(optimizer) if param.grad is not None]
+    local = [grad.to_local() if isinstance(grad, DTensor) else grad for grad in grads]
+    flags = [grad.count_nonzero() > 0 for grad in local]
+    # Other ranks' shards may have gradients where this rank's have none.
+    device = flags[0].device if flags else torch.device("cpu")
+    found = torch.stack([flag.to(device) for flag in flags]).any() if flags else torch.zeros((), dtype=torch.bool)
+    return not bool(any_rank(found, process_group))
