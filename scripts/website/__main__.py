@@ -31,14 +31,12 @@ LINK = re.compile(r"(\]\()([^)\s]+)(\))")
 FENCE = re.compile(r"^(```+).*?^\1[ ]*$", re.MULTILINE | re.DOTALL)
 IMAGES = {".png", ".svg", ".jpg", ".gif"}
 TITLES = {  # of pages whose file name does not make one
-    "accelerate": "Accelerate",
-    "data-loader": "Data loaders",
-    "huggingface": "Hugging Face",
     "olmo_core": "OLMo-core",
     "torchtitan": "torchtitan",
     "transformers": "Transformers, TRL",
     "muon": "Muon and AdamW",
     "rules": "Published rules",
+    "versions": "Supported versions",
     "CONTRIBUTING": "Contributing",
     "CHANGELOG": "Changes",
 }
