@@ -273,6 +273,7 @@ def stage(out: Path) -> None:
     for path, text in made.items():
         (out / "pages" / path).parent.mkdir(parents=True, exist_ok=True)
         (out / "pages" / path).write_text(text, encoding="utf-8")
+    shutil.copy(Path(__file__).parent / "extra.css", out / "pages" / "extra.css")
     template = (Path(__file__).parent / "zensical.toml").read_text(encoding="utf-8")
     assert template.count("nav = []") == 1
     config = template.replace("nav = []", "nav = [\n" + "".join(f"  {toml(entry)},\n" for entry in nav) + "]")
