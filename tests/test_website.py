@@ -30,6 +30,8 @@ def test_every_public_name_is_in_the_reference_once(site: Path) -> None:
     assert found == Counter(name for name in dist_clip.__all__ if name != "__version__")
     frameworks = (site / "pages/reference/frameworks.md").read_text(encoding="utf-8")
     assert "::: dist_clip.megatron\n" in frameworks
+    for name in website.exported("dist_clip/megatron/__init__.py"):
+        assert f"      heading: dist_clip.megatron.{name}\n" in frameworks
 
 
 def test_every_page_is_in_the_navigation_and_all_links_lead_to_staged_files(site: Path) -> None:

@@ -141,17 +141,22 @@ def source_pages(wanted: set[str]) -> dict[str, str]:
     return made
 
 
-def public_names() -> dict[str, str]:
-    """The module in which each public name is defined; read from the source, so that torch is not needed."""
-    tree = ast.parse((ROOT / "dist_clip/__init__.py").read_text(encoding="utf-8"))
+def defined_in(path: str) -> dict[str, str]:
+    """The module in which each public name of a module is defined; read from the source, so that torch is not needed."""
+    own = path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+    tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))
     modules = {
         alias.asname or alias.name: node.module or ""
         for node in ast.walk(tree)
         if isinstance(node, ast.ImportFrom)
         for alias in node.names
     }
-    names = exported("dist_clip/__init__.py")
-    return {name: modules.get(name, "dist_clip") for name in names if not name.startswith("__")}
+    return {name: modules.get(name, own) for name in exported(path) if not name.startswith("__")}
+
+
+def public_names() -> dict[str, str]:
+    """The module in which each public name of the package is defined."""
+    return defined_in("dist_clip/__init__.py")
 
 
 def exported(path: str) -> list[str]:
@@ -176,10 +181,20 @@ def adapters() -> list[str]:
     )  # fmt: skip
 
 
-def identifier(name: str) -> str:
+def entry(name: str, module: str = "dist_clip", level: int = 2) -> str:
+    """What mkdocstrings makes the entry of a public name of a module from."""
+    return (
+        f"\n::: {identifier(name, module)}\n    options:\n      heading: {module}.{name}\n      toc_label: {name}\n"
+        f"      heading_level: {level}\n"
+    )
+
+
+def identifier(name: str, module: str = "dist_clip") -> str:
     """What the reference finds a public name by: where a module has the same name, by the place of its definition."""
-    hidden = (ROOT / f"dist_clip/{name}.py").exists()
-    return f"{public_names()[name]}.{name}" if hidden else f"dist_clip.{name}"
+    folder = module.replace(".", "/")
+    if (ROOT / folder / f"{name}.py").exists():
+        return f"{defined_in(f'{folder}/__init__.py')[name]}.{name}"
+    return f"{module}.{name}"
 
 
 def reference_pages() -> dict[str, str]:
@@ -193,17 +208,18 @@ def reference_pages() -> dict[str, str]:
         title, what = SECTIONS[prefix]
         names = sorted(sections[prefix], key=lambda name: (name not in FIRST, name.lower()))
         page = title.lower() + ".md"
-        made[f"reference/{page}"] = f"# {title}\n\n{what}\n" + "".join(
-            f"\n::: {identifier(name)}\n    options:\n      heading: dist_clip.{name}\n      toc_label: {name}\n"
-            for name in names
-        )
+        made[f"reference/{page}"] = f"# {title}\n\n{what}\n" + "".join(map(entry, names))
         links = " · ".join(f"[`{name}`]({page}#{identifier(name)})" for name in names)
         index.append(f"\n## [{title}]({title.lower()}.md)\n\n{what}\n\n{links}\n")
     modules = adapters()
-    made["reference/frameworks.md"] = (
-        "# Frameworks\n\nA module for each framework; `import dist_clip` imports none of them.\n"
-        + "".join(f"\n::: dist_clip.{name}\n    options:\n      show_root_toc_entry: true\n" for name in modules)
-    )
+    text = "# Frameworks\n\nA module for each framework; `import dist_clip` imports none of them.\n"
+    for name in modules:
+        module = f"dist_clip.{name}"
+        file = f"dist_clip/{name}.py"
+        names = exported(file if (ROOT / file).exists() else f"dist_clip/{name}/__init__.py")
+        text += f"\n::: {module}\n    options:\n      members: false\n"
+        text += "".join(entry(each, module, 3) for each in names)
+    made["reference/frameworks.md"] = text
     links = " · ".join(f"[`dist_clip.{name}`](frameworks.md#dist_clip.{name})" for name in modules)
     index.append(f"\n## [Frameworks](frameworks.md)\n\n{links}\n")
     return {"reference/index.md": "".join(index), **made}
