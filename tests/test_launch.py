@@ -606,7 +606,9 @@ def test_a_branch_off_a_snapshot_is_the_run_bit_for_bit(optimizer: str, clip: An
     twin = run(ranks, config(tmp_path / "twin", snapshot=SnapshotConfig(save_at=5, save_to=file), **parts))
     branch = run(ranks, config(tmp_path / "branch", snapshot=SnapshotConfig(from_snapshot=file), **parts))
     assert branch.steps == twin.steps[5:]
-    assert branch.tensors == [record for record in twin.tensors if record["step"] > 5]
+    for mine, theirs in zip(branch.tensors, [r for r in twin.tensors if r["step"] > 5], strict=True):
+        # Not "levels", "peaks" and "clipped", which tell of the steps before as well.
+        assert all(mine[key] == theirs[key] for key in ("step", "norms", "scales", "state"))
     assert branch.validation == twin.validation
     # With a fault: what the whole run with that fault does from there on.
     whole = run(ranks, config(tmp_path / "whole", fault=GARBAGE, **parts))

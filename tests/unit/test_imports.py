@@ -23,6 +23,8 @@ LAYERS = [
     {"construction"},
     {"attachment", "explain", "functional", "verify"},
     {"clipper"},
+    {"monitor"},
+    {"command"},
     {"__init__", "megatron"},
 ]
 
