@@ -74,6 +74,8 @@ class Collector:
             self.device = device_of(dist.distributed_c10d._get_default_group())
         self._zero = torch.zeros(1, device=self.device)
         self._one = torch.ones(1, device=self.device)
+        self._nan = torch.full((1,), torch.nan, device=self.device)
+        self._nothing = torch.zeros(0, device=self.device)
         self._slots: list[tuple[int, str]] = []
         self._level_groups: list[int] = []
         self._source = self._own_source()
@@ -118,7 +120,7 @@ class Collector:
     def _read_levels(self) -> Tensor:
         """Return a copy of the levels, fp32."""
         if self._clipper is None or not self._level_groups:
-            return self._zero[:0]
+            return self._nothing
         groups = [self._clipper.memory.groups[k] for k in self._level_groups]
         # cat copies, which is needed here, as the state changes in place.
         return torch.cat([level.float() for group in groups if (level := group.policy.level(group.state)) is not None])
@@ -136,7 +138,7 @@ class Collector:
             yes,
             no if norm is None else norm.reshape(1),
             no if norm is None else yes,
-            no * torch.nan if after is None else after.reshape(1),
+            self._nan if after is None else after.reshape(1),
             report.skip.reshape(1),
             self._clipper.memory.t.reshape(1),
             report.tensor_norms,
@@ -150,21 +152,22 @@ class Collector:
     def state(self) -> Tensor:
         """Return a copy of what the policies remember, a number for each tensor and slot, fp32 [state_width]."""
         if self._clipper is None or not self._slots:
-            return self._zero[:0]
+            return self._nothing
         groups = self._clipper.memory.groups
         values = []
         for k, name in self._slots:
             kept = groups[k].state.get(name)  # a slot goes when the warm-up is over that recorded it
-            values.append(self._zero.expand(len(groups[k].indices)) * torch.nan if kept is None else kept)
+            values.append(self._nan.expand(len(groups[k].indices)) if kept is None else kept)
         return torch.cat(values).float()
 
     def bring_together(self, rows: Sequence[Tensor], states: Sequence[Tensor], more: Sequence[Tensor]) -> Tensor:
         """Return, on the first rank, one vector of what all sources collected, followed by `more`. Collective."""
         stacked = torch.stack(list(rows))
         if distributed():
-            shared = stacked[:, :_SHARED].contiguous()
+            shared, own = torch.split(stacked, [_SHARED, stacked.shape[1] - _SHARED], dim=1)
+            shared = shared.contiguous()
             dist.all_reduce(shared, group=self._process_group)
-            stacked = torch.cat([shared, stacked[:, _SHARED:]], dim=1)
+            stacked = torch.cat([shared, own], dim=1)
         mine = torch.cat([stacked.reshape(-1), *states])
         if self._group is not None:
             # A gather takes equal sizes, but stages may have more tensors or fewer.
