@@ -82,7 +82,7 @@ def _event(event: Event) -> dict[str, Any]:
         "culprits": [
             {
                 "name": culprit["name"],
-                "ratio": "not finite" if math.isinf(ratio_of(culprit)) else f"{ratio_of(culprit):.3g} x",
+                "ratio": "not finite" if math.isinf(ratio_of(culprit)) else f"{_number(ratio_of(culprit), 3)} x",
                 "norm": _number(culprit["norm"]),
                 "level": _number(culprit["level"]),
                 "scale": _number(culprit["scale"]),
@@ -92,5 +92,8 @@ def _event(event: Event) -> dict[str, Any]:
     }
 
 
-def _number(value: float | None) -> str:
-    return "unknown" if value is None or math.isnan(value) else f"{value:.4g}"
+def _number(value: float | None, digits: int = 4) -> str:
+    if value is None or math.isnan(value):
+        return "unknown"
+    rounded = float(f"{value:.{digits}g}")
+    return f"{rounded:,.0f}" if 1000 <= abs(rounded) < 1e9 else f"{rounded:.{digits}g}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -48,6 +49,28 @@ class Source:
     def state_width(self) -> int:
         """Numbers in a copy of the state."""
         return sum(len(indices) for _, indices in self.slots)
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """The place of a number among those that follow the rows."""
+
+    index: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Window:
+    """What the rows of some steps say beside their numbers.
+
+    Attributes:
+        steps: number of each step.
+        scalars: what else was given at each, {name: number, or its place}.
+        tables: at which of the steps, by index, the state was copied.
+    """
+
+    steps: list[int]
+    scalars: list[dict[str, Any]]
+    tables: list[int]
 
 
 class Collector:

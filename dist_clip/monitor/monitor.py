@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,12 +13,14 @@ from torch import Tensor
 from dist_clip.clipper import GradClipper
 from dist_clip.layouts.process_groups import group_size
 from dist_clip.memory.host_copy import HostCopy
-from dist_clip.monitor.collect import Collector
-from dist_clip.monitor.picture import Picture, Place, Window
+from dist_clip.monitor.collect import Collector, Place, Window
 from dist_clip.monitor.record import Writer
 from dist_clip.monitor.spikes import SpikeDetector
 from dist_clip.step import ClipReport
 from dist_clip.step.guarding import checked_loss
+
+if TYPE_CHECKING:
+    from dist_clip.monitor.picture import Picture
 
 
 class ClipMonitor:
@@ -39,6 +41,7 @@ class ClipMonitor:
         top: how many culprits a spike names, at least 0.
         tensors_every: steps between two tables of all tensors; None: `every`; 0: no tables.
         header: what else the writers should know of the run.
+        warmup: how many norms of a tensor must be known before it can stand out, as early norms change by themselves.
         window, sigmas: of the `SpikeDetector` of loss and global norm.
 
     Raises:
@@ -69,15 +72,17 @@ class ClipMonitor:
         top: int = 5,
         tensors_every: int | None = None,
         header: Mapping[str, Any] | None = None,
+        warmup: int = 100,
         window: int = 128,
         sigmas: float = 6.0,
     ) -> None:
         if clipper is not None and not isinstance(clipper, GradClipper):
             raise TypeError(f"ClipMonitor needs a GradClipper or None, got {type(clipper).__name__}")
-        for name, value, least in (("every", every, 1), ("top", top, 0), ("tensors_every", tensors_every or 0, 0)):
+        counts = {"every": (every, 1), "top": (top, 0), "tensors_every": (tensors_every or 0, 0), "warmup": (warmup, 0)}
+        for name, (value, least) in counts.items():
             if not isinstance(value, int) or value < least:
                 raise ValueError(f"ClipMonitor: {name} must be a whole number >= {least}, got {value!r}")
-        self.every, self._top = every, top
+        self.every, self._top, self._warmup = every, top, warmup
         self.tensors_every = every if tensors_every is None else tensors_every
         self._clipper = clipper
         self._writers = list(writers) if isinstance(writers, Sequence) else [writers]
@@ -95,9 +100,11 @@ class ClipMonitor:
                 writer.start({**self._header(), **(header or {})})
 
     def _read_layout(self) -> None:
+        from dist_clip.monitor.picture import Picture  # needs numpy, which importing dist_clip does not
+
         policies = [] if self._clipper is None else [group.policy for group in self._clipper.memory.groups]
         self._collector = Collector(self._clipper)
-        self._picture = Picture(self._collector.sources, policies, self._top, self._detectors)
+        self._picture = Picture(self._collector.sources, policies, self._top, self._warmup, self._detectors)
 
     def _header(self) -> dict[str, Any]:
         import dist_clip  # not at the top: dist_clip imports this module

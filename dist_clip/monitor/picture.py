@@ -2,37 +2,48 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
-from dist_clip.monitor.collect import HEAD, Source, length
+from dist_clip.monitor.collect import HEAD, Place, Source, Window, length
 from dist_clip.monitor.names import groups_of
 from dist_clip.monitor.record import Culprit, Record, Spike, Tensors
 from dist_clip.monitor.spikes import SpikeDetector
-from dist_clip.policies import LogClip, Policy, StepInputs
+from dist_clip.policies import LogClip, Policy
+
+Array = NDArray[np.float64]
 
 OUTLIER = 10.0
 """A tensor whose norm is this many times its level stands out, whatever the loss does."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Window:
-    """What the rows of some steps say beside their numbers.
+class Levels:
+    """The usual norm of each tensor, where no policy remembers one: a moving geometric mean, by LogClip's constants.
 
-    Attributes:
-        steps: number of each step.
-        scalars: what else was given at each, {name: number, or its place among the numbers that follow the rows}.
-        tables: at which of the steps, by index, the state was copied.
+    Args:
+        n: number of tensors.
+        warmup: number of norms after which a single one moves the level by no more than LogClip lets it.
     """
 
-    steps: list[int]
-    scalars: list[dict[str, Any]]
-    tables: list[int]
+    def __init__(self, n: int, warmup: int) -> None:
+        self._rule, self._warmup = LogClip(), warmup
+        self.values = np.full(n, math.nan)
+        self.counts = np.zeros(n, dtype=np.int64)
+
+    def follow(self, norms: Array) -> None:
+        """Let the levels follow the norms of a step; a norm of 0, NaN or Inf is no observation."""
+        seen = (norms > 0) & np.isfinite(norms)
+        before = np.where(np.isnan(self.values), norms, self.values)
+        bound = np.where(self.counts < self._warmup, self._rule.warmup_ratio, self._rule.ratio)
+        share = np.maximum(self._rule.rate, 1 / (self.counts + 1))
+        moved = before * np.clip(np.where(seen, norms, 1.0) / np.where(seen, before, 1.0), 1 / bound, bound) ** share
+        self.values = np.where(seen, moved, self.values)
+        self.counts += seen
 
 
 class Picture:
@@ -42,13 +53,20 @@ class Picture:
         sources: whose rows arrive, in their order.
         policies: the policy of each policy group.
         top: how many culprits a spike names.
+        warmup: how many norms of a tensor must be known before it can stand out.
         detectors: of spikes in the loss and in the gradient norm.
     """
 
     def __init__(
-        self, sources: Sequence[Source], policies: Sequence[Policy], top: int, detectors: Mapping[str, SpikeDetector]
+        self,
+        sources: Sequence[Source],
+        policies: Sequence[Policy],
+        top: int,
+        warmup: int,
+        detectors: Mapping[str, SpikeDetector],
     ) -> None:
         self._sources, self._policies, self._top, self._detectors = list(sources), list(policies), top, detectors
+        self._warmup = warmup
         names: dict[str, int] = {}
         found: set[tuple[str, str]] = set()
         offset = 0
@@ -60,125 +78,110 @@ class Picture:
             offset += len(source.names)
         self.names = tuple(names)
         self.groups = tuple(groups_of(names).values())
-        self._columns = torch.tensor(list(names.values()), dtype=torch.int64)
-        # Where a policy keeps no usual norm, it is what LogClip would take for one.
-        self._follow = LogClip(warmup_steps=0)
-        self._own = self._follow.init_state(len(names), torch.device("cpu"))
-        self._numel = torch.ones(len(names), dtype=torch.int64)
+        self._columns = list(names.values())
+        self._own = Levels(len(names), warmup)
         self._spikes = self._steps = 0
         self._forget()
 
     def _forget(self) -> None:
         """Begin the next table."""
-        self._peaks = torch.full((len(self.names),), math.nan, dtype=torch.float64)
-        self._clipped = torch.zeros(len(self.names), dtype=torch.int64)
+        self._peaks = np.full(len(self.names), math.nan)
+        self._clipped = np.zeros(len(self.names), dtype=np.int64)
         self._since = 0
 
     def records(self, numbers: Tensor, window: Window) -> Iterator[Record]:
-        """Return the records of a window from what `Collector.bring_together` made, fp32 on the CPU."""
+        """Yield the records of a window from what `Collector.bring_together` made, fp32 on the CPU."""
         k, m = len(window.steps), len(window.tables)
         size = max(length(source, k, m) for source in self._sources)
-        parts = numbers[: size * len(self._sources)].double().view(len(self._sources), size)
-        more = numbers[size * len(self._sources) :].tolist()
-        rows = [part[: k * s.width].view(k, s.width) for part, s in zip(parts, self._sources, strict=True)]
-        states = [part[k * s.width :] for part, s in zip(parts, self._sources, strict=True)]
+        values = numbers.double().numpy()
+        parts = values[: size * len(self._sources)].reshape(len(self._sources), size)
+        more = values[size * len(self._sources) :]
+        rows = [part[: k * s.width].reshape(k, s.width) for part, s in zip(parts, self._sources, strict=True)]
+        states = [
+            part[k * s.width : length(s, k, m)].reshape(m, s.state_width)
+            for part, s in zip(parts, self._sources, strict=True)
+        ]
         head = [dict(zip(HEAD, row, strict=True)) for row in rows[0][:, : len(HEAD)].tolist()]
-        norms, scales, levels = self._merged(rows)
+        norms, scales, kept = self._merged(rows)
+        scalars = [
+            {name: float(more[v.index]) if isinstance(v, Place) else v for name, v in given.items()}
+            for given in window.scalars
+        ]
+        known = self._numbers(scalars, head, norms, scales)
+        # Policies' levels where there are any, and else those of the picture, which each step moves on.
+        levels, settled = kept, np.zeros(kept.shape, dtype=bool)
+        for j in range(k):
+            levels[j] = np.where(kept[j] > 0, kept[j], self._own.values)
+            settled[j] = self._own.counts >= self._warmup
+            if known[j] and not head[j]["skip"]:
+                self._own.follow(norms[j])
+        with np.errstate(invalid="ignore", divide="ignore"):
+            ratios = np.where(np.isfinite(norms), np.where(norms > 0, norms, math.nan) / levels, math.inf)
+            clipped = (norms != 0) & (scales < 1)
+            outlier = [bool(row.any()) for row in settled & (ratios >= OUTLIER)]
         for j, step in enumerate(window.steps):
-            scalars = {name: more[v] if isinstance(v, Place) else v for name, v in window.scalars[j].items()}
-            tables = [i for i, at in enumerate(window.tables) if at == j]
-            state = self._state(states, tables[0]) if tables else None
-            yield self._record(step, scalars, head[j], norms[j], scales[j], levels[j], state)
+            self._since += 1
+            if known[j]:
+                self._peaks = np.fmax(self._peaks, ratios[j])
+                self._clipped += clipped[j]
+            reasons = self._reasons(scalars[j], outlier[j])
+            spike = Spike(reasons, ()) if reasons else None
+            if spike is not None and known[j]:
+                spike = Spike(reasons, self._culprits(norms[j], levels[j], ratios[j], scales[j]))
+            tensors = None
+            if j in window.tables and known[j]:
+                state = self._state(states, window.tables.index(j))
+                tensors = self._table(norms[j], levels[j], scales[j], state)
+                self._forget()
+            yield Record(step, scalars[j], tensors, spike)
 
-    def _merged(self, rows: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Return norms, scales and the policies' levels, float64 [steps, tensors]; NaN where there is no level."""
-        all_norms, all_scales, all_levels = [], [], []
+    def _merged(self, rows: Sequence[Array]) -> tuple[Array, Array, Array]:
+        """Return norms, scales and the policies' levels, [steps, tensors]; NaN where there is no level."""
+        parts: list[tuple[Array, Array, Array]] = []
         for row, source in zip(rows, self._sources, strict=True):
             n = len(source.names)
-            norms, scales, kept = torch.split(row[:, len(HEAD) :], [n, n, row.shape[1] - len(HEAD) - 2 * n], dim=1)
-            levels = torch.full_like(norms, math.nan)
+            norms, scales, kept = np.split(row[:, len(HEAD) :], [n, 2 * n], axis=1)
+            levels = np.full_like(norms, math.nan)
             for group, indices in source.levels:
                 own, kept = kept[:, : len(indices)], kept[:, len(indices) :]
-                levels[:, list(indices)] = own.where(self._comparable(group, row), math.nan)
-            all_norms.append(norms)
-            all_scales.append(scales)
-            all_levels.append(levels)
-        columns = (
-            torch.cat(each, dim=1).index_select(1, self._columns) for each in (all_norms, all_scales, all_levels)
-        )
-        norms, scales, levels = columns
-        return norms, scales, levels.where(levels > 0, math.nan)
+                levels[:, list(indices)] = np.where(self._comparable(group, row), own, math.nan)
+            parts.append((norms, scales, levels))
+        norms, scales, levels = (np.concatenate(each, axis=1)[:, self._columns] for each in zip(*parts, strict=True))
+        return norms, scales, np.where(levels > 0, levels, math.nan)
 
-    def _comparable(self, group: int, row: Tensor) -> Tensor:
-        """Return, as bool [steps, 1], where a policy's levels are of norms that were not clipped globally before."""
-        skip, t = row[:, HEAD.index("skip")], row[:, HEAD.index("t")]
-        numbers = (t + skip).long().tolist()  # a step that was skipped is not counted
-        return torch.tensor([not self._policies[group].one_scale(max(1, number)) for number in numbers]).unsqueeze(1)
+    def _comparable(self, group: int, row: Array) -> NDArray[np.bool_]:
+        """Return, as [steps, 1], where a policy's levels are of norms that were not clipped globally before."""
+        numbers = row[:, HEAD.index("t")] + row[:, HEAD.index("skip")]  # a step that was skipped is not counted
+        policy = self._policies[group]
+        return np.array([[not policy.one_scale(max(1, int(number)))] for number in numbers], dtype=bool)
 
-    def _state(self, states: Sequence[Tensor], table: int) -> dict[str, list[float]]:
-        found: dict[str, Tensor] = {}
-        offset, total = 0, sum(len(source.names) for source in self._sources)
-        for part, source in zip(states, self._sources, strict=True):
-            values = part[table * source.state_width : (table + 1) * source.state_width]
-            for name, indices in source.slots:
-                slot = found.setdefault(name, torch.full((total,), math.nan, dtype=torch.float64))
-                slot[[offset + i for i in indices]] = values[: len(indices)]
-                values = values[len(indices) :]
-            offset += len(source.names)
-        return {name: slot.index_select(0, self._columns).tolist() for name, slot in found.items()}
-
-    def _record(
-        self,
-        step: int,
-        scalars: dict[str, Any],
-        head: dict[str, float],
-        norms: Tensor,
-        scales: Tensor,
-        kept: Tensor,
-        state: dict[str, list[float]] | None,
-    ) -> Record:
-        reported, skipped = head["has_report"] > 0, head["skip"] > 0
-        levels = kept.where(kept > 0, self._own["level"].double())
-        levels = levels.where(levels > 0, math.nan)
-        ratios = torch.where(norms.isfinite(), (norms / levels).where(norms > 0, math.nan), math.inf)
-        if reported and not skipped:
-            self._own = self._follow.step(self._own, StepInputs(norms, self._numel, torch.tensor(1)))[1]
-        if head["has_loss"] > 0:
-            scalars["loss"] = head["loss"] / head["has_loss"]
+    def _numbers(
+        self, scalars: Sequence[dict[str, Any]], head: Sequence[dict[str, float]], norms: Array, scales: Array
+    ) -> list[bool]:
+        """Put the numbers of each step into `scalars`. Returns at which steps gradients were clipped, or could be."""
         has_grad = norms != 0
-        if reported:
-            clipped, tensors = has_grad & (scales < 1), max(1, int(has_grad.sum()))
-            self._peaks = torch.fmax(self._peaks, ratios)
-            self._clipped += clipped
-            scalars["clip/fraction"] = int(clipped.sum()) / tensors
-            scalars["clip/min_scale"] = float(scales.amin()) if len(scales) else 1.0
-            scalars["clip/mean_scale"] = float(scales.where(has_grad, 0.0).sum()) / tensors
-            scalars["clip/nonfinite"], scalars["clip/skipped"] = float(head["nonfinite"] > 0), float(skipped)
-            if head["has_norm"] > 0:
-                scalars["clip/grad_norm"] = head["grad_norm"]
-            if not math.isnan(head["grad_norm_after"]):
-                scalars["clip/grad_norm_after"] = head["grad_norm_after"]
-        self._since += 1
-        spike = self._spike(scalars, ratios, norms, levels, scales, reported)
-        tensors_now = None
-        if state is not None and reported:
-            tensors_now = Tensors(
-                self.names,
-                self.groups,
-                norms.tolist(),
-                levels.tolist(),
-                scales.tolist(),
-                self._peaks.tolist(),
-                self._clipped.tolist(),
-                self._since,
-                state,
-            )
-            self._forget()
-        return Record(step, scalars, tensors_now, spike)
+        tensors = np.maximum(1, has_grad.sum(axis=1))
+        fraction = (has_grad & (scales < 1)).sum(axis=1) / tensors
+        mean = np.where(has_grad, scales, 0.0).sum(axis=1) / tensors
+        smallest = scales.min(axis=1, initial=1.0)
+        known = []
+        for j, (numbers, row) in enumerate(zip(scalars, head, strict=True)):
+            known.append(row["has_report"] > 0)
+            if row["has_loss"] > 0:
+                numbers["loss"] = row["loss"] / row["has_loss"]
+            if not known[j]:
+                continue
+            numbers["clip/fraction"], numbers["clip/min_scale"] = float(fraction[j]), float(smallest[j])
+            numbers["clip/mean_scale"] = float(mean[j])
+            numbers["clip/nonfinite"], numbers["clip/skipped"] = float(row["nonfinite"] > 0), float(row["skip"] > 0)
+            if row["has_norm"] > 0:
+                numbers["clip/grad_norm"] = row["grad_norm"]
+            if not math.isnan(row["grad_norm_after"]):
+                numbers["clip/grad_norm_after"] = row["grad_norm_after"]
+        return known
 
-    def _spike(
-        self, scalars: dict[str, Any], ratios: Tensor, norms: Tensor, levels: Tensor, scales: Tensor, reported: bool
-    ) -> Spike | None:
+    def _reasons(self, scalars: dict[str, Any], outlier: bool) -> tuple[str, ...]:
+        """Return why a step stands out, and put the spike score so far into `scalars`."""
         found = [
             name
             for name, key in (("loss", "loss"), ("grad norm", "clip/grad_norm"))
@@ -188,31 +191,44 @@ class Picture:
         self._spikes += bool(found)
         if self._steps >= min(detector.window for detector in self._detectors.values()):
             scalars["clip/spike_score"] = self._spikes / self._steps
-        if not reported:
-            return Spike(tuple(found), ()) if found else None
-        known = ratios.nan_to_num(nan=0.0, posinf=math.inf)
-        if len(known) and float(known.amax()) >= OUTLIER:
-            found.append("tensor")
-        if scalars["clip/nonfinite"]:
-            found.append("non-finite")
-        if scalars["clip/skipped"]:
-            found.append("skipped")
-        if not found:
-            return None
-        largest = torch.topk(known, min(self._top, len(known)))
-        culprits = [
-            Culprit(self.names[i], float(norms[i]), float(levels[i]), ratio, float(scales[i]))
-            for i, ratio in zip(largest.indices.tolist(), largest.values.tolist(), strict=True)
-            if ratio > 1
-        ]
-        return Spike(tuple(found), tuple(culprits))
+        more = (
+            ("tensor", outlier),
+            ("non-finite", scalars.get("clip/nonfinite")),
+            ("skipped", scalars.get("clip/skipped")),
+        )
+        return (*found, *(name for name, there in more if there))
 
+    def _culprits(self, norms: Array, levels: Array, ratios: Array, scales: Array) -> tuple[Culprit, ...]:
+        known = np.nan_to_num(ratios, nan=0.0, posinf=math.inf)
+        largest = np.argsort(-known, kind="stable")[: self._top]
+        return tuple(
+            Culprit(self.names[i], float(norms[i]), float(levels[i]), float(ratios[i]), float(scales[i]))
+            for i in largest
+            if known[i] > 1
+        )
 
-@dataclasses.dataclass(frozen=True)
-class Place:
-    """The place of a number among those that follow the rows."""
+    def _table(self, norms: Array, levels: Array, scales: Array, state: dict[str, list[float]]) -> Tensors:
+        return Tensors(
+            self.names,
+            self.groups,
+            norms.tolist(),
+            levels.tolist(),
+            scales.tolist(),
+            self._peaks.tolist(),
+            self._clipped.tolist(),
+            self._since,
+            state,
+        )
 
-    index: int
-
-    def __index__(self) -> int:
-        return self.index
+    def _state(self, states: Sequence[Array], table: int) -> dict[str, list[float]]:
+        """Return what the policies remember, {slot: a number for each tensor, NaN where there is none}."""
+        found: dict[str, Array] = {}
+        offset, total = 0, sum(len(source.names) for source in self._sources)
+        for part, source in zip(states, self._sources, strict=True):
+            values = part[table]
+            for name, indices in source.slots:
+                slot = found.setdefault(name, np.full(total, math.nan))
+                slot[[offset + i for i in indices]] = values[: len(indices)]
+                values = values[len(indices) :]
+            offset += len(source.names)
+        return {name: slot[self._columns].tolist() for name, slot in found.items()}

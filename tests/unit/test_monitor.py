@@ -86,7 +86,7 @@ def test_records_come_every_k_steps_and_say_what_happened() -> None:
     usual = (1.0, 2.0, 4.0)
     module, kept = model(), Kept()
     clipper = dist_clip.GradClipper(module, dist_clip.GlobalNorm(2.0))
-    monitor = dist_clip.ClipMonitor(clipper, kept, every=10, top=2)
+    monitor = dist_clip.ClipMonitor(clipper, kept, every=10, top=2, warmup=5)
     arrived = []
     for step in range(1, 26):
         set_norms(module, (1.0, 100.0, 4.0) if step == 15 else (0.0, 0.1, 0.2) if step == 16 else usual)
@@ -157,7 +157,7 @@ def test_skipped_steps_and_nan_name_their_culprits() -> None:
     usual = (1.0, 1.0, 1.0)
     series = [usual] * 4 + [(1.0, 30.0, 50.0), usual, (math.inf, 1.0, 1.0), usual]
     guarded = watch(
-        dist_clip.GlobalNorm(1.0), series, every=3, top=1, guard=dist_clip.SkipAbove(10.0), nonfinite="skip"
+        dist_clip.GlobalNorm(1.0), series, every=3, top=1, warmup=4, guard=dist_clip.SkipAbove(10.0), nonfinite="skip"
     )
     found = {record.step: record.spike for record in guarded if record.spike}
     assert sorted(found) == [5, 7]
