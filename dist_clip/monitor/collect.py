@@ -15,7 +15,7 @@ from dist_clip.layouts.process_groups import current_rank, device_of, distribute
 from dist_clip.memory.snapshot import shard_of
 from dist_clip.step import ClipReport
 
-HEAD = ("loss", "has_loss", "nonfinite", "has_report", "grad_norm", "has_norm", "grad_norm_after", "skip", "t")
+HEAD = ("loss", "has_loss", "nonfinite", "has_report", "skip", "t")
 """The numbers that a row begins with. After them: norms, scales, and the levels before the step."""
 
 _SHARED = 3
@@ -149,19 +149,18 @@ class Collector:
         return torch.cat([level.float() for group in groups if (level := group.policy.level(group.state)) is not None])
 
     def row(self, loss: Tensor | None, report: ClipReport | None) -> Tensor:
-        """Return the numbers of one step, fp32 [width], after the clip. `loss` is a 0-dim tensor on the device."""
+        """Return the numbers of one step, fp32 [width], after the clip. `loss` is a 0-dim tensor on the device.
+
+        The global norms are not among them: those of the tensors are, on the first rank of the whole model.
+        """
         no, yes = self._zero, self._one
-        n = len(self._source.names)
-        head = [no if loss is None else loss.reshape(1), no if loss is None else yes]
+        head = [no, no] if loss is None else [loss.reshape(1), yes]
         if report is None or self._clipper is None:
+            n = len(self._source.names)
             return torch.cat([*head, no.expand(len(HEAD) - 2), no.expand(n), yes.expand(n), self._levels]).float()
-        norm, after = report.global_norm, report.clipped_global_norm
         parts = [
             report.nonfinite.reshape(1),
             yes,
-            no if norm is None else norm.reshape(1),
-            no if norm is None else yes,
-            self._nan if after is None else after.reshape(1),
             report.skip.reshape(1),
             self._clipper.memory.t.reshape(1),
             report.tensor_norms,

@@ -150,8 +150,9 @@ class ClipMonitor:
             latest = self._clipper.last_report
             report = latest if report is None and latest is not self._seen else report
             self._seen = latest
-        device = self._collector.device
-        self._rows.append(self._collector.row(None if loss is None else checked_loss(loss, device), report))
+        if loss is not None and not (type(loss) is Tensor and loss.ndim == 0 and loss.device == self._collector.device):
+            loss = checked_loss(loss, self._collector.device)  # a number, or a tensor that needs a second look
+        self._rows.append(self._collector.row(loss, report))
         kept: dict[str, Any] = {}
         for name, value in (scalars or {}).items():
             kept[name] = Place(len(self._more)) if isinstance(value, Tensor) else value

@@ -164,6 +164,9 @@ class Picture:
         fraction = (has_grad & (scales < 1)).sum(axis=1) / tensors
         mean = np.where(has_grad, scales, 0.0).sum(axis=1) / tensors
         smallest = scales.min(axis=1, initial=1.0)
+        before = np.sqrt(np.square(norms).sum(axis=1))
+        with np.errstate(invalid="ignore"):
+            after = np.sqrt(np.square(np.where(scales == 0, 0.0, norms * scales)).sum(axis=1))
         known = []
         for j, (numbers, row) in enumerate(zip(scalars, head, strict=True)):
             known.append(row["has_report"] > 0)
@@ -174,10 +177,7 @@ class Picture:
             numbers["clip/fraction"], numbers["clip/min_scale"] = float(fraction[j]), float(smallest[j])
             numbers["clip/mean_scale"] = float(mean[j])
             numbers["clip/nonfinite"], numbers["clip/skipped"] = float(row["nonfinite"] > 0), float(row["skip"] > 0)
-            if row["has_norm"] > 0:
-                numbers["clip/grad_norm"] = row["grad_norm"]
-            if not math.isnan(row["grad_norm_after"]):
-                numbers["clip/grad_norm_after"] = row["grad_norm_after"]
+            numbers["clip/grad_norm"], numbers["clip/grad_norm_after"] = float(before[j]), float(after[j])
         return known
 
     def _reasons(self, scalars: dict[str, Any], outlier: bool) -> tuple[str, ...]:

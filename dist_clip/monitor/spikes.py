@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections import deque
 from collections.abc import Iterable
 
@@ -49,6 +50,11 @@ class SpikeDetector:
             return False
         if not math.isfinite(value):
             return True
+        mean = sum(self._last) / self.window
+        square = sum(map(operator.mul, self._last, self._last)) / self.window - mean * mean
+        # Most values are so ordinary that a variance of few digits tells; this is False where NaN or Inf is among them.
+        if square > 1e-6 * mean * mean and (value - mean) ** 2 < 0.5 * self.sigmas**2 * square:
+            return False
         before = [x for x in self._last if math.isfinite(x)]
         if not before:
             return False
