@@ -44,12 +44,16 @@ from dist_clip.verify import VerifiedNorm, VerifyReport
 __version__ = "0.2.0.dev0"
 
 
+_PARTS = ("accelerate", "axolotl", "lightning", "megatron", "olmo_core", "torchtitan", "transformers")
+"""Modules that need packages of their own: imported at their first use."""
+
+
 def __getattr__(name: str) -> Any:
-    """Import ``dist_clip.megatron`` at its first use, because only that part needs megatron-core."""
-    if name == "megatron":
+    """Import a part such as ``dist_clip.megatron`` at its first use, because only that part needs its framework."""
+    if name in _PARTS:
         import importlib
 
-        return importlib.import_module("dist_clip.megatron")
+        return importlib.import_module(f"dist_clip.{name}")
     raise AttributeError(f"module 'dist_clip' has no attribute {name!r}")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
@@ -27,8 +28,12 @@ from dist_clip.optimizers import (
     params_of,
     refuse_unfinished_gradients,
     replace_step,
+    steps_taken,
     unwrapped,
     versions_of,
+)
+from dist_clip.optimizers import (
+    carry as carry_state,
 )
 from dist_clip.reduction.grad_version import ClippedGradients
 from dist_clip.step import ClipReport
@@ -69,10 +74,12 @@ class Attachment:
         may_skip: whether a report may ask for its step to be skipped.
         scaler: the GradScaler, whose optimizers must all be unscaled before a clip; None without one.
         process_group: all ranks that train the model; None for all there are.
+        fresh: whether the clipper has clipped nothing and was given no state.
+        carry: saves and loads the clipper's state with the first optimizer's; None: neither.
 
     Raises:
         TypeError: no optimizer, or an object that is none, or one whose ``step`` cannot be replaced, or whose gradients
-            are not complete before its step.
+            are not complete before its step, or whose state dicts have no hooks for `carry`.
         RuntimeError: the same optimizer twice.
         LayoutError: an optimizer holds a parameter that is not in `known`.
 
@@ -96,6 +103,8 @@ class Attachment:
         may_skip: bool,
         scaler: GradScaler | None,
         process_group: dist.ProcessGroup | None = None,
+        fresh: Callable[[], bool] = lambda: False,
+        carry: tuple[Callable[[], dict[str, Any]], Callable[[Mapping[str, Any]], None]] | None = None,
     ) -> None:
         if not optimizers:
             raise TypeError("attach() needs an optimizer")
@@ -104,6 +113,7 @@ class Attachment:
             raise RuntimeError("attach() got the same optimizer twice: gradients would be clipped twice a step")
         self._clip_, self._layout, self._known = clip_, layout, known
         self._may_skip, self._scaler, self._process_group = may_skip, scaler, process_group
+        self._fresh = fresh
         self._optimizers = optimizers
         self._stepped: set[int] = set()
         self._inside: Any = None  # the optimizer whose step is running
@@ -126,6 +136,8 @@ class Attachment:
             for wrapped in self._wrapped.values():
                 for inner in wrapped.inner:
                     undo.callback(guard_step(inner, wrapped.note))
+            if carry is not None:
+                undo.callback(carry_state(optimizers[0], *carry))
             self._undo = undo.pop_all()
         self._attached = True
 
@@ -167,17 +179,17 @@ class Attachment:
 
     def _check_inner(self, inner: Any, args: Any, kwargs: Any) -> None:
         """As `_check_inside`, for the optimizer inside a wrapper, which a checkpoint function may be given."""
-        if not self._initialises_state(inner, args[1:], kwargs):
+        if not initialises_state(inner, args[1:], kwargs, self._process_group):
             self._check_inside(inner, args, kwargs)
 
     def _step(self, optimizer: Any, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Clip if this step begins a round, then step; or skip where the round's clip says so."""
         if not self._attached or self._inside is not None:
             return step(*args, **kwargs)  # a step inside of a step belongs to it
-        _refuse_closure(args, kwargs)
+        refuse_closure(args, kwargs)
         self._inside = optimizer
         try:
-            if self._initialises_state(optimizer, args, kwargs):
+            if initialises_state(optimizer, args, kwargs, self._process_group):
                 return step(*args, **kwargs)
             self._clip_round(optimizer)
             if not self._may_skip:
@@ -252,6 +264,8 @@ class Attachment:
                 for other in self._optimizers:
                     if self._has_new_gradients(other):
                         check_unscaled(self._scaler, other)
+            if self._fresh():
+                self._warn_of_lost_state()
             self._report = self._clip_()
             self._stepped = set()
             self._clipped.remember(self._layout)
@@ -259,28 +273,21 @@ class Attachment:
         if len(self._stepped) == len(self._optimizers):
             self._stepped = set()
 
+    def _warn_of_lost_state(self) -> None:
+        """Warn if the optimizers have taken steps and the clipper has not. Looks at them before the first clip only."""
+        steps = max(map(steps_taken, self._optimizers))
+        if steps > 1:  # checkpoint functions make a state by a step that is none
+            warnings.warn(
+                f"the optimizer has taken {steps} steps, and the clipper begins at step 0 with its warm-up: load its state "
+                "before the first step (clipper.load_state_dict), or attach(optimizer, carry_state=True) when you save "
+                "and when you load. No matter if this run clips for the first time",
+                stacklevel=6,
+            )
+
     def _has_new_gradients(self, optimizer: Any) -> bool:
         """Whether a gradient of `optimizer` is another one, or has been written to, since the last clip."""
         covered = {id(tensor.param) for tensor in self._layout}
         return any(id(param) in covered and self._clipped.is_new(param) for param in params_of(optimizer))
-
-    @_disable_dynamo
-    def _initialises_state(self, optimizer: Any, args: Any, kwargs: Any) -> bool:
-        """Whether this is no step of training, but one that torch.distributed.checkpoint takes to make an optimizer's state.
-
-        It calls ``step(closure=None)`` on a fresh optimizer, with zero gradients and a learning rate of 0 (pytorch#164929).
-        """
-        if args or kwargs != {"closure": None} or getattr(optimizer, "state", None):
-            return False
-        if any("lr" not in group or float(group["lr"]) != 0 for group in optimizer.param_groups):
-            return False
-        grads = [param.grad for param in params_of(optimizer) if param.grad is not None]
-        local = [grad.to_local() if isinstance(grad, DTensor) else grad for grad in grads]
-        flags = [grad.count_nonzero() > 0 for grad in local]
-        # Other ranks' shards may have gradients where this rank's have none.
-        device = flags[0].device if flags else torch.device("cpu")
-        found = torch.stack([flag.to(device) for flag in flags]).any() if flags else torch.zeros((), dtype=torch.bool)
-        return not bool(any_rank(found, self._process_group))
 
 
 class _Wrapped:
@@ -296,9 +303,40 @@ class _Wrapped:
         self.stepped = True
 
 
-def _refuse_closure(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    if any(callable(argument) for argument in (*args, *kwargs.values())):
+def refuse_closure(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Raise if an argument of ``step`` is a closure."""
+    closures = [argument for argument in (*args, *kwargs.values()) if callable(argument)]
+    if closures:
+        functions = [getattr(each, "func", each) for each in closures]  # of partial()
+        owners = {str(getattr(each, "__module__", "")).partition(".")[0] for each in functions}
+        lightning = owners & {"lightning", "pytorch_lightning"}
         raise RuntimeError(
-            "step(closure) computes gradients inside the step, after this hook: call clipper.clip_() at the end of the "
-            "closure instead of attach()"
+            "step(closure) computes gradients inside the step, after this hook: "
+            + (
+                "Lightning's Trainer does so always. Use Trainer(callbacks=[dist_clip.lightning.ClipCallback(policy)])"
+                if lightning
+                else "call clipper.clip_() at the end of the closure instead of attach()"
+            )
         )
+
+
+@_disable_dynamo
+def initialises_state(
+    optimizer: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], process_group: dist.ProcessGroup | None
+) -> bool:
+    """Return whether this is no step of training, but one that torch.distributed.checkpoint takes to make a state.
+
+    It calls ``step(closure=None)`` on a fresh optimizer, with zero gradients and a learning rate of 0 (pytorch#164929);
+    torchtitan has a copy of it that calls ``step()``.
+    """
+    if args or kwargs not in ({"closure": None}, {}) or getattr(optimizer, "state", None):
+        return False
+    if any("lr" not in group or float(group["lr"]) != 0 for group in optimizer.param_groups):
+        return False
+    grads = [param.grad for param in params_of(optimizer) if param.grad is not None]
+    local = [grad.to_local() if isinstance(grad, DTensor) else grad for grad in grads]
+    flags = [grad.count_nonzero() > 0 for grad in local]
+    # Other ranks' shards may have gradients where this rank's have none.
+    device = flags[0].device if flags else torch.device("cpu")
+    found = torch.stack([flag.to(device) for flag in flags]).any() if flags else torch.zeros((), dtype=torch.bool)
+    return not bool(any_rank(found, process_group))

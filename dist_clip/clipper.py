@@ -26,7 +26,7 @@ from dist_clip.memory import Memory, state_dict
 from dist_clip.memory.packed import PackedState
 from dist_clip.policies import Policy
 from dist_clip.reduction import Channel, DesyncDetector
-from dist_clip.step import ClipReport, GlobalNorms, Guards, Meter, NonFinite, decide, raise_nonfinite
+from dist_clip.step import ClipReport, GlobalNorms, Guards, Meter, NonFinite, Usage, decide, raise_nonfinite
 from dist_clip.step.fault import naming_what_fails
 from dist_clip.step.grad_scaler import found_inf, share_skip
 from dist_clip.verify import VerifyReport, verify
@@ -136,6 +136,7 @@ class GradClipper:
         self.last_report: ClipReport | None = None
         self.attachment: Detachable | None = None
         self._losses: list[Any] = []
+        self._usage = Usage()
         # The state is updated in place, which torch forbids for tensors that were made in inference mode.
         with torch.inference_mode(False), torch.no_grad():
             self._build(target, policy, options)
@@ -247,6 +248,8 @@ class GradClipper:
         losses, self._losses = self._losses if loss is None else [loss], []
         about_loss = self._guards.begin(losses)
         grads, num_grads = self._read()
+        attached = self.attachment is not None and self.attachment.attached
+        self._usage.before(self.layout, num_grads, self.last_report, attached=attached)
         squares = self._meter.squares(grads)
         self._made.replicas.check(squares, self._meter.weight_squares)
         measured = self._meter.measure(squares, about_loss)
@@ -262,6 +265,7 @@ class GradClipper:
             nonfinite.zero_(self._made.kernels, grads, measured.bad, totals.skip)
         self.memory.advance(states, totals.skip, guarded)
         self._channel.clipped()
+        self._usage.after(self.layout)
         self.last_report = ClipReport(
             names=self.layout.names,
             tensor_norms=measured.norms.float(),
@@ -387,7 +391,7 @@ class GradClipper:
 
     # --------------------------------------------------------------------------------- optimizers, state, explanation
 
-    def attach(self, *optimizers: torch.optim.Optimizer) -> Attachment:
+    def attach(self, *optimizers: torch.optim.Optimizer, carry_state: bool = False) -> Attachment:
         """Clip in ``optimizer.step``, so that the training loop stays as it is.
 
         With several optimizers (Muon and AdamW) gradients are clipped once a round, before the first of them steps. An
@@ -402,6 +406,9 @@ class GradClipper:
             optimizers: objects with ``step`` and ``param_groups`` that step parameters of the clipper's target, each once:
                 torch optimizers, and wrappers of them. What a wrapper does around the step of the optimizer inside belongs
                 to the step. Accelerate's and Lightning's wrappers only decide whether to step, and are unwrapped.
+            carry_state: keep the clipper's state in ``optimizer.state_dict()``, as the entry "dist_clip" of the first
+                optimizer, and load it with it. For loops that save an optimizer and nothing of yours. It does not survive
+                `torch.distributed.checkpoint.state_dict`, which takes two entries of an optimizer's state and no more.
 
         Returns:
             A handle; ``handle.remove()`` detaches. (``dist_clip.<framework>.attach`` makes a clipper and returns it.)
@@ -430,6 +437,8 @@ class GradClipper:
             may_skip=self.may_skip,
             scaler=self._options.scaler,
             process_group=self._options.process_group,
+            fresh=lambda: self.memory.calls == 0,
+            carry=(self.state_dict, self.load_state_dict) if carry_state else None,
         )
         self.attachment = attachment
         return attachment

@@ -8,7 +8,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import types
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -143,6 +144,63 @@ def guard_step(optimizer: Any, check: Callable[..., None]) -> Callable[[], None]
         return lambda: None
 
 
+STATE_KEY = "dist_clip"
+"""The entry of an optimizer's state dict that holds a clipper's state."""
+
+
+def carry(
+    optimizer: Any, save: Callable[[], dict[str, Any]], load: Callable[[Mapping[str, Any]], None]
+) -> Callable[[], None]:
+    """Have the state of a clipper saved and loaded as an entry of the optimizer's. Returns what undoes it.
+
+    Args:
+        save: returns the clipper's state.
+        load: loads it. Not called for a state dict without the entry, of which there is a warning.
+
+    Raises:
+        TypeError: the optimizer has none of torch's hooks for it.
+    """
+
+    def put(_: Any, state: dict[str, Any]) -> dict[str, Any]:
+        return {**state, STATE_KEY: save()}
+
+    def take(_: Any, state: dict[str, Any]) -> dict[str, Any]:
+        if STATE_KEY in state:
+            load(state[STATE_KEY])
+        else:
+            warnings.warn(
+                f"the optimizer's state has no entry {STATE_KEY!r}: the clipper's state was not saved with it, or the "
+                "checkpoint functions of torch.distributed dropped it. The clipper goes on as it is",
+                stacklevel=4,
+            )
+        return {key: value for key, value in state.items() if key != STATE_KEY}
+
+    try:
+        handles = [
+            optimizer.register_state_dict_post_hook(put),
+            optimizer.register_load_state_dict_pre_hook(take),
+        ]
+    except (AttributeError, KeyError, TypeError):
+        raise TypeError(
+            f"carry_state=True needs torch's hooks of state dicts, which {type(optimizer).__name__} has not: save "
+            "clipper.state_dict() yourself"
+        ) from None
+
+    def undo() -> None:
+        for handle in handles:
+            handle.remove()
+
+    return undo
+
+
+def steps_taken(optimizer: Any) -> int:
+    """Return how many steps the optimizer's state says were taken; 0 where it does not say. May sync the host."""
+    state = getattr(optimizer, "state", None)
+    kept = next((each for each in state.values() if isinstance(each, dict)), {}) if isinstance(state, dict) else {}
+    steps = kept.get("step", 0)
+    return int(steps) if isinstance(steps, (int, float, Tensor)) else 0
+
+
 def ids_of(optimizer: Any) -> list[int]:
     """Return the ids of the optimizer's parameters."""
     return list(map(id, params_of(optimizer)))
@@ -172,3 +230,65 @@ def holds_dtensors(optimizer: Any) -> bool:
 def params_of(optimizer: Any) -> list[Tensor]:
     """Return the optimizer's parameters, group by group."""
     return [param for group in optimizer.param_groups for param in group["params"]]
+
+
+class SkippableStep:
+    """Lets one step of an optimizer be left out, also from inside the closure that computes its gradients.
+
+    A framework that calls ``step(closure)`` clips at the closure's end, when the step has begun. Optimizers evaluate the
+    closure before anything else, so that leaving it by an exception takes no step at all, whatever the optimizer does
+    beside what gradients tell it.
+
+    Args:
+        optimizer: an object with ``step``.
+
+    Raises:
+        TypeError: its step cannot be replaced.
+    """
+
+    def __init__(self, optimizer: Any) -> None:
+        self._name = type(optimizer).__name__
+        self._skip = self._running = self._clipped = False
+        self.remove = replace_step(optimizer, self._run)
+
+    def clips(self) -> None:
+        """Say that the gradients of the coming, or of the running, step are about to be clipped.
+
+        Raises:
+            RuntimeError: they were already clipped in the running step.
+        """
+        if self._running and self._clipped:
+            raise RuntimeError(
+                f"{self._name} evaluates its closure several times in a step, and each would clip and count as a step: "
+                "clip by hand in the closure, or use an optimizer that takes one step of one gradient"
+            )
+        self._clipped = self._running
+
+    def leave_out(self, skip: bool) -> None:
+        """Leave the coming, or the running, step out if `skip`."""
+        self._skip = skip
+
+    def _run(self, optimizer: Any, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        closure = args[0] if args else kwargs.get("closure")
+        if closure is None:
+            skip, self._skip = self._skip, False
+            return None if skip else step(*args, **kwargs)
+
+        def evaluate() -> Any:
+            result = closure()
+            if self._skip:
+                raise _LeftOut(result)
+            return result
+
+        self._running, self._clipped = True, False
+        try:
+            return step(evaluate, *args[1:], **kwargs) if args else step(**{**kwargs, "closure": evaluate})
+        except _LeftOut as left:
+            return left.result
+        finally:
+            self._running = self._skip = False
+
+
+class _LeftOut(Exception):
+    def __init__(self, result: Any) -> None:
+        self.result = result

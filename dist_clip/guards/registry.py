@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from dist_clip.guards.base import Guard
-from dist_clip.policies.registry import check_name, check_options, enter, options_of
+from dist_clip.policies.registry import check_name, check_options, enter, options_of, read_spec, refuse_options
 
 _G = TypeVar("_G", bound=type[Guard])
 
@@ -47,22 +47,30 @@ def registered_guards() -> dict[str, type[Guard]]:
     return dict(_registered)
 
 
-def guard(name: str, **options: Any) -> Guard:
+def guard(spec: str | Mapping[str, Any] | Guard, **options: Any) -> Guard:
     """Return a guard by its registered name, with the given hyper-parameters.
 
     Args:
-        name: "median", "skipstep", "dropnorm", "skipabove" or a name of `register_guard`.
+        spec: "median", "skipstep", "dropnorm", "skipabove" or a name of `register_guard`; or all in one, as for
+            `dist_clip.policy`: "skipabove max_norm=10", {"name": "skipabove", "max_norm": 10}, or that as a JSON text. Or a
+            guard, which is returned as it is.
         options: the guard's hyper-parameters; the others have their defaults.
 
     Raises:
-        ValueError: no guard of that name, or a value out of range.
+        ValueError: no guard of that name, a text that is not of this form, an option given twice, or a value out of range.
         TypeError: an option that the guard does not have, or a value of the wrong type.
 
     Example:
         >>> import dist_clip
         >>> dist_clip.guard("skipstep", sigma=4.0).sigma
         4.0
+        >>> dist_clip.guard("skipabove max_norm=10").max_norm
+        10
     """
+    if isinstance(spec, Guard):
+        refuse_options(spec, options)
+        return spec
+    name, options = read_spec("guard", spec, options)
     cls = _registered.get(name)
     if cls is None:
         raise ValueError(f"no guard is called {name!r}; there are {', '.join(_registered)}")

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from dist_clip.errors import LayoutError
 
-# Submodule names that wrappers put between the model author's own: torch.compile, activation checkpointing, FSDP1.
-_WRAPPER_NAMES = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
+# Submodule names that wrappers put between the model author's own: torch.compile, activation checkpointing, FSDP1, Fabric.
+_WRAPPER_NAMES = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_forward_module"})
 
 
 def named_parameters(target: Any) -> list[tuple[str, Tensor]]:

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import json
 import re
 import types
 import typing
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from dist_clip.policies.base import Policy, Scope
@@ -108,16 +109,19 @@ def registered() -> dict[str, type[Policy]]:
     return dict(_registered)
 
 
-def policy(name: str, **options: Any) -> Policy:
+def policy(spec: str | Mapping[str, Any] | Policy, **options: Any) -> Policy:
     """Return a policy by its registered name, with the given hyper-parameters.
 
     Args:
-        name: "global", "adagc", "logclip", "zclip" or a name of `register`; a scope may follow: "adagc-shard",
-            "logclip-global", "zclip-tensor".
+        spec: "global", "adagc", "logclip", "zclip", ... or a name of `register`; a scope may follow: "adagc-shard",
+            "logclip-global", "zclip-tensor". Or all in one, as configuration files and command lines have it:
+            "logclip ratio=3 post_max_norm=1", {"name": "logclip", "ratio": 3}, or that as a JSON text. Or a policy, which
+            is returned as it is.
         options: the policy's hyper-parameters; the others have their defaults.
 
     Raises:
-        ValueError: no policy or scope of that name, two different scopes, or a value out of range.
+        ValueError: no policy or scope of that name, two different scopes, a text that is not of this form, an option given
+            twice, or a value out of range.
         TypeError: an option that the policy does not have, or a value of the wrong type.
 
     Example:
@@ -126,7 +130,13 @@ def policy(name: str, **options: Any) -> Policy:
         3.0
         >>> dist_clip.policy("adagc-global").scope
         'global'
+        >>> dist_clip.policy("logclip ratio=3") == dist_clip.policy({"name": "logclip", "ratio": 3})
+        True
     """
+    if isinstance(spec, Policy):
+        refuse_options(spec, options)
+        return spec
+    name, options = read_spec("policy", spec, options)
     cls, fixed = parse_mode(name)
     check_options(
         name, options, [*(option.name for option in options_of(cls)), *(["scope"] if _has_scope(cls) else [])]
@@ -134,6 +144,66 @@ def policy(name: str, **options: Any) -> Policy:
     if "scope" in options and fixed and options["scope"] != fixed["scope"]:
         raise ValueError(f"{name!r} says one scope and scope={options['scope']!r} another: pass one of them")
     return cls(**{**fixed, **options})
+
+
+def refuse_options(made: object, options: Mapping[str, Any]) -> None:
+    """Raise TypeError for options beside a policy or a guard that is made already."""
+    if options:
+        raise TypeError(f"{type(made).__name__} is made already: options ({', '.join(options)}) go with a name")
+
+
+def read_spec(kind: str, spec: str | Mapping[str, Any], options: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Return the name and the options of a "policy" or a "guard" that `spec` and `options` describe.
+
+    Raises:
+        TypeError: `spec` is neither text nor a mapping.
+        ValueError: no name, a text that is not of one of the forms, or an option given twice.
+    """
+    forms = 'a name, "NAME option=value ...", {"name": NAME, option: value}, or that as JSON'
+    if isinstance(spec, str):
+        found = _read_json(kind, spec) if spec.lstrip().startswith("{") else _read_words(kind, spec, forms)
+    elif isinstance(spec, Mapping):
+        found = dict(spec)
+    else:
+        raise TypeError(f"a {kind} is {forms}, or a {kind.capitalize()}, got {spec!r}")
+    name = found.pop("name", None)
+    if not isinstance(name, str):
+        raise ValueError(f"a {kind} is {forms}; {spec!r} has no name")
+    twice = sorted(found.keys() & options.keys())
+    if twice:
+        raise ValueError(f"the {kind} {name!r} is given {', '.join(twice)} twice")
+    return name, {**found, **options}
+
+
+def _read_json(kind: str, text: str) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"a {kind} that begins with a brace must be JSON, got {text!r} ({error})") from None
+    return found
+
+
+def _read_words(kind: str, text: str, forms: str) -> dict[str, Any]:
+    """Read "logclip ratio=3 scope=global": values are JSON where they can be, else text."""
+    name, *words = text.split() or [""]
+    found: dict[str, Any] = {"name": name or None}
+    for word in words:
+        option, equals, value = word.partition("=")
+        if not (option and equals):
+            raise ValueError(f"a {kind} is {forms}; {word!r} in {text!r} is no option=value")
+        if option in found:
+            raise ValueError(f"the {kind} {name!r} is given {option} twice")
+        try:
+            # As Python spells them, too.
+            found[option] = (
+                {"True": True, "False": False, "None": None}[value] if value in _PYTHON else json.loads(value)
+            )
+        except ValueError:
+            found[option] = value
+    return found
+
+
+_PYTHON = ("True", "False", "None")
 
 
 def modes() -> tuple[str, ...]:

@@ -32,12 +32,17 @@ class ClippedGradients:
         for tensor in tensors:
             if tensor.param is not None and tensor.param.grad is not None:
                 grad = tensor.param.grad
-                setattr(grad, self._attribute, (self._clip, _versions(grad)))
+                setattr(grad, self._attribute, (self._clip, versions(grad)))
 
     def is_new(self, param: Tensor) -> bool:
         """Whether `param` has a gradient that is another one, or has been written to, since `remember`."""
         grad = param.grad
-        return grad is not None and getattr(grad, self._attribute, None) != (self._clip, _versions(grad))
+        return grad is not None and getattr(grad, self._attribute, None) != (self._clip, versions(grad))
+
+    def is_marked(self, param: Tensor) -> bool:
+        """Whether the gradient of `param` is the tensor that `remember` marked, whatever was written to it since."""
+        clip, _ = getattr(param.grad, self._attribute, (None, ()))
+        return clip == self._clip
 
     def all_clipped(self, tensors: Iterable[LogicalTensor]) -> bool:
         """Whether this rank has gradients, and none of them is new since `remember`."""
@@ -45,10 +50,10 @@ class ClippedGradients:
         return bool(params) and not any(self.is_new(param) for param in params)
 
 
-def _versions(grad: Tensor) -> tuple[int | None, ...]:
+def versions(tensor: Tensor) -> tuple[int | None, ...]:
     """How often the tensor has been written to in place; None where that is not counted (inference mode).
 
     Of a DTensor, and of its local tensor by itself: that is what FSDP2 adds to.
     """
-    tensors = (grad, grad._local_tensor) if isinstance(grad, DTensor) else (grad,)
-    return tuple(None if tensor.is_inference() else tensor._version for tensor in tensors)
+    tensors = (tensor, tensor._local_tensor) if isinstance(tensor, DTensor) else (tensor,)
+    return tuple(None if each.is_inference() else each._version for each in tensors)

@@ -6,5 +6,16 @@ from dist_clip.step.guarding import Guards
 from dist_clip.step.measure import Meter
 from dist_clip.step.nonfinite import NonFinite, NonFiniteMode, raise_nonfinite
 from dist_clip.step.report import ClipReport
+from dist_clip.step.usage import Usage
 
-__all__ = ["ClipReport", "GlobalNorms", "Guards", "Meter", "NonFinite", "NonFiniteMode", "decide", "raise_nonfinite"]
+__all__ = [
+    "ClipReport",
+    "GlobalNorms",
+    "Guards",
+    "Meter",
+    "NonFinite",
+    "NonFiniteMode",
+    "Usage",
+    "decide",
+    "raise_nonfinite",
+]

@@ -120,6 +120,30 @@ class ClipReport:
         """The smallest scale, fp32 0-dim; 1 without tensors."""
         return self.scales.min() if len(self.names) else torch.ones((), device=self.scales.device)
 
+    def metrics(self) -> dict[str, Tensor]:
+        """Return the numbers that a dashboard shows, fp32 0-dim tensors on the device, without a host sync.
+
+        "clip/grad_norm" and "clip/grad_norm_after" are the global norm before and after clipping; each is left out where it
+        is not known (see `global_norm`). "clip/fraction" is the share of the gradients that were clipped,
+        "clip/min_scale" the smallest scale; "clip/skipped" and "clip/nonfinite" are 0 or 1.
+
+        Example:
+            >>> import dist_clip
+            >>> model = torch.nn.Linear(2, 2)
+            >>> clipper = dist_clip.GradClipper(model, dist_clip.GlobalNorm(1.0))
+            >>> model(torch.ones(1, 2)).sum().backward()
+            >>> sorted(clipper.clip_().metrics())
+            ['clip/fraction', 'clip/grad_norm', 'clip/grad_norm_after', 'clip/min_scale', 'clip/nonfinite', 'clip/skipped']
+        """
+        norms = {"clip/grad_norm": self.global_norm, "clip/grad_norm_after": self.clipped_global_norm}
+        return {
+            **{key: norm for key, norm in norms.items() if norm is not None},
+            "clip/fraction": self.clipped_fraction,
+            "clip/min_scale": self.min_scale,
+            "clip/skipped": self.skip.float(),
+            "clip/nonfinite": self.nonfinite.float(),
+        }
+
     def __str__(self) -> str:
         """Return a summary in one line. Syncs the host."""
         if self.empty:

@@ -23,9 +23,9 @@ LAYERS = [
     {"construction"},
     {"attachment", "explain", "functional", "verify"},
     {"clipper"},
-    {"monitor"},
-    {"command"},
-    {"__init__", "megatron"},
+    {"adapter", "monitor"},
+    {"__init__", "megatron", "accelerate", "transformers", "lightning", "olmo_core", "torchtitan"},
+    {"axolotl", "command"},
 ]
 
 

@@ -1,0 +1,287 @@
+"""Loops that clip at the wrong place are told so, once; and no other loop is. A state that travels with the optimizer's."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import dist_clip
+
+AGAIN = "gradients that were clipped are clipped again"
+EMPTY = "3 clips in a row found no gradient"
+
+
+def made(**options: Any) -> tuple[nn.Module, torch.optim.Optimizer, dist_clip.GradClipper]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 1))
+    clipper = dist_clip.GradClipper(model, dist_clip.AdaGC(warmup_steps=4, gamma_init="median"), **options)
+    return model, torch.optim.AdamW(model.parameters(), lr=0.1), clipper
+
+
+def backward(model: nn.Module, step: int = 0) -> None:
+    model(torch.ones(2, 3) * (1 + step % 3)).square().mean().backward()
+
+
+@pytest.fixture
+def told() -> Iterator[Callable[[], list[str]]]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield lambda: [str(warning.message) for warning in caught]
+
+
+# ---- clipping at the wrong place ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_a_clip_after_every_micro_batch_is_told_once(told: Any, set_to_none: bool) -> None:
+    model, optimizer, clipper = made()
+    for step in range(12):
+        backward(model)
+        clipper.clip_()
+        if step % 2:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=set_to_none)
+    assert len(told()) == 1
+    assert told()[0].startswith(AGAIN)
+    assert "Call clip_() once a step, after the backward of the last micro-batch" in told()[0]
+
+
+def test_two_clips_of_the_same_gradients_are_told(told: Any) -> None:
+    model, optimizer, clipper = made()
+    for _ in range(2):
+        backward(model)
+        clipper.clip_()
+        optimizer.step()
+        optimizer.zero_grad()
+    backward(model)
+    clipper.clip_()
+    clipper.clip_()
+    assert [text[: len(AGAIN)] for text in told()] == [AGAIN]
+
+
+class PastTheCount(torch.optim.SGD):
+    """Writes to weights in a way that torch does not count, as some authors' optimizers do."""
+
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for param in group["params"]:
+                param.data.sub_(param.grad.data, alpha=group["lr"])
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+@pytest.mark.parametrize(
+    "kind", ["plain", "accumulate", "fused", "foreach", "lr 0", "past the count", "skipped", "scaler"]
+)
+def test_no_other_loop_is(told: Any, kind: str, set_to_none: bool) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 1))
+    options = {"fused": {"fused": True}, "foreach": {"foreach": True}}.get(kind, {})
+    optimizer: torch.optim.Optimizer = torch.optim.AdamW(
+        model.parameters(), lr=0.0 if kind == "lr 0" else 0.1, **options
+    )
+    if kind == "past the count":
+        optimizer = PastTheCount(model.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu") if kind == "scaler" else None
+    guard = dist_clip.SkipAbove(1e-9) if kind == "skipped" else None
+    clipper = dist_clip.GradClipper(model, dist_clip.LogClip(), guard=guard, scaler=scaler)
+    for step in range(8):
+        for _ in range(3 if kind == "accumulate" else 1):
+            loss = model(torch.ones(2, 3)).square().mean()
+            (loss if scaler is None else scaler.scale(loss)).backward()
+        if scaler is None:
+            if not clipper.clip_().skip:
+                optimizer.step()
+        else:
+            scaler.unscale_(optimizer)
+            if step == 3:
+                next(model.parameters()).grad.fill_(torch.inf)  # type: ignore[union-attr]
+            clipper.clip_()
+            scaler.step(optimizer)
+            scaler.update()
+        optimizer.zero_grad(set_to_none=set_to_none)
+    assert told() == []
+
+
+def test_an_attached_clipper_clips_once_and_is_told_nothing(told: Any) -> None:
+    model, optimizer, clipper = made()
+    clipper.attach(optimizer)
+    for step in range(12):
+        backward(model)
+        if step % 2:
+            optimizer.step()
+            optimizer.zero_grad()
+    assert clipper.steps == 6
+    assert told() == []
+
+
+def test_clips_before_backward_are_told(told: Any) -> None:
+    model, optimizer, clipper = made()
+    for _ in range(6):
+        optimizer.zero_grad()
+        clipper.clip_()
+        backward(model)
+        optimizer.step()
+    assert [text[: len(EMPTY)] for text in told()] == [EMPTY]
+
+
+def test_a_step_without_gradients_now_and_then_is_not(told: Any) -> None:
+    model, optimizer, clipper = made()
+    for step in range(9):
+        if step % 3 == 2:
+            backward(model)
+        clipper.clip_()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert told() == []
+
+
+# ---- states that were lost, or travel along ----------------------------------------------------------------------------
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
+    for step in steps:
+        backward(model, step)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def resumed(steps: int, *, carried: bool, loaded_first: bool = False) -> tuple[list[Tensor], dist_clip.GradClipper]:
+    """Train, save, resume in fresh objects, train on."""
+    model, optimizer, clipper = made()
+    clipper.attach(optimizer, carry_state=carried)
+    train(model, optimizer, range(steps))
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    model, optimizer, clipper = made()
+    if loaded_first:
+        optimizer.load_state_dict(saved[1])
+    clipper.attach(optimizer, carry_state=carried)
+    model.load_state_dict(saved[0])
+    if not loaded_first:
+        optimizer.load_state_dict(saved[1])
+    train(model, optimizer, range(steps, 12))
+    return [param.detach() for param in model.parameters()], clipper
+
+
+@pytest.mark.parametrize("steps", [2, 8])
+def test_a_state_that_the_optimizer_carries_resumes_bit_for_bit(told: Any, steps: int) -> None:
+    model, optimizer, clipper = made()
+    clipper.attach(optimizer)
+    train(model, optimizer, range(12))
+    got, again = resumed(steps, carried=True)
+    assert again.steps == 12
+    assert all(map(torch.equal, got, model.parameters()))
+    assert told() == []
+
+
+def test_a_state_that_was_lost_is_told(told: Any) -> None:
+    resumed(4, carried=False)
+    assert len(told()) == 1
+    assert "the optimizer has taken 4 steps, and the clipper begins at step 0 with its warm-up" in told()[0]
+
+
+def test_a_state_that_was_loaded_is_not(told: Any) -> None:
+    model, optimizer, clipper = made()
+    clipper.attach(optimizer)
+    train(model, optimizer, range(4))
+    state, moments = clipper.state_dict(), optimizer.state_dict()
+    model, optimizer, clipper = made()
+    optimizer.load_state_dict(moments)
+    clipper.attach(optimizer)
+    clipper.load_state_dict(state)
+    train(model, optimizer, range(4, 8))
+    assert told() == []
+
+
+def test_an_entry_that_is_missing_is_told(told: Any) -> None:
+    _, optimizer, clipper = made()
+    moments = optimizer.state_dict()
+    handle = clipper.attach(optimizer, carry_state=True)
+    assert "dist_clip" in optimizer.state_dict()
+    optimizer.load_state_dict(moments)
+    assert "the optimizer's state has no entry 'dist_clip'" in told()[0]
+    handle.remove()
+    assert "dist_clip" not in optimizer.state_dict()
+    optimizer.load_state_dict(moments)
+    assert len(told()) == 1
+
+
+def test_of_several_optimizers_the_first_carries_it() -> None:
+    model, _, clipper = made()
+    first, second = (torch.optim.AdamW(part.parameters()) for part in model)
+    clipper.attach(first, second, carry_state=True)
+    assert "dist_clip" in first.state_dict()
+    assert "dist_clip" not in second.state_dict()
+
+
+def test_what_has_no_hooks_cannot_carry() -> None:
+    class Plain:
+        def __init__(self, params: Any) -> None:
+            self.param_groups = [{"params": list(params)}]
+
+        def step(self) -> None:
+            pass
+
+    model, _, clipper = made()
+    plain = Plain(model.parameters())
+    with pytest.raises(TypeError, match="carry_state=True needs torch's hooks of state dicts, which Plain has not"):
+        clipper.attach(plain, carry_state=True)  # type: ignore[arg-type]
+    assert "step" not in vars(plain)
+    assert clipper.attachment is None
+
+
+# ---- what frameworks do ------------------------------------------------------------------------------------------------
+
+
+def test_a_state_made_by_a_step_without_a_closure_argument_is_no_step() -> None:
+    """As torchtitan makes it before it saves and loads."""
+    model, optimizer, clipper = made()
+    clipper.attach(optimizer)
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for param in model.parameters():
+        param.grad = torch.zeros_like(param)
+    for group in optimizer.param_groups:
+        group["lr"] = torch.tensor(0.0) if isinstance(group["lr"], Tensor) else 0.0
+    optimizer.step()
+    optimizer.zero_grad()
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    assert clipper.steps == 0
+    train(model, optimizer, range(2))
+    assert clipper.steps == 2
+
+
+def test_fabrics_wrapper_is_not_in_names() -> None:
+    class Fabric(nn.Module):
+        def __init__(self, module: nn.Module) -> None:
+            super().__init__()
+            self._forward_module = module
+            self._original_module = module
+
+    model, _, _ = made()
+    wrapped = Fabric(nn.parallel.DataParallel(model))
+    for target in (wrapped, dict(wrapped.named_parameters())):
+        clipper = dist_clip.GradClipper(target, dist_clip.LogClip())
+        assert [name.removeprefix("module.") for name in clipper.layout.names] == [
+            n for n, _ in model.named_parameters()
+        ]
+
+
+def test_lightnings_closure_is_told_of_its_callback() -> None:
+    _, optimizer, clipper = made()
+    clipper.attach(optimizer)
+
+    def closure() -> None:
+        pass
+
+    with pytest.raises(RuntimeError, match=r"call clipper\.clip_\(\) at the end of the closure"):
+        optimizer.step(closure)  # type: ignore[arg-type]
+    closure.__module__ = "lightning.pytorch.plugins.precision.precision"
+    with pytest.raises(RuntimeError, match=r"callbacks=\[dist_clip\.lightning\.ClipCallback\(policy\)\]"):
+        optimizer.step(functools.partial(closure))
