@@ -72,7 +72,6 @@ def test_the_culprit_of_a_fault_is_named_first(faulty: Path, page: Path) -> None
     assert first is not None
     assert first[1] == CULPRIT
     assert faults(run) == [(120, 122)]
-    assert main(["compare", str(faulty), str(faulty / "log.jsonl")]) is None
 
 
 def test_compare_names_the_worst_culprit(faulty: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -189,7 +188,7 @@ def test_its_buttons_work(opened: Callable[..., Any]) -> None:
     box = tab.locator("#heat .heatmaplayer image").bounding_box()
     tab.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
     tab.wait_for_selector("#heat .hoverlayer text")
-    assert "norm / level" in tab.locator("#heat .hoverlayer").inner_text()
+    assert "norm / level" in tab.locator("#heat .hoverlayer").text_content()
 
 
 # ---- by hand ---------------------------------------------------------------------------------------------------------

@@ -68,7 +68,10 @@ def course(run: Run) -> Any:
     line(2, "norm after clipping", run.series("grad_norm_clipped"), "green")
     line(3, "share of tensors clipped", run.series("clipped_fraction"), "orange", fill=True)
     figure.update_yaxes(title_text="loss", row=1)
-    figure.update_yaxes(title_text="gradient norm", type="log", exponentformat="power", row=2)
+    norms = [norm for norm in (*run.series("grad_norm"), *run.series("grad_norm_clipped")) if 0 < norm < math.inf]
+    wide = bool(norms) and max(norms) > 100 * min(norms)
+    ticks = {"dtick": 1 if wide else "D2", "exponentformat": "power"}
+    figure.update_yaxes(title_text="gradient norm", type="log", row=2, **ticks)
     figure.update_yaxes(title_text="clipped", range=[-0.03, 1.03], tickformat=".0%", row=3)
     figure.update_xaxes(title_text="step", row=3)
     for first, last in faults(run):
