@@ -19,6 +19,7 @@ from dist_clip.guards import (
     register_guard,
 )
 from dist_clip.kernels import Kernels
+from dist_clip.monitor import ClipMonitor
 from dist_clip.policies import (
     AGC,
     AdaGC,
@@ -61,6 +62,7 @@ __all__ = [
     "AdaGC",
     "Attachment",
     "AutoClip",
+    "ClipMonitor",
     "ClipReport",
     "DesyncError",
     "DropNorm",

@@ -82,7 +82,7 @@ def train(cfg: Config, device: torch.device, corpus: Corpus | None = None) -> No
         cfg.fault.check_start(done + 1)
 
     header = describe(cfg, corpus, device, size, len(names))
-    with RunLog(cfg.log, cfg.optim.steps - done, device, header) as log:
+    with RunLog(cfg.log, cfg.optim.steps - done, header, clipper) as log:
         for step in range(done + 1, cfg.optim.steps + 1):
             anew = step == cfg.data.other_batch
             source, rows = cfg.fault.source(step), cfg.fault.rows(cfg.optim.batch_size, step)
@@ -106,7 +106,7 @@ def train(cfg: Config, device: torch.device, corpus: Corpus | None = None) -> No
             optimizer.zero_grad()
 
             lr, fault = optimizer.param_groups[0]["lr"], cfg.fault.at(step)
-            log.step(step, loss, report, lr, fault, state=clipper.state_dict)
+            log.step(step, loss, lr, fault)
             schedule.step()
             if step == cfg.snapshot.save_at:
                 training.save(cfg.snapshot.save_to, step, identity(cfg, corpus))

@@ -134,7 +134,7 @@ def train(args: argparse.Namespace) -> None:
         "seq_length": args.seq_length,
         "micro_batch_size": args.micro_batch_size,
     }
-    with RunLog(log_config, args.train_iters - done, device, describe(args, corpus, clipper, chunks)) as log:
+    with RunLog(log_config, args.train_iters - done, describe(args, corpus, clipper, chunks), clipper) as log:
         for iteration in range(done + 1, args.train_iters + 1):
             for chunk in chunks:
                 chunk.zero_grad_buffer()
@@ -153,8 +153,8 @@ def train(args: argparse.Namespace) -> None:
 
             # The last stage has the losses, of this replica's share of the batch.
             loss = torch.stack([entry["loss"] for entry in losses]).mean() if losses else None
-            report = None if clipper is None or not successful else clipper.last_report
-            log.step(iteration, loss, report, optimizer.param_groups[0]["lr"], False, grad_norm=norm)
+            theirs = norm if clipper is None else None
+            log.step(iteration, loss, optimizer.param_groups[0]["lr"], False, grad_norm=theirs)
             if args.save is not None and args.save_interval and iteration % args.save_interval == 0:
                 save(args, iteration, chunks, optimizer, scheduler)
         if args.save is not None and not (args.save_interval and args.train_iters % args.save_interval == 0):

@@ -114,14 +114,14 @@ def test_excursion_and_recovery_by_hand() -> None:
 def test_spike_score_by_hand() -> None:
     flat = [1.0, 3.0] * 50  # mean 2, standard deviation 1
     assert measures.spikes([*flat, 8.9], 100) == 0
-    assert measures.spikes([*flat, 9.0], 100) == 1
-    assert measures.spikes([*flat, -5.0], 100) == 1
+    assert measures.spikes([*flat, 9.1], 100) == 1
+    assert measures.spikes([*flat, -5.1], 100) == 1
     assert measures.spikes([*flat, math.nan, math.inf, 2.0], 100) == 2
     assert measures.spikes([math.nan] * 101 + [2.0], 100) == 1
-    # The first one has widened its successor's window: standard deviation 1.21, so 7 of them are 8.5, and it is 6.9 off.
-    assert measures.spikes([*flat, 9.0, 9.0], 100) == 1
+    # The first one has widened its successor's window: standard deviation 1.21, so 7 of them are 8.5, and it is 7.0 off.
+    assert measures.spikes([*flat, 9.1, 9.1], 100) == 1
     assert measures.spikes([100.0, *flat[:50]], 100) == 0  # too short for a mean
-    assert measures.spike_score([*flat, 9.0, 2.0], 100) == 0.5
+    assert measures.spike_score([*flat, 9.1, 2.0], 100) == 0.5
     assert measures.binned([1.0, 3.0, 5.0], 2) == [2.0, 5.0]
 
 

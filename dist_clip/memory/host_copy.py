@@ -20,6 +20,11 @@ class HostCopy:
             self._event = torch.get_device_module(tensor.device.type).Event()
             self._event.record()
 
+    @property
+    def arrived(self) -> bool:
+        """Whether `read` would return at once."""
+        return self._event is None or bool(self._event.query())
+
     def read(self) -> Tensor:
         """Return the value on the CPU, and wait for it if it has not arrived."""
         if self._event is not None:

@@ -83,6 +83,9 @@ class AdaGC(GlobalWarmup):
         record = {"mean": ("count",), "median": ("history",)}.get(self.gamma_init, ())
         return ("gamma",) if step >= self.warmup_steps else ("gamma", *record)
 
+    def level(self, state: State) -> Tensor | None:
+        return state["gamma"]
+
     def _after_warmup(self, state: State, norms: Tensor) -> tuple[Tensor, State]:
         gamma = state["gamma"].double()
         known = gamma > 0

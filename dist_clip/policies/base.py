@@ -181,6 +181,19 @@ class Policy:
         """
         raise NotImplementedError
 
+    def level(self, state: State) -> Tensor | None:
+        """Return each element's usual norm, [n], as the state remembers it (0: nothing yet), for monitors; default None.
+
+        After a step that `one_scale` calls a global warm-up, it may be the usual norm after that clip.
+
+        Example:
+            >>> import dist_clip
+            >>> policy = dist_clip.LogClip()
+            >>> policy.level(policy.init_state(2, torch.device("cpu")))
+            tensor([0., 0.])
+        """
+        return None
+
     def config(self) -> dict[str, Any]:
         """Return the class name and the hyper-parameters as JSON values, for checkpoints and for comparing ranks.
 

@@ -87,6 +87,9 @@ class LogClip(GlobalWarmup):
             "streak": torch.zeros(n, dtype=torch.int32, device=device),
         }
 
+    def level(self, state: State) -> Tensor | None:
+        return state["level"]
+
     def _after_warmup(self, state: State, norms: Tensor) -> tuple[Tensor, State]:
         level = state["level"].double()
         known = level > 0

@@ -86,6 +86,9 @@ class ZClip(Policy):
             "count": torch.zeros(n, dtype=torch.int64, device=device),
         }
 
+    def level(self, state: State) -> Tensor | None:
+        return state["mean"]
+
     def step(self, state: State, inputs: StepInputs) -> tuple[Tensor, State]:
         norms = inputs.norms
         mean, var, count = state["mean"], state["var"], state["count"]

@@ -10,9 +10,11 @@ import statistics
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from dist_clip import monitor
+
 SPIKE_SIGMAS = 7.0
 SPIKE_WINDOW = 100
-"""Spike score: share of the steps whose loss lies at least this many standard deviations off the mean of the steps before
+"""Spike score: share of the steps whose loss lies more than this many standard deviations off the mean of the steps before
 it, as OLMo and the AdaGC paper have it, with k = 7 or 10 and the last 1000 steps; the runs here have 300 and 500."""
 
 _T_975 = (
@@ -54,15 +56,8 @@ def excursion(excess: Sequence[float]) -> float:
 
 
 def spikes(loss: Sequence[float], window: int = SPIKE_WINDOW, sigmas: float = SPIKE_SIGMAS) -> int:
-    """Number of spikes; the first `window` steps have no mean yet and do not count. NaN and infinity are spikes."""
-    count = 0
-    for i in range(window, len(loss)):
-        before = [value for value in loss[i - window : i] if math.isfinite(value)]
-        if not math.isfinite(loss[i]):
-            count += 1
-        elif before:
-            count += abs(loss[i] - statistics.fmean(before)) >= sigmas * max(statistics.pstdev(before), 1e-12)
-    return count
+    """Number of spikes, up or down; the first `window` steps have no mean yet and do not count."""
+    return len(monitor.spikes(loss, window, sigmas, two_sided=True))
 
 
 def spike_score(loss: Sequence[float], window: int = SPIKE_WINDOW, sigmas: float = SPIKE_SIGMAS) -> float:

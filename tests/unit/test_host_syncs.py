@@ -17,7 +17,7 @@ import importlib.util
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -228,6 +228,40 @@ def test_guards_have_no_host_sync(guard: str, policy: str) -> None:
                 clipper.observe_loss(loss)
                 report = clipper.clip_(loss if step % 2 else None)
                 assert report.skip.device.type == "cuda"
+
+
+class NoCopy:
+    """A copy to the host that never arrives."""
+
+    made: ClassVar[list[torch.Size]] = []
+    arrived = False
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.made.append(tensor.shape)
+
+
+@pytest.mark.parametrize("kernels", ["torch"], indirect=True)
+@pytest.mark.parametrize(
+    "policy", ["GlobalNorm", "AdaGC-tensor-median", "LogClip-tensor", "LogClip-shard", "ZClip-tensor"]
+)
+@pytest.mark.usefixtures("kernels")
+def test_a_monitor_copies_once_in_k_steps_and_waits_for_nothing(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dist_clip.monitor.monitor.HostCopy", NoCopy)
+    monkeypatch.setattr(NoCopy, "made", made := [])
+    with fake_cuda(strict=False):
+        params = fake_params()
+        guard = dist_clip.SkipAbove(1.0)
+        clipper = dist_clip.GradClipper(list(params.items()), POLICIES[policy](), guard=guard)
+        monitor = dist_clip.ClipMonitor(clipper, [], every=4, tensors_every=2)
+        loss = torch.empty((), device="cuda")
+        copies = []
+        for step in range(1, 13):
+            set_grads(params)
+            with Copies() if step > 1 else torch.no_grad():
+                clipper.clip_()
+                monitor.step(step, loss if step % 2 else 2.0, scalars={"lr": 0.1, "other": loss})
+            copies.append(len(made))
+        assert copies == [0] * 3 + [1] * 4 + [2] * 4 + [3]
 
 
 @pytest.mark.parametrize("policy", ["GlobalNorm", "AdaGC-tensor-median", "ZClip"])

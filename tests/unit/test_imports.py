@@ -23,9 +23,9 @@ LAYERS = [
     {"construction"},
     {"attachment", "explain", "functional", "verify"},
     {"clipper"},
-    {"adapter"},
+    {"adapter", "monitor"},
     {"__init__", "megatron", "accelerate", "transformers", "lightning", "olmo_core", "torchtitan"},
-    {"axolotl"},
+    {"axolotl", "command"},
 ]
 
 
