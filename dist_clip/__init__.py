@@ -52,8 +52,10 @@ def __getattr__(name: str) -> Any:
     """Import a part such as ``dist_clip.megatron`` at its first use, because only that part needs its framework."""
     if name in _PARTS:
         import importlib
+        import importlib.util
 
-        return importlib.import_module(f"dist_clip.{name}")
+        if importlib.util.find_spec(f"dist_clip.{name}") is not None:
+            return importlib.import_module(f"dist_clip.{name}")
     raise AttributeError(f"module 'dist_clip' has no attribute {name!r}")
 
 

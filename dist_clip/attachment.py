@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from dist_clip.errors import LayoutError
 from dist_clip.layouts import Layout
 from dist_clip.layouts.process_groups import any_rank
+from dist_clip.memory.host_copy import capturing
 from dist_clip.optimizers import (
     BY_HAND,
     found_inf_of,
@@ -264,7 +265,7 @@ class Attachment:
                 for other in self._optimizers:
                     if self._has_new_gradients(other):
                         check_unscaled(self._scaler, other)
-            if self._fresh():
+            if self._fresh() and not capturing(torch.device("cuda")):
                 self._warn_of_lost_state()
             self._report = self._clip_()
             self._stepped = set()
@@ -326,10 +327,11 @@ def initialises_state(
 ) -> bool:
     """Return whether this is no step of training, but one that torch.distributed.checkpoint takes to make a state.
 
-    It calls ``step(closure=None)`` on a fresh optimizer, with zero gradients and a learning rate of 0 (pytorch#164929);
-    torchtitan has a copy of it that calls ``step()``.
+    It calls ``step(closure=None)`` on a fresh optimizer, with zero gradients and a learning rate of 0 (pytorch#164929).
+    torchtitan's copy of it does the same. ``step()`` is always a step of training: the ranks would have to agree on anything
+    else, and a rank whose optimizer never gets a state would be alone with that at a learning rate of 0.
     """
-    if args or kwargs not in ({"closure": None}, {}) or getattr(optimizer, "state", None):
+    if args or kwargs != {"closure": None} or getattr(optimizer, "state", None):
         return False
     if any("lr" not in group or float(group["lr"]) != 0 for group in optimizer.param_groups):
         return False

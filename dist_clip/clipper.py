@@ -249,7 +249,7 @@ class GradClipper:
         about_loss = self._guards.begin(losses)
         grads, num_grads = self._read()
         attached = self.attachment is not None and self.attachment.attached
-        self._usage.before(self.layout, num_grads, self.last_report, attached=attached)
+        self._usage.before(self.layout, num_grads, self.last_report, self._made.device, attached=attached)
         squares = self._meter.squares(grads)
         self._made.replicas.check(squares, self._meter.weight_squares)
         measured = self._meter.measure(squares, about_loss)

@@ -196,8 +196,9 @@ def carry(
 def steps_taken(optimizer: Any) -> int:
     """Return how many steps the optimizer's state says were taken; 0 where it does not say. May sync the host."""
     state = getattr(optimizer, "state", None)
-    kept = next((each for each in state.values() if isinstance(each, dict)), {}) if isinstance(state, dict) else {}
-    steps = kept.get("step", 0)
+    kept = state.values() if isinstance(state, dict) else ()
+    # Muon's parameters have no count where those of AdamW beside them have one.
+    steps = next((each["step"] for each in kept if isinstance(each, dict) and "step" in each), 0)
     return int(steps) if isinstance(steps, (int, float, Tensor)) else 0
 
 

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import warnings
 
+import torch
+from torch import Tensor
+
 from dist_clip.layouts import Layout
+from dist_clip.memory.host_copy import capturing
 from dist_clip.reduction.grad_version import ClippedGradients, versions
 from dist_clip.step.report import ClipReport
 
-_CLIPS = 32
-"""For how many clips a clipper looks: a loop that is wrong is wrong from the start, and later clips pay nothing."""
+_STEPS = 8
+"""For how many steps a clipper looks: a loop that is wrong is wrong from the start, and later clips pay nothing."""
+_CLIPS = 512
+"""As `_STEPS`, in clips, for optimizers whose steps torch does not count."""
+_AGAIN = 2
+"""Steps with gradients that were clipped twice. One is an accident: a user's own rule may leave a step out."""
 _EMPTY = 3
 """Clips in a row without any gradient that are no accident."""
 
@@ -20,32 +28,45 @@ class Usage:
     def __init__(self) -> None:
         self._clipped = ClippedGradients()
         self._params: list[tuple[int | None, ...]] = []
-        self._clips = self._empty = 0
-        self._looks = self._steps_are_counted = False
+        self._clips = self._steps = self._empty = 0
+        self._looks = self._moved = self._told_of_empty = False
+        self._excuses: list[Tensor] = []
 
-    def before(self, layout: Layout, num_grads: int, last: ClipReport | None, *, attached: bool) -> None:
+    def before(
+        self, layout: Layout, num_grads: int, last: ClipReport | None, device: torch.device, *, attached: bool
+    ) -> None:
         """Look at what is about to be clipped.
 
         Args:
-            last: the report of the last clip, whose flags are read only where the warning depends on them.
-            attached: whether an attached optimizer's steps clip, which happens once a step anyway.
+            last: the report of the last clip. Its flags are read only where all else says that a warning is due.
+            device: where the flags are.
+            attached: whether an attached optimizer's steps clip as well.
         """
         self._empty = 0 if num_grads or not len(layout) else self._empty + 1
-        if self._empty == _EMPTY:
+        if self._empty == _EMPTY and not self._told_of_empty:
+            self._told_of_empty = True
             warnings.warn(
                 f"{_EMPTY} clips in a row found no gradient on this rank, so nothing is clipped: call clip_() after "
                 "backward(), before zero_grad()",
                 stacklevel=4,
             )
-        self._looks = self._clips < _CLIPS and not attached
-        if self._looks and self._clips_again(layout) and not (last and bool(last.skip | last.nonfinite)):
-            self._clips = _CLIPS
-            warnings.warn(
-                "gradients that were clipped are clipped again, and no step was taken between: each clip counts as a step, "
-                "and micro-batches after the first are added to clipped gradients. Call clip_() once a step, after the "
-                "backward of the last micro-batch",
-                stacklevel=4,
-            )
+        self._looks = self._steps < _STEPS and self._clips < _CLIPS and not capturing(device)
+        if self._looks and last is not None and self._clips_again(layout):
+            self._excuses.append(last.skip | last.nonfinite)
+            if len(self._excuses) == _AGAIN:
+                self._excuses = [excuse for excuse in self._excuses if not bool(excuse)]
+            if len(self._excuses) == _AGAIN:
+                self._steps = _STEPS
+                cure = (
+                    "The attached optimizer's step clips already: leave clip_() out"
+                    if attached
+                    else "Call clip_() once a step, after the backward of the last micro-batch"
+                )
+                warnings.warn(
+                    "gradients that were clipped are clipped again, and no step was taken between: each clip counts as a "
+                    f"step, and micro-batches after the first are added to clipped gradients. {cure}",
+                    stacklevel=4,
+                )
 
     def after(self, layout: Layout) -> None:
         """Remember what was clipped."""
@@ -57,16 +78,18 @@ class Usage:
     def _clips_again(self, layout: Layout) -> bool:
         """Whether all gradients are those of the last clip, or had others added, and no weight moved since.
 
-        Some optimizers write to weights past torch's count, and some steps are not taken. So this holds only once weights
-        were seen to move between two clips.
+        Some optimizers write to weights past torch's count. So this holds only right after a clip before which weights were
+        seen to move: once a step, however many clips follow it.
         """
+        moved, self._moved = self._moved, False
         if len(self._params) != len(layout):
             return False
         if _versions_of(layout) != self._params:
-            self._steps_are_counted = True
+            self._moved = True
+            self._steps += 1
             return False
         params = [tensor.param for tensor in layout if tensor.param is not None and tensor.param.grad is not None]
-        return self._steps_are_counted and bool(params) and all(map(self._clipped.is_marked, params))
+        return moved and bool(params) and all(map(self._clipped.is_marked, params))
 
 
 def _versions_of(layout: Layout) -> list[tuple[int | None, ...]]:

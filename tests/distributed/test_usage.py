@@ -1,4 +1,4 @@
-"""Under DDP and FSDP2 as well, a clip after every micro-batch is told, and an ordinary loop is not."""
+"""Under DDP and FSDP2 as well, a clip after every micro-batch is told, and an ordinary loop is not; lr 0 stops no rank."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -40,3 +41,22 @@ def told(kind: str, every_micro_batch: bool, set_to_none: bool) -> list[str]:
 def test_a_clip_after_every_micro_batch_is_told(kind: str, set_to_none: bool) -> None:
     assert [len(texts) for texts in pool(2).run(told, kind, True, set_to_none)] == [1, 1]
     assert pool(2).run(told, kind, False, set_to_none) == [[], []]
+
+
+def steps_at_a_schedule_that_ends_at_0(rank_with_gradients: int) -> int:
+    """A rank without gradients never gets an optimizer's state, as a checkpoint function's fresh optimizer has none."""
+    model = nn.Linear(3, 2)
+    clipper = dist_clip.GradClipper(model, dist_clip.LogClip(), check_replicas=False)
+    optimizer = torch.optim.AdamW(model.parameters())
+    clipper.attach(optimizer)
+    for step in range(4):
+        optimizer.param_groups[0]["lr"] = 0.1 * (step < 3)
+        if dist.get_rank() == rank_with_gradients:
+            model(torch.ones(1, 3)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return clipper.steps
+
+
+def test_a_learning_rate_of_0_makes_no_rank_wait_for_others() -> None:
+    assert pool(2).run(steps_at_a_schedule_that_ends_at_0, 0) == [4, 4]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import dist_clip
+from dist_clip.optimizers import steps_taken
 
 AGAIN = "gradients that were clipped are clipped again"
 EMPTY = "3 clips in a row found no gradient"
@@ -55,15 +56,36 @@ def test_a_clip_after_every_micro_batch_is_told_once(told: Any, set_to_none: boo
 
 def test_two_clips_of_the_same_gradients_are_told(told: Any) -> None:
     model, optimizer, clipper = made()
-    for _ in range(2):
+    for _ in range(4):
+        backward(model)
+        clipper.clip_()
+        clipper.clip_()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert [text[: len(AGAIN)] for text in told()] == [AGAIN]
+
+
+def test_so_are_forty_micro_batches(told: Any) -> None:
+    model, optimizer, clipper = made()
+    for step in range(120):
+        backward(model)
+        clipper.clip_()
+        if step % 40 == 39:
+            optimizer.step()
+            optimizer.zero_grad()
+    assert [text[: len(AGAIN)] for text in told()] == [AGAIN]
+
+
+def test_a_clip_beside_an_attached_optimizer_is_told(told: Any) -> None:
+    model, optimizer, clipper = made()
+    clipper.attach(optimizer)
+    for _ in range(4):
         backward(model)
         clipper.clip_()
         optimizer.step()
         optimizer.zero_grad()
-    backward(model)
-    clipper.clip_()
-    clipper.clip_()
-    assert [text[: len(AGAIN)] for text in told()] == [AGAIN]
+    assert len(told()) == 1
+    assert "The attached optimizer's step clips already: leave clip_() out" in told()[0]
 
 
 class PastTheCount(torch.optim.SGD):
@@ -109,6 +131,49 @@ def test_no_other_loop_is(told: Any, kind: str, set_to_none: bool) -> None:
     assert told() == []
 
 
+def test_one_step_that_the_user_leaves_out_is_none(told: Any) -> None:
+    model, optimizer, clipper = made()
+    for step in range(10):
+        backward(model)
+        clipper.clip_()
+        if step != 4:
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=False)
+    assert told() == []
+
+
+def test_steps_that_a_guard_leaves_out_are_none(told: Any) -> None:
+    model, optimizer, _ = made()
+    clipper = dist_clip.GradClipper(model, dist_clip.LogClip(), guard=dist_clip.SkipAbove(1.0))
+    skipped = []
+    for step in range(12):
+        for param in model.parameters():
+            grad = torch.full_like(param, 10.0 if step % 2 else 0.01)
+            param.grad = grad if param.grad is None else param.grad.add_(grad)
+        skipped.append(bool(clipper.clip_().skip))
+        if not skipped[-1]:
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=False)
+    assert skipped == [False, True] * 6
+    assert told() == []
+
+
+def test_a_write_to_weights_is_not_taken_for_a_step(told: Any) -> None:
+    """As where an average of the weights is swapped in, beside an optimizer whose steps are not counted."""
+    model, _, clipper = made()
+    optimizer = PastTheCount(model.parameters(), lr=0.1)
+    for step in range(10):
+        backward(model)
+        clipper.clip_()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=False)
+        if step == 2:
+            with torch.no_grad():
+                for param in model.parameters():
+                    param.mul_(1.0)
+    assert told() == []
+
+
 def test_an_attached_clipper_clips_once_and_is_told_nothing(told: Any) -> None:
     model, optimizer, clipper = made()
     clipper.attach(optimizer)
@@ -123,8 +188,10 @@ def test_an_attached_clipper_clips_once_and_is_told_nothing(told: Any) -> None:
 
 def test_clips_before_backward_are_told(told: Any) -> None:
     model, optimizer, clipper = made()
-    for _ in range(6):
+    for step in range(9):
         optimizer.zero_grad()
+        if step == 4:
+            backward(model)
         clipper.clip_()
         backward(model)
         optimizer.step()
@@ -152,18 +219,18 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> N
         optimizer.zero_grad()
 
 
-def resumed(steps: int, *, carried: bool, loaded_first: bool = False) -> tuple[list[Tensor], dist_clip.GradClipper]:
+def resumed(steps: int, *, carried: bool, attached_late: bool = False) -> tuple[list[Tensor], dist_clip.GradClipper]:
     """Train, save, resume in fresh objects, train on."""
     model, optimizer, clipper = made()
     clipper.attach(optimizer, carry_state=carried)
     train(model, optimizer, range(steps))
     saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
     model, optimizer, clipper = made()
-    if loaded_first:
+    if attached_late:
         optimizer.load_state_dict(saved[1])
     clipper.attach(optimizer, carry_state=carried)
     model.load_state_dict(saved[0])
-    if not loaded_first:
+    if not attached_late:
         optimizer.load_state_dict(saved[1])
     train(model, optimizer, range(steps, 12))
     return [param.detach() for param in model.parameters()], clipper
@@ -180,8 +247,9 @@ def test_a_state_that_the_optimizer_carries_resumes_bit_for_bit(told: Any, steps
     assert told() == []
 
 
-def test_a_state_that_was_lost_is_told(told: Any) -> None:
-    resumed(4, carried=False)
+@pytest.mark.parametrize(("carried", "attached_late"), [(False, False), (True, True)])
+def test_a_state_that_was_lost_is_told(told: Any, carried: bool, attached_late: bool) -> None:
+    resumed(4, carried=carried, attached_late=attached_late)
     assert len(told()) == 1
     assert "the optimizer has taken 4 steps, and the clipper begins at step 0 with its warm-up" in told()[0]
 
@@ -197,6 +265,16 @@ def test_a_state_that_was_loaded_is_not(told: Any) -> None:
     clipper.load_state_dict(state)
     train(model, optimizer, range(4, 8))
     assert told() == []
+
+
+def test_steps_are_read_where_only_some_parameters_count_them() -> None:
+    """As of Muon for matrices and AdamW for the rest, in one optimizer."""
+    model, optimizer, _ = made()
+    train(model, optimizer, range(4))
+    del optimizer.state[next(model.parameters())]["step"]
+    assert steps_taken(optimizer) == 4
+    assert steps_taken(torch.optim.SGD(model.parameters())) == 0
+    assert steps_taken(object()) == 0
 
 
 def test_an_entry_that_is_missing_is_told(told: Any) -> None:
@@ -237,24 +315,6 @@ def test_what_has_no_hooks_cannot_carry() -> None:
 
 
 # ---- what frameworks do ------------------------------------------------------------------------------------------------
-
-
-def test_a_state_made_by_a_step_without_a_closure_argument_is_no_step() -> None:
-    """As torchtitan makes it before it saves and loads."""
-    model, optimizer, clipper = made()
-    clipper.attach(optimizer)
-    rates = [group["lr"] for group in optimizer.param_groups]
-    for param in model.parameters():
-        param.grad = torch.zeros_like(param)
-    for group in optimizer.param_groups:
-        group["lr"] = torch.tensor(0.0) if isinstance(group["lr"], Tensor) else 0.0
-    optimizer.step()
-    optimizer.zero_grad()
-    for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
-    assert clipper.steps == 0
-    train(model, optimizer, range(2))
-    assert clipper.steps == 2
 
 
 def test_fabrics_wrapper_is_not_in_names() -> None:
