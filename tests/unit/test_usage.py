@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 import dist_clip
 from dist_clip.optimizers import steps_taken
@@ -288,6 +289,19 @@ def test_an_entry_that_is_missing_is_told(told: Any) -> None:
     assert "dist_clip" not in optimizer.state_dict()
     optimizer.load_state_dict(moments)
     assert len(told()) == 1
+
+
+def test_torchs_checkpoint_functions_drop_the_entry_which_is_told(told: Any) -> None:
+    model, optimizer, clipper = made()
+    clipper.attach(optimizer, carry_state=True)
+    train(model, optimizer, range(4))
+    saved = get_optimizer_state_dict(model, optimizer)
+    assert set(saved) == {"state", "param_groups"}
+    model, optimizer, clipper = made()
+    clipper.attach(optimizer, carry_state=True)
+    set_optimizer_state_dict(model, optimizer, saved)
+    assert [text for text in told() if "has no entry 'dist_clip'" in text]
+    assert clipper.steps == 0
 
 
 def test_of_several_optimizers_the_first_carries_it() -> None:
