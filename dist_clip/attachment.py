@@ -180,7 +180,7 @@ class Attachment:
 
     def _check_inner(self, inner: Any, args: Any, kwargs: Any) -> None:
         """As `_check_inside`, for the optimizer inside a wrapper, which a checkpoint function may be given."""
-        if not initialises_state(inner, args[1:], kwargs, self._process_group):
+        if not initialises_state(inner, args[1:], kwargs, self._process_group, first=self._report is None):
             self._check_inside(inner, args, kwargs)
 
     def _step(self, optimizer: Any, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -190,7 +190,7 @@ class Attachment:
         refuse_closure(args, kwargs)
         self._inside = optimizer
         try:
-            if initialises_state(optimizer, args, kwargs, self._process_group):
+            if initialises_state(optimizer, args, kwargs, self._process_group, first=self._report is None):
                 return step(*args, **kwargs)
             self._clip_round(optimizer)
             if not self._may_skip:
@@ -323,15 +323,27 @@ def refuse_closure(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
 
 @_disable_dynamo
 def initialises_state(
-    optimizer: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], process_group: dist.ProcessGroup | None
+    optimizer: Any,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    process_group: dist.ProcessGroup | None,
+    *,
+    first: bool = False,
 ) -> bool:
     """Return whether this is no step of training, but one that torch.distributed.checkpoint takes to make a state.
 
     It calls ``step(closure=None)`` on a fresh optimizer, with zero gradients and a learning rate of 0 (pytorch#164929).
     torchtitan's copy of it does the same. ``step()`` is always a step of training: the ranks would have to agree on anything
     else, and a rank whose optimizer never gets a state would be alone with that at a learning rate of 0.
+
+    Accelerate's wrapper passes on either as ``step(None)``, which is therefore looked at only before the first clip.
+
+    Args:
+        first: whether nothing was clipped yet.
     """
-    if args or kwargs != {"closure": None} or getattr(optimizer, "state", None):
+    by_name = not args and kwargs == {"closure": None}
+    passed_on = first and args == (None,) and not kwargs
+    if not (by_name or passed_on) or getattr(optimizer, "state", None):
         return False
     if any("lr" not in group or float(group["lr"]) != 0 for group in optimizer.param_groups):
         return False

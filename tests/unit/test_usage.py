@@ -11,7 +11,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    _init_optim_state,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 
 import dist_clip
 from dist_clip.optimizers import steps_taken
@@ -329,6 +333,49 @@ def test_what_has_no_hooks_cannot_carry() -> None:
 
 
 # ---- what frameworks do ------------------------------------------------------------------------------------------------
+
+
+class Accelerates:
+    """Passes a closure on by position, as Accelerate's wrapper does; the name of its module has it unwrapped."""
+
+    __module__ = "accelerate.optimizer"
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+
+    state = property(lambda self: self.optimizer.state)
+    param_groups = property(lambda self: self.optimizer.param_groups)
+
+    def step(self, closure: Any = None) -> None:
+        self.optimizer.step(closure)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.optimizer.zero_grad(set_to_none)
+
+
+def test_a_checkpoint_functions_step_through_accelerates_wrapper_is_none() -> None:
+    model, optimizer, clipper = made()
+    wrapper = Accelerates(optimizer)
+    clipper.attach(wrapper)  # type: ignore[arg-type]
+    _init_optim_state(wrapper)  # type: ignore[arg-type]
+    assert optimizer.state
+    assert clipper.steps == 0
+    optimizer.param_groups[0]["lr"] = 0.0
+    for step in range(1, 4):
+        backward(model)
+        wrapper.step()
+        wrapper.zero_grad()
+        assert clipper.steps == step
+
+
+def test_a_first_step_through_it_at_learning_rate_0_is_a_step() -> None:
+    model, optimizer, clipper = made()
+    wrapper = Accelerates(optimizer)
+    clipper.attach(wrapper)  # type: ignore[arg-type]
+    optimizer.param_groups[0]["lr"] = 0.0
+    backward(model)
+    wrapper.step()
+    assert clipper.steps == 1
 
 
 def test_fabrics_wrapper_is_not_in_names() -> None:
