@@ -18,6 +18,7 @@ from dist_clip.clipper import GradClipper
 from dist_clip.errors import LayoutError
 from dist_clip.layouts.process_groups import distributed
 from dist_clip.optimizers import params_of, replace_step
+from dist_clip.reduction.grad_version import ClippedGradients
 
 try:
     from accelerate.optimizer import AcceleratedOptimizer
@@ -141,8 +142,7 @@ class AcceleratedAttachment:
         self._norm: Tensor | None = None
         self._new = False  # a backward since the last clip
         self._stepped: set[int] = set()
-        self._round = 0
-        self._mark = f"_dist_clip_round_{id(self)}"
+        self._clipped = ClippedGradients()
         self._warned = False
         self._undo = contextlib.ExitStack()
         for optimizer in self.optimizers:
@@ -239,8 +239,9 @@ class AcceleratedAttachment:
         """
         if self._norm is None or self._new or all(id(optimizer) in self._stepped for optimizer in owners):
             return True
-        grads = (param.grad for optimizer in owners for param in params_of(optimizer) if param.grad is not None)
-        return any(getattr(grad, self._mark, None) != self._round for grad in grads)
+        covered = {id(tensor.param) for tensor in self.clipper.layout}  # not those in exclude=
+        params = [param for optimizer in owners for param in params_of(optimizer) if id(param) in covered]
+        return not all(self._clipped.is_marked(param) for param in params if param.grad is not None)
 
     def _clip(self) -> None:
         if self._scaler is not None and self._accelerator is not None:
@@ -255,10 +256,7 @@ class AcceleratedAttachment:
         # Only with log_global_norm=False, which the user asked for.
         self._norm = torch.full((), torch.nan, device=report.scales.device) if norm is None else norm
         self._new, self._stepped = False, set()
-        self._round += 1
-        for tensor in self.clipper.layout:
-            if tensor.param is not None and tensor.param.grad is not None:
-                setattr(tensor.param.grad, self._mark, self._round)
+        self._clipped.remember(self.clipper.layout)
 
     def _step(self, optimizer: Any, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Clip unless that was done, then step; or leave the step out where the report says so."""

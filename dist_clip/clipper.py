@@ -89,7 +89,7 @@ class GradClipper:
         TypeError, ValueError: an argument of the wrong type or value, or a policy that breaks its contract.
         ImportError: kernels that were asked for by name are not installed or do not work.
 
-        Each of them is raised on every rank, also where only one rank is at fault.
+    Each of these errors is raised on every rank, also where only one rank is at fault.
 
     Example:
         >>> import dist_clip
@@ -356,7 +356,7 @@ class GradClipper:
             TypeError, ValueError: an argument of the wrong type or value, or other arguments on another rank.
             LayoutError: the modules have a parameter that came after the construction.
 
-            Each of them is raised on every rank.
+        Each of these errors is raised on every rank.
 
         Example:
             >>> import dist_clip

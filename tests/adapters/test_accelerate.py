@@ -212,6 +212,12 @@ def test_clip_grad_norm_twice_in_a_step_clips_once() -> None:
     assert run.clipper.steps == 1
 
 
+def test_tensors_that_are_excluded_are_left_alone_and_are_no_reason_to_clip_again() -> None:
+    run = Run(exclude=["*.bias"])
+    run.train(batches(2))
+    assert run.clipper.steps == 2
+
+
 def test_a_step_that_the_script_leaves_out_is_no_reason_to_leave_the_next_clip_out() -> None:
     run = Run()
     for batch in batches(2):
