@@ -536,7 +536,6 @@ def test_guard_tables_by_hand() -> None:
     names = ["global", "recommended", "skipped", "global-median"]
     block = {"name": "guards", "parts": ["guards"], "policy": names, "faults": ["batch", "scale"], "seeds": [0, 1]}
     raw["block"].append({**raw["block"][1], **block})
-    raw["block"][3]["parts"] = ["guards"]  # the noise floor
     first = 50
 
     def made(policy: str, seed: int, fault: str = NONE, **values: Any) -> dict[str, Any]:
@@ -554,7 +553,12 @@ def test_guard_tables_by_hand() -> None:
         made("global-median", 0, "batch", excursion=0.5, skipped=[first]),
     ]
     rows[2] |= {"skipped": [7]}  # the candidate's first, without a fault
-    results = Results(Grid(raw), {row["id"]: row for row in rows}, guard_tables.PART)
+    by_id = {row["id"]: row for row in rows}
+    rules = Results(Grid(raw), by_id)
+    assert rules.floor(QUICK_SETTING) is not None
+    results = Results(Grid(raw), by_id, guard_tables.PART, floors=rules)
+    assert results.floor(QUICK_SETTING) == rules.floor(QUICK_SETTING)
+    assert Results(Grid(raw), by_id, guard_tables.PART).floor(QUICK_SETTING) is None
     got = guard_tables.tables(results)
     setting = QUICK_SETTING.title(results.grid)
     assert f"| {setting} | 2 | +0.0000 ± 0.0000 |" in got["guards-clean"]

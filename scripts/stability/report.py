@@ -31,7 +31,8 @@ def report(grid: Grid, rows: dict[str, Row], carriers: Sequence[Row], pages: Pat
 
 def sections(grid: Grid, rows: dict[str, Row], carriers: Sequence[Row]) -> dict[str, dict[str, str]]:
     """All that is generated: page -> section -> text."""
-    results, guarded, rated = (Results(grid, rows, part) for part in (RULES, guard_tables.PART, rates.PART))
+    results, rated = (Results(grid, rows, part) for part in (RULES, rates.PART))
+    guarded = Results(grid, rows, guard_tables.PART, floors=results)
     return {
         RULES_PAGE: {**tables(results, Results(grid, rows, TUNING)), "carriers": carriers_table(grid, carriers)},
         GUARDS_PAGE: {

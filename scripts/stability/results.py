@@ -36,10 +36,15 @@ class Setting:
 
 
 class Results:
-    """The rows of the cells of a part of the grid, in the grid's order. `ids`: of all that there should be."""
+    """The rows of the cells of a part of the grid, in the grid's order. `ids`: of all that there should be.
 
-    def __init__(self, grid: Grid, rows: dict[str, Row], part: str = RULES) -> None:
+    Args:
+        floors: another part, which the noise floors are measured in; None: this one.
+    """
+
+    def __init__(self, grid: Grid, rows: dict[str, Row], part: str = RULES, floors: Results | None = None) -> None:
         self.grid = grid
+        self._floors = self if floors is None else floors
         self.ids = grid.ids(part)
         self.rows: list[Row] = [rows[name] for name in self.ids if name in rows]
 
@@ -83,8 +88,8 @@ class Results:
         size with any, the widest.
         """
         measured: dict[Setting, float] = {}
-        for other in self.settings:
-            prices = [self.price(other, floor) for floor in FLOORS] if other.size == setting.size else []
+        for other in self._floors.settings:
+            prices = [self._floors.price(other, floor) for floor in FLOORS] if other.size == setting.size else []
             widths = [abs(price.mean) + price.half for price in prices if price is not None and price.half is not None]
             if widths:
                 measured[other] = max(widths)
