@@ -155,7 +155,7 @@ def draw(results: Results, folder: Path) -> list[Path]:
         axes.grid(color="0.93", zorder=-1)
         plain(axes)
     panels[0][0].set_ylabel("final validation loss, nats a byte")
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, frameon=False)
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=2, frameon=False)
     path = folder / "study-rates.png"
     figure.savefig(path, dpi=130, metadata={"Software": None})
     plt.close(figure)
