@@ -318,3 +318,22 @@ def test_packages_that_are_missing_are_named(
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(SystemExit, match=message):
         main(["report", str(tmp_path)])
+
+
+def test_verify_compares_norms_with_whole_gradients(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["verify", "--ranks", "2"])
+    text = capsys.readouterr().out
+    assert text.startswith("FSDP2 on 2 processes, gloo on cpu\n")
+    assert "verify: all 3 tensors and the global norm are right" in text
+    with pytest.raises(SystemExit, match="verify needs at least one rank, got 0"):
+        main(["verify", "--ranks", "0"])
+
+
+def test_verify_exits_with_1_where_a_norm_is_wrong(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("dist_clip.command.verify.verify_here", lambda ranks: (f"wrong on {ranks}", False))
+    with pytest.raises(SystemExit) as raised:
+        main(["verify", "--ranks", "3"])
+    assert raised.value.code == 1
+    assert capsys.readouterr().out == "wrong on 3\n"

@@ -14,7 +14,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit('dist-clip needs tyro: pip install "dist-clip[cli]"') from None
     try:
         tyro.extras.subcommand_cli_from_dict(
-            {"report": report, "compare": compare, "explain": explain, "doctor": doctor},
+            {"report": report, "compare": compare, "explain": explain, "doctor": doctor, "verify": verify},
             prog="dist-clip",
             description="Looks at runs, and at what dist_clip is told to do.",
             args=arguments,
@@ -71,4 +71,20 @@ def doctor() -> None:
     text, healthy = diagnose()
     print(text)
     if not healthy:
+        raise SystemExit(1)
+
+
+def verify(ranks: int = 2) -> None:
+    """Train a step of a small model under FSDP2 on this machine, and compare its clipper's norms with whole gradients'.
+
+    Exits with 1 if one is wrong. `clipper.verify()` does the same with a model of your own.
+
+    Args:
+        ranks: how many processes. They use GPUs where there is one for each.
+    """
+    from dist_clip.command.verify import verify_here
+
+    text, right = verify_here(ranks)
+    print(text)
+    if not right:
         raise SystemExit(1)
