@@ -1,10 +1,9 @@
-"""What the adapters for training frameworks share: making the clipper, keeping its state, refusing a second clip."""
+"""What the adapters for training frameworks share: the clipper, its state as JSON, its numbers, no second clip."""
 
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,9 +12,9 @@ from torch import Tensor
 from dist_clip import guards, policies
 from dist_clip.clipper import GradClipper
 from dist_clip.guards import Guard
-from dist_clip.optimizers import steps_taken
 from dist_clip.policies import Policy
 from dist_clip.recommended import recommended
+from dist_clip.step import ClipReport
 
 PolicySpec = Policy | str | Mapping[str, Any]
 """What `dist_clip.policy` takes."""
@@ -60,40 +59,6 @@ def make_clipper(
     return GradClipper(target, **chosen, **options)
 
 
-class KeptState:
-    """The state of a clipper for frameworks that load a checkpoint before the clipper can be made.
-
-    Example:
-        >>> clipper = make_clipper(torch.nn.Linear(2, 2))
-        >>> kept = KeptState()
-        >>> kept.load(clipper.state_dict())  # waits
-        >>> kept.give_to(make_clipper(torch.nn.Linear(2, 2)))
-    """
-
-    def __init__(self) -> None:
-        self._clipper: GradClipper | None = None
-        self._waiting: Mapping[str, Any] | None = None
-
-    def give_to(self, clipper: GradClipper) -> None:
-        """Load what waits, if anything does, into the clipper, which the others talk to from now on."""
-        waiting, self._waiting, self._clipper = self._waiting, None, clipper
-        if waiting is not None:
-            clipper.load_state_dict(waiting)
-
-    def load(self, state: Mapping[str, Any]) -> None:
-        """Load a state into the clipper, or keep it until there is one."""
-        if self._clipper is None:
-            self._waiting = state
-        else:
-            self._clipper.load_state_dict(state)
-
-    def save(self) -> Mapping[str, Any]:
-        """Return the clipper's state, or what waits for it; empty without either."""
-        if self._clipper is not None:
-            return self._clipper.state_dict()
-        return {} if self._waiting is None else self._waiting
-
-
 _TENSOR = "tensor"
 
 
@@ -136,15 +101,16 @@ def from_json(stored: Any) -> Any:
     return float(stored) if stored in ("nan", "inf", "-inf") else stored
 
 
-def warn_of_lost_state(optimizers: Iterable[Any], where: str) -> None:
-    """Warn if `optimizers` come from a checkpoint that had no state for the clipper, which is looked for in `where`."""
-    steps = max(map(steps_taken, optimizers), default=0)
-    if steps > 1:  # checkpoint functions make a state by a step that is none
-        warnings.warn(
-            f"the optimizer has taken {steps} steps, and the clipper begins at step 0 with its warm-up: the checkpoint has "
-            f"no {where}. No matter if this run clips for the first time",
-            stacklevel=3,
-        )
+def numbers_of(report: ClipReport) -> dict[str, float]:
+    """Return the metrics of a report as numbers, at one copy to the host.
+
+    Example:
+        >>> model = torch.nn.Linear(2, 2)
+        >>> numbers_of(make_clipper(model, "global").clip_())["clip/fraction"]
+        0.0
+    """
+    metrics = report.metrics()
+    return dict(zip(metrics, torch.stack([value.float() for value in metrics.values()]).tolist(), strict=True))
 
 
 def refuse_native_clip(framework: str, setting: str, value: object, off: str = "None") -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
@@ -29,9 +28,9 @@ from dist_clip.optimizers import (
     params_of,
     refuse_unfinished_gradients,
     replace_step,
-    steps_taken,
     unwrapped,
     versions_of,
+    warn_of_lost_state,
 )
 from dist_clip.optimizers import (
     carry as carry_state,
@@ -266,24 +265,19 @@ class Attachment:
                     if self._has_new_gradients(other):
                         check_unscaled(self._scaler, other)
             if self._fresh() and not capturing(torch.device("cuda")):
-                self._warn_of_lost_state()
+                # The optimizers have taken steps and the clipper has not: looked at before the first clip only.
+                warn_of_lost_state(
+                    self._optimizers,
+                    "load its state before the first step (clipper.load_state_dict), or attach(optimizer, carry_state=True) "
+                    "when you save and when you load",
+                    stacklevel=5,
+                )
             self._report = self._clip_()
             self._stepped = set()
             self._clipped.remember(self._layout)
         self._stepped.add(id(optimizer))
         if len(self._stepped) == len(self._optimizers):
             self._stepped = set()
-
-    def _warn_of_lost_state(self) -> None:
-        """Warn if the optimizers have taken steps and the clipper has not. Looks at them before the first clip only."""
-        steps = max(map(steps_taken, self._optimizers))
-        if steps > 1:  # checkpoint functions make a state by a step that is none
-            warnings.warn(
-                f"the optimizer has taken {steps} steps, and the clipper begins at step 0 with its warm-up: load its state "
-                "before the first step (clipper.load_state_dict), or attach(optimizer, carry_state=True) when you save "
-                "and when you load. No matter if this run clips for the first time",
-                stacklevel=6,
-            )
 
     def _has_new_gradients(self, optimizer: Any) -> bool:
         """Whether a gradient of `optimizer` is another one, or has been written to, since the last clip."""

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dist_clip.adapter import make_clipper, refuse_native_clip, warn_of_lost_state
+from dist_clip.adapter import make_clipper, refuse_native_clip
 from dist_clip.clipper import GradClipper
 from dist_clip.errors import LayoutError
 from dist_clip.layouts.naming import named_parameters
-from dist_clip.optimizers import SkippableStep, ids_of, params_of
+from dist_clip.optimizers import SkippableStep, ids_of, params_of, warn_of_lost_state
 from dist_clip.policies import ZClip
 from dist_clip.reduction.grad_version import ClippedGradients
 from dist_clip.step import ClipReport
@@ -122,7 +122,7 @@ class ClipCallback(Callback):
         self.clippers = [self._make(trainer, group) for group in groups]
         loaded, self._loaded = self._loaded, None
         if loaded is None:
-            warn_of_lost_state(self._optimizers, f"callbacks[{self.state_key!r}]")
+            warn_of_lost_state(self._optimizers, f"the checkpoint has no callbacks[{self.state_key!r}]", stacklevel=2)
         else:
             if len(loaded) != len(self.clippers):
                 raise ValueError(

@@ -10,9 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from dist_clip.adapter import make_clipper, refuse_native_clip, warn_of_lost_state
+from dist_clip.adapter import make_clipper, refuse_native_clip
 from dist_clip.clipper import GradClipper
-from dist_clip.optimizers import SkippableStep
+from dist_clip.optimizers import SkippableStep, warn_of_lost_state
 
 try:
     from olmo_core.optim import SkipStepOptimizer
@@ -107,7 +107,8 @@ class ClipCallback(Callback):
         """Warn if the optimizer's state was loaded, and none of the clipper."""
         if self.clipper is not None and not self._loaded:
             optimizers = _optimizers_of(self.trainer.train_module)
-            warn_of_lost_state(optimizers, f"state of the callback {self.trainer.get_callback_name(self)!r}")
+            name = self.trainer.get_callback_name(self)
+            warn_of_lost_state(optimizers, f"the checkpoint has no state of the callback {name!r}", stacklevel=2)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the clipper's state; empty without a clipper."""

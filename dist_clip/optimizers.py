@@ -9,7 +9,7 @@ import contextlib
 import functools
 import types
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -200,6 +200,17 @@ def steps_taken(optimizer: Any) -> int:
     # Muon's parameters have no count where those of AdamW beside them have one.
     steps = next((each["step"] for each in kept if isinstance(each, dict) and "step" in each), 0)
     return int(steps) if isinstance(steps, (int, float, Tensor)) else 0
+
+
+def warn_of_lost_state(optimizers: Iterable[Any], why: str, stacklevel: int) -> None:
+    """Warn if `optimizers` have taken steps, for a clipper that has not. `why` says what to do, or what is missing."""
+    steps = max(map(steps_taken, optimizers), default=0)
+    if steps > 1:  # checkpoint functions make a state by a step that is none
+        warnings.warn(
+            f"the optimizer has taken {steps} steps, and the clipper begins at step 0 with its warm-up: {why}. No matter if "
+            "this run clips for the first time",
+            stacklevel=stacklevel + 1,
+        )
 
 
 def ids_of(optimizer: Any) -> list[int]:

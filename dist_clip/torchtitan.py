@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from dist_clip.adapter import make_clipper, refuse_native_clip
+from dist_clip.adapter import make_clipper, numbers_of, refuse_native_clip
 from dist_clip.clipper import GradClipper
 from dist_clip.errors import LayoutError
 from dist_clip.optimizers import replace_step
@@ -318,7 +318,4 @@ def _log_with(
 
 def _numbers(clipper: GradClipper | None) -> dict[str, float]:
     """Return the metrics of the last clip; none before it."""
-    if clipper is None or clipper.last_report is None:
-        return {}
-    metrics = clipper.last_report.metrics()
-    return dict(zip(metrics, torch.stack([value.float() for value in metrics.values()]).tolist(), strict=True))
+    return {} if clipper is None or clipper.last_report is None else numbers_of(clipper.last_report)

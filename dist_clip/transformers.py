@@ -5,10 +5,8 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-import torch
-
 from dist_clip import policies
-from dist_clip.adapter import from_json, make_clipper, to_json
+from dist_clip.adapter import from_json, make_clipper, numbers_of, to_json
 from dist_clip.clipper import GradClipper
 
 try:
@@ -192,9 +190,8 @@ class ClipCallback(TrainerCallback, ExportableState):  # type: ignore[misc, unus
         """Put the metrics beside the ``grad_norm`` that Trainer logs. One copy to the host."""
         if self.clipper is None or self.clipper.last_report is None or "grad_norm" not in (logs or {}):
             return
-        metrics = self.clipper.last_report.metrics()
-        values = torch.stack([value.float() for value in metrics.values()]).tolist()
-        found = {name: value for name, value in zip(metrics, values, strict=True) if name != "clip/grad_norm"}
+        found = numbers_of(self.clipper.last_report)
+        found.pop("clip/grad_norm", None)  # it is the grad_norm
         logs.update(found)
         state.log_history[-1].update(found)
 

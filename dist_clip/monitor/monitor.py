@@ -53,7 +53,7 @@ class ClipMonitor:
         >>> model = torch.nn.Linear(2, 2)
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         >>> clipper = dist_clip.GradClipper(model, dist_clip.LogClip())
-        >>> with dist_clip.ClipMonitor(clipper, JSONLWriter("/tmp/dist_clip_example/log.jsonl")) as monitor:
+        >>> with dist_clip.ClipMonitor(clipper, JSONLWriter("runs/a/log.jsonl")) as monitor:
         ...     for step in range(1, 21):
         ...         loss = model(torch.ones(1, 2)).square().mean()
         ...         loss.backward()

@@ -50,11 +50,11 @@ def read_run(path: str | Path) -> Run:
 
     Example:
         >>> from dist_clip.monitor import JSONLWriter, Record, read_run
-        >>> writer = JSONLWriter("/tmp/dist_clip_example/third.jsonl")
+        >>> writer = JSONLWriter("runs/a/log.jsonl")
         >>> writer.start({})
         >>> writer.write(Record(1, {"loss": 2.0}))
         >>> writer.close()
-        >>> read_run("/tmp/dist_clip_example/third.jsonl").series("loss")
+        >>> read_run("runs/a/log.jsonl").series("loss")
         [2.0]
     """
     path = Path(path)

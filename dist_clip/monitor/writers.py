@@ -46,7 +46,7 @@ class JSONLWriter:
 
     Example:
         >>> from dist_clip.monitor import JSONLWriter, Record
-        >>> writer = JSONLWriter("/tmp/dist_clip_example/other.jsonl")
+        >>> writer = JSONLWriter("runs/a/log.jsonl")
         >>> writer.start({})
         >>> writer.write(Record(1, {"loss": 2.0}))
         >>> writer.close()

@@ -28,6 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 
 import dist_clip
+from tests.adapters.comparing import assert_same, snapshot
 from tests.adapters.docs import first_code_block
 from tests.harness import pool
 
@@ -126,31 +127,6 @@ def loader_of(data: list[tuple[Tensor, Tensor]], rank: int = 0) -> DataLoader[An
     rows = slice(4 * rank, 4 * rank + 4)
     xs, ys = torch.cat([x[rows] for x, _ in data]), torch.cat([y[rows] for _, y in data])
     return DataLoader(TensorDataset(xs, ys), batch_size=4)
-
-
-def snapshot(net: nn.Module, optimizer: Any) -> dict[str, Tensor]:
-    """Weights, moments and step counts, whole: clones, by name."""
-    found = {}
-    for name, param in net.named_parameters():
-        found[name] = param.detach()
-        found |= {f"{name}.{key}": value for key, value in optimizer.state[param].items()}
-    return {key: getattr(value, "full_tensor", lambda v=value: v)().clone() for key, value in found.items()}
-
-
-def assert_same(one: Any, other: Any) -> None:
-    """Bit for bit: tensors, and dicts and lists of them and of plain values."""
-    assert type(one) is type(other)
-    if isinstance(one, dict):
-        assert list(one) == list(other)
-        one, other = list(one.values()), list(other.values())
-    if isinstance(one, list):
-        assert len(one) == len(other)
-        for a, b in zip(one, other, strict=True):
-            assert_same(a, b)
-    elif isinstance(one, Tensor):
-        torch.testing.assert_close(one, other, rtol=0, atol=0)
-    else:
-        assert one == other or (one != one and other != other)
 
 
 def fit(module: Any, callback: ClipCallback, data: Any, **options: Any) -> tuple[dict[str, Tensor], Record, Any]:

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dist_clip
+from tests.adapters.comparing import assert_same, snapshot
 from tests.adapters.docs import first_code_block
 from tests.harness import pool
 
@@ -119,30 +120,6 @@ class Record(Callback):
 
 def model_config() -> TransformerConfig:
     return TransformerConfig.llama_like(d_model=16, vocab_size=VOCABULARY, n_layers=1, n_heads=2)
-
-
-def snapshot(model: nn.Module, optimizer: Any) -> dict[str, Tensor]:
-    """Weights, moments and step counts, whole: clones, by name."""
-    found = {}
-    for name, param in model.named_parameters():
-        found[name] = param.detach()
-        found |= {f"{name}.{key}": value for key, value in optimizer.state[param].items()}
-    return {key: getattr(value, "full_tensor", lambda v=value: v)().clone() for key, value in found.items()}
-
-
-def assert_same(one: Any, other: Any) -> None:
-    """Bit for bit: tensors, and dicts and lists of them and of plain values."""
-    if isinstance(one, dict):
-        assert list(one) == list(other)
-        one, other = list(one.values()), list(other.values())
-    if isinstance(one, list):
-        assert len(one) == len(other)
-        for a, b in zip(one, other, strict=True):
-            assert_same(a, b)
-    elif isinstance(one, Tensor):
-        torch.testing.assert_close(one, other, rtol=0, atol=0)
-    else:
-        assert one == other or (one != one and other != other)
 
 
 def prepare(

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils._pytree import tree_flatten
 
 import dist_clip
-from dist_clip.adapter import KeptState, from_json, make_clipper, refuse_native_clip, to_json
+from dist_clip.adapter import from_json, make_clipper, refuse_native_clip, to_json
 
 LOGCLIP = dist_clip.LogClip(ratio=3, post_max_norm=None, scope="global")
 
@@ -126,21 +126,6 @@ def test_json_has_every_number_and_shape() -> None:
     assert str(back) == str(odd)
     assert torch.equal(back["tensor"].view(torch.int32)[1:], odd["tensor"].view(torch.int32)[1:])  # type: ignore[attr-defined]
     assert back["empty"].shape == (0, 3)
-
-
-def test_a_state_waits_for_its_clipper() -> None:
-    model = nn.Linear(2, 2)
-    kept = KeptState()
-    assert kept.save() == {}
-    state = trained(make_clipper(model), model, 3).state_dict()
-    kept.load(state)
-    assert kept.save() is state
-    clipper = make_clipper(model)
-    kept.give_to(clipper)
-    assert clipper.steps == 3
-    kept.load(make_clipper(model).state_dict())
-    assert clipper.steps == 0
-    assert str(kept.save()) == str(clipper.state_dict())
 
 
 def test_metrics_are_the_reports_numbers() -> None:

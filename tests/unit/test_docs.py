@@ -39,7 +39,8 @@ def public_objects() -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_examples_in_docstrings_run(name: str) -> None:
+def test_examples_in_docstrings_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # some write a log
     try:
         module = importlib.import_module(name)
     except ImportError as error:
