@@ -530,7 +530,8 @@ class MedianGuard:
         self, threshold: float = 2.0, rate: float = 0.02, warmup: int = 100, window: int = 128, most: int = 50
     ) -> None:
         self.threshold, self.rate, self.warmup, self.window, self.most = threshold, rate, warmup, window, most
-        self.spread: dict[Hashable, float] = {}  # the moving average of |ln(norm / level)|
+        self.moves: list[float] = []  # the medians of ln(norm / level), rounded
+        self.drift = self.scatter = 0.0  # their moving average, and that of their distances from it
         self.level: dict[Hashable, float] = {}
         self.peaks: dict[Hashable, tuple[float, float]] = {}
         self.count: dict[Hashable, int] = {}
@@ -540,20 +541,37 @@ class MedianGuard:
         usual = {name: max(self.peaks[name]) for name in norms if self.count.get(name, 0) >= self.warmup}
         there = [name for name in usual if norms[name] != 0]
         ratios = [math.inf if math.isnan(norms[name]) else norms[name] / usual[name] for name in there]
-        limits = [max(self.threshold, math.exp(4.0 * self.spread[name])) for name in there]
-        excess = [ratio / limit for ratio, limit in zip(ratios, limits, strict=True)]
-        middle = statistics.median_low(excess) if excess else 0.0
+        far = bool(ratios) and statistics.median_low(ratios) > max(
+            self.threshold, math.exp(self.drift + 5.0 * self.scatter)
+        )
         low = bool(ratios) and statistics.median_high(ratios) < 0.25
-        bad = middle > 1 and self.lows <= 8
+        bad = far and self.lows <= 8
         finite = all(math.isfinite(norm) for norm in norms.values())
         renew = bad and self.spent >= 50 * self.most and finite
         skip = bad and not renew
-        change = 1 if low else 0 if middle > 1 else -1
+        change = 1 if low else 0 if far else -1
         if not skip and not (low and self.lows < self.window):
+            if not renew:
+                self._move(
+                    [(norm, self.level[name]) for name, norm in norms.items() if name in self.level and norm != 0]
+                )
             self._follow(norms, renew)
         self.lows = min(max(self.lows + change, 0), self.window)
         self.spent = self.spent + 50 if skip else max(self.spent - 1, 0)
         return skip
+
+    def _move(self, pairs: list[tuple[float, float]]) -> None:
+        if not pairs:
+            return
+        logs = [-math.inf if math.isnan(n) else math.log(n / level) for n, level in pairs]
+        unit = math.log(self.threshold) / 8  # the median is known to the nearest of these, and as 16 of them at most
+        middle = min(max(statistics.median_low(logs) / unit, -16.0), 16.0)
+        move = unit * round(middle)
+        if self.moves:
+            rate = max(self.rate, 1 / len(self.moves))
+            self.scatter = fp32(self.scatter + rate * (abs(move - self.drift) - self.scatter))
+        self.moves.append(move)
+        self.drift = fp32(self.drift + max(self.rate, 1 / len(self.moves)) * (move - self.drift))
 
     def _follow(self, norms: Norms, renew: bool) -> None:
         self.taken += 1
@@ -561,17 +579,13 @@ class MedianGuard:
             now, earlier = self.peaks.get(name, (0.0, 0.0))
             if observable(fp32(norm)):
                 count = self.count[name] = self.count.get(name, 0) + 1
-                self.spread.setdefault(name, 0.0)
                 old = self.level.get(name)
                 if old is None or renew:
                     level = norm
                 else:
                     bound = 100.0 if count <= self.warmup else self.threshold
                     ratio = min(max(norm / old, 1 / bound), bound)
-                    rate = max(self.rate, 1 / count)
-                    level = old * ratio**rate
-                    spread = self.spread[name]
-                    self.spread[name] = fp32(spread + rate * (abs(math.log(ratio)) - spread))
+                    level = old * ratio ** max(self.rate, 1 / count)
                 level = self.level[name] = fp32(level)
                 now, earlier = (level, level) if renew or count <= self.warmup else (max(now, level), earlier)
             if self.taken % self.window == 0:

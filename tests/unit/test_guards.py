@@ -114,9 +114,11 @@ def test_median_guard_equals_the_reference(tensors: int) -> None:
         skip = ours.skips(norms)
         assert skip == theirs.skips(dict(enumerate(norms))), f"step {step}: {norms}"
         skipped.append(skip)
-        for slot, expected in (("level", theirs.level), ("spread", theirs.spread), ("observations", theirs.count)):
+        for slot, expected in (("level", theirs.level), ("observations", theirs.count)):
             values = [expected.get(i, 0.0) for i in range(tensors)]
             assert ours.state[slot].tolist() == pytest.approx(values, rel=1e-5)
+        for slot, value in (("drift", theirs.drift), ("scatter", theirs.scatter), ("moves", len(theirs.moves))):
+            assert ours.state[slot].item() == pytest.approx(value, rel=1e-4, abs=1e-7)
     assert 8 < sum(skipped) < 250
 
 
@@ -224,12 +226,25 @@ def test_promise_norms_that_scatter_are_usual() -> None:
     assert all(ours.skips(norms.step(60.0)) for _ in range(12))
 
 
-@pytest.mark.parametrize("factor", [0.5, 2.0])
-@pytest.mark.parametrize(("noise", "most"), [(0.2, 0), (0.1, 2), (0.05, 2)])
-def test_promise_another_batch_size_is_no_fault(factor: float, noise: float, most: int) -> None:
-    """Four times the batch halves norms that noise dominates; a quarter doubles them."""
-    ours, norms = settled(noise=noise)
-    assert sum(ours.skips(norms.step(factor)) for _ in range(300)) <= most
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("noise", [0.05, 0.1, 0.2])
+def test_promise_another_batch_size_is_no_fault(noise: float, seed: int) -> None:
+    """Four times the batch halves norms that noise dominates; a quarter doubles them, which is near the threshold."""
+    ours, norms = settled(noise=noise, seed=seed)
+    assert not any(ours.skips(norms.step(0.5)) for _ in range(300))
+    ours, norms = settled(noise=noise, seed=seed)
+    assert sum(ours.skips(norms.step(2.0)) for _ in range(300)) <= 10
+
+
+def test_promise_what_tensors_do_one_by_one_hides_no_fault() -> None:
+    """As under Muon: each tensor's norm scatters widely by itself, and their median hardly moves."""
+    ours, norms, rng = Alone(dist_clip.MedianGuard(), 40), Norms(40, noise=0.1), random.Random(4)
+
+    def step(factor: float) -> bool:
+        return ours.skips([norm * rng.lognormvariate(0, 0.6) for norm in norms.step(factor)])
+
+    assert not any(step(math.exp(-i / 1000)) for i in range(300))
+    assert all(step(3.5) for _ in range(12))
 
 
 def test_promise_idle_experts_do_not_count() -> None:
