@@ -117,7 +117,7 @@ class Guard:
             >>> import torch, dist_clip
             >>> guard = dist_clip.MedianGuard()
             >>> guard.tally(guard.init_state(3, torch.device("cpu")), torch.ones(3).double()).shape
-            torch.Size([3, 3])
+            torch.Size([36, 3])
         """
         return norms.new_zeros((0, norms.numel()))
 

@@ -136,7 +136,8 @@ class MedianGuard(Guard):
         return torch.cat([flags, torch.logical_and(seen, moved)]).double()
 
     def step(self, state: State, inputs: GuardInputs) -> tuple[Tensor, State]:
-        above, low, counted, seen = inputs.tallies[:4].unbind()
+        flags, edges = torch.split(inputs.tallies, [4, 2 * _EDGES])
+        above, low, counted, seen = flags.unbind()
         most_above, most_low = 2 * above > counted, 2 * low > counted
         lows, spent = state["lows"], state["spent"]
         bad = torch.logical_and(most_above, lows <= _LOW_STEPS)
@@ -155,7 +156,7 @@ class MedianGuard(Guard):
             "clock": clock,
         }
         usual = torch.logical_not(unusual)
-        movement = self._unit * ((2 * inputs.tallies[4:] > seen).sum() - _EDGES)
+        movement = self._unit * ((2 * edges > seen).sum() - _EDGES)
         moves = torch.logical_and(torch.logical_and(usual, torch.logical_not(renew)), seen > 0)
         new |= self._move(state, movement, moves)
         return skip, new | self._follow(state, inputs.norms, usual, renew, clock == 0)
