@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NoReturn
 
@@ -18,7 +20,7 @@ from dist_clip.errors import DesyncError
 from dist_clip.explain import explain_table
 from dist_clip.guards import Guard
 from dist_clip.kernels import Kernels
-from dist_clip.layouts import PartialReducer
+from dist_clip.layouts import Gradients, PartialReducer
 from dist_clip.layouts.meeting import meet
 from dist_clip.layouts.process_groups import distributed, stage_of
 from dist_clip.layouts.sharded import ShardedBy
@@ -29,6 +31,7 @@ from dist_clip.reduction import Channel, DesyncDetector
 from dist_clip.step import ClipReport, GlobalNorms, Guards, Meter, NonFinite, Usage, decide, raise_nonfinite
 from dist_clip.step.fault import naming_what_fails
 from dist_clip.step.grad_scaler import found_inf, share_skip
+from dist_clip.step.one_launch import Decided, OneLaunch
 from dist_clip.verify import VerifyReport, verify
 
 
@@ -158,6 +161,7 @@ class GradClipper:
         detector = self._detector if checked.detect_desync else None
         self._channel = Channel(made.plan, checked.pp_group, checked.process_group, detector)
         self._partial = PartialReducer(made.layout.tensors)
+        self._gradients = Gradients(made.layout)
         self._meter = Meter(
             self.memory,
             self._channel,
@@ -181,6 +185,15 @@ class GradClipper:
             checked.nonfinite,
             may_skip=checked.may_skip,
             every_norm=checked.log_global_norm,
+        )
+        self._one_launch = OneLaunch(
+            self.memory,
+            self._channel,
+            self._meter,
+            made.kernels,
+            plain=not (
+                checked.may_skip or checked.nonfinite.zeroes or checked.nonfinite.raises or checked.log_global_norm
+            ),
         )
         # With "zero" a faulty tensor has its own scale, 0.
         self._uniform = (
@@ -242,7 +255,7 @@ class GradClipper:
             >>> clipper.clip_().global_norm
             tensor(2.4495)
         """
-        scaler, nonfinite = self._options.scaler, self._options.nonfinite
+        scaler = self._options.scaler
         overflow = None if scaler is None else found_inf(scaler, self._made.device)
         self._channel.begin()
         losses, self._losses = self._losses if loss is None else [loss], []
@@ -252,6 +265,30 @@ class GradClipper:
         self._usage.before(self.layout, num_grads, self.last_report, self._made.device, attached=attached)
         squares = self._meter.squares(grads)
         self._made.replicas.check(squares, self._meter.weight_squares)
+        if self._one_launch.serves(grads):
+            decided = self._one_launch.decide(squares)
+            with naming_what_fails(self.layout, grads):
+                self._made.kernels.scale_(grads, decided.scales, uniform=self._uniform)
+        else:
+            decided = self._decide(grads, squares, about_loss, overflow)
+        self._channel.clipped()
+        self._usage.after(self.layout)
+        self.last_report = ClipReport(
+            names=self.layout.names,
+            tensor_norms=decided.norms,
+            scales=decided.scales,
+            nonfinite=decided.nonfinite,
+            skip=decided.skip,
+            num_grads=num_grads,
+            _global_norms=decided.global_norms,
+        )
+        return self.last_report
+
+    def _decide(
+        self, grads: list[Tensor | None], squares: Tensor, about_loss: Tensor | None, overflow: Tensor | None
+    ) -> Decided:
+        """Decide the step with torch's operators, whatever the options, and carry it out."""
+        scaler, nonfinite = self._options.scaler, self._options.nonfinite
         measured = self._meter.measure(squares, about_loss)
         totals = self._global_norms.before(measured, overflow, self._guards.extra(measured))
         guarded = self._guards.decide(measured, totals)
@@ -264,18 +301,13 @@ class GradClipper:
             self._made.kernels.scale_(grads, scales.each, uniform=self._uniform)
             nonfinite.zero_(self._made.kernels, grads, measured.bad, totals.skip)
         self.memory.advance(states, totals.skip, guarded)
-        self._channel.clipped()
-        self._usage.after(self.layout)
-        self.last_report = ClipReport(
-            names=self.layout.names,
-            tensor_norms=measured.norms.float(),
+        return Decided(
+            norms=measured.norms.float(),
             scales=scales.each.float(),
             nonfinite=totals.nonfinite,
             skip=torch.zeros_like(totals.nonfinite) if totals.skip is None else totals.skip,
-            num_grads=num_grads,
-            _global_norms=self._global_norms.for_report(measured, totals, scales),
+            global_norms=self._global_norms.for_report(measured, totals, scales),
         )
-        return self.last_report
 
     def observe_loss(self, loss: Tensor | float) -> None:
         """Pass this rank's loss for the next `clip_`, as before the step of an attached optimizer; never syncs the host.
@@ -312,8 +344,8 @@ class GradClipper:
     def _read(self) -> tuple[list[Tensor | None], int]:
         """Return this rank's shards of the gradients, in the layout's order, and how many of them are not None."""
         self._partial.reduce_(self.layout.tensors)
-        grads = [tensor.grad() for tensor in self.layout]
-        num_grads = sum(grad is not None for grad in grads)
+        grads = self._made.kernels.read(self._gradients.read())
+        num_grads = sum(map(operator.is_not, grads, itertools.repeat(None)))
         self._made.check_not_stale(thorough=self.memory.calls == 0 or num_grads == 0)
         return grads, num_grads
 

@@ -16,6 +16,14 @@ ENVIRONMENT = "DIST_CLIP_KERNELS"
 _CPU = torch.device("cpu")
 
 
+def _as_it_is(shards: list[Tensor | None]) -> list[Tensor | None]:
+    return shards
+
+
+def _never(shards: list[Tensor | None]) -> bool:
+    return False
+
+
 @dataclasses.dataclass(frozen=True)
 class Kernels:
     """The functions that measure and scale lists of tensors.
@@ -24,6 +32,10 @@ class Kernels:
         name: "torch" or "triton".
         why: why they were chosen, for ``explain()``.
         power_sums, scale_, zero_where_: as in `dist_clip.kernels.torch_kernels`.
+        read: returns a list of tensors with what these functions would otherwise find out of it at each call. It is good for
+            one step, in which neither the list nor the tensors' memory may change.
+        decide: decides a step in one launch, as `TritonKernels.decide` does; None: there is no such kernel.
+        is_whole: whether `decide` may be used for what `read` returned.
 
     Example:
         >>> import dist_clip
@@ -35,6 +47,9 @@ class Kernels:
     power_sums: Callable[..., Tensor]
     scale_: Callable[..., None]
     zero_where_: Callable[..., None]
+    read: Callable[[list[Tensor | None]], list[Tensor | None]] = _as_it_is
+    decide: Callable[..., None] | None = None
+    is_whole: Callable[[list[Tensor | None]], bool] = _never
 
 
 TORCH = Kernels("torch", "the default", torch_kernels.power_sums, torch_kernels.scale_, torch_kernels.zero_where_)
@@ -87,4 +102,13 @@ def _triton(why: str, device: torch.device) -> Kernels:
         kernels.try_on(device)
     except Exception as error:  # Triton and the driver raise many classes: no C compiler, a GPU or driver too old, ...
         raise ImportError(f"kernels='triton': installed, but fails on {device} ({error})") from error
-    return Kernels("triton", why, kernels.power_sums, kernels.scale_, kernels.zero_where_)
+    return Kernels(
+        "triton",
+        why,
+        kernels.power_sums,
+        kernels.scale_,
+        kernels.zero_where_,
+        kernels.read,
+        kernels.decide,
+        kernels.is_whole,
+    )

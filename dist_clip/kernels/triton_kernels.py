@@ -13,10 +13,13 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from dist_clip.kernels import torch_kernels, triton_jit
-from dist_clip.kernels.tables import Launch, OnDevice, Plan, Tables
+from dist_clip.kernels import torch_kernels, triton_decide, triton_jit
+from dist_clip.kernels.tables import Launch, OnDevice, Plan, Shards, Tables
 
 _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+_PARAMETERS = tuple(f"P{i}" for i in range(9))
 
 
 class TritonKernels:
@@ -65,6 +68,14 @@ class TritonKernels:
         ):
             raise ArithmeticError(f"what it computes on {device} is not what torch computes")
 
+    def read(self, shards: Sequence[Tensor | None]) -> Shards:
+        """Return the list with what the other functions need to know of it, which they then need not find out again.
+
+        Raises:
+            RuntimeError: a CUDA graph is being captured, and no list like this was read outside of a capture.
+        """
+        return self._tables.read(shards)
+
     def power_sums(
         self, shards: Sequence[Tensor | None], p: float, device: torch.device, foreach: bool | None = None
     ) -> Tensor:
@@ -75,21 +86,21 @@ class TritonKernels:
         """
         if p != 2.0 or foreach is False:
             return torch_kernels.power_sums(shards, p, device, foreach)
-        reading = self._tables.read(shards)
-        if not reading.plans:
+        shards = self.read(shards)
+        if not shards.sent:
             return torch_kernels.power_sums(shards, p, device, foreach)
         parts = []
-        for plan in reading.plans:
-            tables = self._tables.on_device(plan, shards, first=True)
+        for plan, tables in shards.tables:
             partials = torch.empty(plan.chunks, dtype=torch.float64, device=plan.device)
             for launch in plan.launches:
                 self._launch_chunks(triton_jit.chunk_squares, launch, plan, tables, partials)
-            sums = torch.zeros(len(shards), dtype=torch.float64, device=plan.device)
             m = len(plan.positions)
+            make = torch.empty if m == len(shards) else torch.zeros
+            sums = make(len(shards), dtype=torch.float64, device=plan.device)
             self._launch(triton_jit.add_chunks, m, plan.device, tables.meta, m, partials, sums, LANES=triton_jit.LANES)
             parts.append(sums.to(device, non_blocking=True))
-        if reading.rest:
-            parts.append(torch_kernels.power_sums(reading.left(shards), p, device, foreach))
+        if shards.reading.rest:
+            parts.append(torch_kernels.power_sums(shards.reading.left(shards), p, device, foreach))
         total = parts[0]
         for part in parts[1:]:
             total = total + part  # at each position all parts but one are 0
@@ -109,6 +120,53 @@ class TritonKernels:
             torch_kernels.scale_(rest, scales, uniform=uniform, foreach=foreach)
         return None
 
+    def is_whole(self, shards: list[Tensor | None]) -> bool:
+        """Whether these kernels, on one device, do all that there is to do with the gradients, which `read` returned."""
+        return isinstance(shards, Shards) and len(shards.sent) == 1 and not shards.reading.rest
+
+    def decide(
+        self,
+        rule: int,
+        parameters: Sequence[float],
+        sums: Tensor,
+        index: Tensor,
+        state: Sequence[Tensor],
+        out: tuple[Tensor, ...],
+        *,
+        one: bool,
+        post_max_norm: float | None,
+        first: bool,
+        last: bool,
+    ) -> None:
+        """Decide for the tensors of one policy group, in one launch.
+
+        Args:
+            rule: one of `dist_clip.kernels.rules`, with its `parameters` and its `state`, which is updated in place.
+            sums, index, one, first, last: as in `triton_decide.decide`.
+            out: t, norms, exact, scales and nonfinite, as there.
+            post_max_norm: clip the result at this global norm; None: do not.
+        """
+        constants = dict(zip(_PARAMETERS, [*parameters, *[0.0] * (len(_PARAMETERS) - len(parameters))], strict=True))
+        self._launch(
+            triton_decide.decide,
+            1,
+            sums.device,
+            sums,
+            index,
+            len(index),
+            *state,
+            *[sums] * (3 - len(state)),
+            *out,
+            RULE=rule,
+            ONE=one,
+            POST=post_max_norm or 0.0,
+            FIRST=first,
+            LAST=last,
+            BLOCK=triton_decide.BLOCK,
+            enable_fp_fusion=False,
+            **constants,
+        )
+
     def zero_where_(self, shards: Sequence[Tensor | None], flags: Tensor) -> None:
         """Set each tensor whose flag (bool [n]) is set to exactly 0, as `torch_kernels.zero_where_` does."""
         rest = self._write(triton_jit.zero_chunks, shards, flags, torch.uint8)
@@ -119,13 +177,12 @@ class TritonKernels:
         self, kernel: Any, shards: Sequence[Tensor | None], values: Tensor, dtype: torch.dtype
     ) -> list[Tensor | None] | None:
         """Launch a kernel that writes to the tensors, with one value of `dtype` each; return the tensors for torch."""
-        reading = self._tables.read(shards)
-        for plan in reading.plans:
-            tables = self._tables.on_device(plan, shards, first=False)
+        shards = self.read(shards)
+        for plan, tables in shards.tables:
             local = values.to(plan.device, dtype, non_blocking=True).contiguous()
             for launch in plan.launches:
                 self._launch_chunks(kernel, launch, plan, tables, local)
-        return reading.left(shards) if reading.rest else None
+        return shards.reading.left(shards) if shards.reading.rest else None
 
     def _launch_chunks(self, kernel: Any, launch: Launch, plan: Plan, tables: OnDevice, data: Tensor) -> None:
         self._launch(
@@ -145,5 +202,6 @@ class TritonKernels:
 
     def _launch(self, kernel: Any, programs: int, device: torch.device, *args: Any, **constants: Any) -> None:
         # Triton launches on the current device's current stream.
-        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        elsewhere = device.type == "cuda" and torch.cuda.current_device() != device.index
+        with torch.cuda.device(device) if elsewhere else contextlib.nullcontext():
             kernel[(programs,)](*args, **constants)

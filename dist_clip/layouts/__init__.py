@@ -1,5 +1,6 @@
 """Layouts, read from modules, parameters or optimizers with plain tensors, DTensors or FSDP1's flat parameters."""
 
+from dist_clip.layouts.gradients import Gradients
 from dist_clip.layouts.layout import Layout, LayoutReader, LogicalTensor, merge_groups
 from dist_clip.layouts.naming import modules_of, named_parameters
 from dist_clip.layouts.partial import PartialReducer
@@ -8,6 +9,7 @@ from dist_clip.layouts.sharded import ShardedBy
 from dist_clip.layouts.watch import ParameterWatch
 
 __all__ = [
+    "Gradients",
     "Layout",
     "LayoutReader",
     "LogicalTensor",

@@ -9,7 +9,9 @@ from torch import Tensor
 
 from dist_clip.layouts.process_groups import current_rank
 
-_REAL = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
+REAL = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
+"""The types of the numbers that the kernels take."""
+
 _COMPLEX = frozenset({torch.complex64, torch.complex128, torch.complex32})
 
 
@@ -27,7 +29,7 @@ def usable(name: str, local: Tensor, put: Callable[[Tensor], None]) -> Tensor:
         RuntimeError: the gradient is sparse, or its numbers are of a type that cannot be clipped.
     """
     if (
-        local.dtype in _REAL
+        local.dtype in REAL
         and local.layout is torch.strided
         and local.is_contiguous()
         and not local.is_neg()
@@ -39,7 +41,7 @@ def usable(name: str, local: Tensor, put: Callable[[Tensor], None]) -> Tensor:
             f"rank {current_rank()}: the gradient of {name!r} is sparse ({local.layout}), which cannot be clipped: use "
             "dense gradients (sparse=False), or exclude this tensor"
         )
-    if local.dtype not in _REAL and local.dtype not in _COMPLEX:
+    if local.dtype not in REAL and local.dtype not in _COMPLEX:
         raise RuntimeError(
             f"rank {current_rank()}: the gradient of {name!r} holds {local.dtype}, which cannot be clipped: clip it in the "
             "type that the optimizer steps in (fp32, bf16, fp16), or exclude this tensor"

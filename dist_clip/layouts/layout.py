@@ -39,6 +39,8 @@ class LogicalTensor:
             None: `placement` says so.
         everywhere: whether every rank of the pipeline stage holds a piece of one of its copies.
         marked_groups: the norm groups for which only a framework's mark vouches.
+        own_grad: whether the shard of the gradient is ``param.grad`` itself, or its local tensor if that is a DTensor of the
+            parameter's placements.
     """
 
     name: str
@@ -56,6 +58,7 @@ class LogicalTensor:
     everywhere: bool = True
     cut: str | None = None
     marked_groups: tuple[dist.ProcessGroup, ...] = ()
+    own_grad: bool = False
 
     @property
     def numel(self) -> int:

@@ -108,4 +108,5 @@ def _read_plain(name: str, param: Tensor, here: frozenset[int]) -> LogicalTensor
         weight=lambda: real(param.detach()),
         device=param.device,
         placement="whole",
+        own_grad=True,
     )

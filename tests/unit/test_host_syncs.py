@@ -98,7 +98,7 @@ def record_triton(monkeypatch: pytest.MonkeyPatch) -> Recorded:
 
     monkeypatch.setattr(TritonKernels, "_launch", launch)
     monkeypatch.setattr(tables.Tables, "_served", (FakeTensor, nn.Parameter))
-    monkeypatch.setattr(tables.Tables, "_address", lambda self, shard: next(addresses))
+    monkeypatch.setattr(tables.Tables, "_addresses", lambda self, shards: tuple(next(addresses) for _ in shards))
     monkeypatch.setattr(tables.Tables, "_stream", lambda self, device: (0, False))
     monkeypatch.setattr(tables.Tables, "_pinned", lambda self, values, device: torch.tensor(values, device="cpu"))
     monkeypatch.setattr(tables.Tables, "_send", send)
@@ -557,9 +557,53 @@ def test_what_the_triton_kernels_send_and_launch(monkeypatch: pytest.MonkeyPatch
             recorded.launches.clear()
             clipper.clip_()
             sent.append(recorded.sent)
-            assert recorded.launches == ["chunk_squares"] * 2 + ["add_chunks"] + ["scale_chunks"] * 2
-    # In truth the addresses are the same within a step; made-up ones are not, so each of its two calls sends.
-    assert [b - a for a, b in itertools.pairwise(sent)] == [2, 2, 2]
+            assert recorded.launches == ["chunk_squares"] * 2 + ["add_chunks", "decide"] + ["scale_chunks"] * 2
+    assert [b - a for a, b in itertools.pairwise(sent)] == [1, 1, 1]
+
+
+class Operators(TorchDispatchMode):
+    """Records the operators that launch something: all but views and memory that is not filled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "aten" and not func.is_view and func is not torch.ops.aten.empty.memory_format:
+            self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("policy", "tensors"),
+    [("LogClip-tensor", 2000)]
+    + [(p, 148) for p in ("GlobalNorm", "AdaGC-tensor-median", "LogClip-tensor", "ZClip", "ZClip-tensor")],
+)
+def test_a_step_is_four_launches(policy: str, tensors: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a warm-up, of gradients of one dtype: four kernels of ours, none of torch's, and one copy to the device."""
+    pytest.importorskip("triton")
+    recorded = record_triton(monkeypatch)
+    with fake_cuda(strict=False):
+        params = [(f"p{i}", nn.Parameter(torch.empty(4, device="cuda"))) for i in range(tensors)]
+        clipper = dist_clip.GradClipper(params, POLICIES[policy](), kernels="triton", check_replicas=False)
+        for step in range(WARMUP + 4):
+            for _, param in params:
+                param.grad = torch.empty(4, device="cuda")
+            recorded.launches.clear()
+            sent, operators = recorded.sent, Operators()
+            with operators:
+                report = clipper.clip_()
+            if step > WARMUP:
+                assert recorded.launches == ["chunk_squares", "add_chunks", "decide", "scale_chunks"]
+                assert operators.seen == []
+                assert recorded.sent - sent == 1
+    for value, dtype in (
+        (report.scales, torch.float32),
+        (report.tensor_norms, torch.float32),
+        (report.skip, torch.bool),
+    ):
+        assert value.dtype == dtype
+    assert report.global_norm is not None
 
 
 def test_a_policy_that_syncs_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:

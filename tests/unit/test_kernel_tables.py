@@ -31,14 +31,14 @@ class Pretended(Tables):
         self.sent.append(buffer)
         return buffer.clone()
 
-    def _pinned(self, values: list[int], device: torch.device) -> Tensor:
+    def _pinned(self, values: tuple[int, ...], device: torch.device) -> Tensor:
         assert not self.capturing, "memory cannot be pinned during a capture"
         self.pinned += 1
         return super()._pinned(values, device)
 
-    def tables(self, shards: list[Any], first: bool = True) -> OnDevice:
-        (plan,) = self.read(shards).plans
-        return self.on_device(plan, shards, first=first)
+    def tables(self, shards: list[Any]) -> OnDevice:
+        (tables,) = self.read(shards).sent
+        return tables
 
 
 def grads(*sizes: int) -> list[Any]:
@@ -48,7 +48,7 @@ def grads(*sizes: int) -> list[Any]:
 def test_what_is_in_them() -> None:
     half, none, small, big = torch.zeros(25, dtype=torch.float16), None, torch.zeros(3), torch.zeros(5, 4)
     tables = Pretended()
-    (plan,) = tables.read([half, none, small, big]).plans
+    (plan,) = tables.read([half, none, small, big]).reading.plans
     assert plan.positions == [2, 3, 0]
     assert plan.launches == [Launch(torch.float32, 0, 3), Launch(torch.float16, 3, 3)]
     assert plan.chunks == 6
@@ -78,7 +78,7 @@ def test_what_is_served() -> None:
     rest = [fake, x.double(), x[:, ::2], x[:, 1:], x[:1].expand(3, 6), x.as_subclass(Subclass), x.to("meta")]
     nothing = [None, x[:0], torch.empty(0, 3)]
     shards: list[Any] = [*served, *nothing, *rest]
-    reading = Pretended().read(shards)
+    reading = Pretended().read(shards).reading
     assert sorted(reading.plans[0].positions) == list(range(len(served)))
     assert reading.rest == frozenset(range(len(served) + len(nothing), len(shards)))
     assert [i for i, shard in enumerate(reading.left(shards)) if shard is not None] == sorted(reading.rest)
@@ -90,7 +90,6 @@ def test_sent_only_when_addresses_change() -> None:
     first = tables.tables(a)
     assert len(tables.sent) == 2
     assert tables.tables(a) is first
-    assert tables.tables(a, first=False) is first
     assert len(tables.sent) == 2
     second = tables.tables(b)
     assert len(tables.sent) == 3
@@ -98,6 +97,12 @@ def test_sent_only_when_addresses_change() -> None:
     assert second.table.tolist() == [t.data_ptr() for t in b]
     assert second.buffer is not first.buffer, "its copy may be under way"
     assert first.buffer.tolist() == [t.data_ptr() for t in a]
+    assert tables.tables(a) is first, "it is there still"
+    others = [grads(25, 3) for _ in range(4)]
+    for other in others:
+        tables.tables(other)
+    assert len(tables.sent) == 7
+    assert tables.tables(a) is not first, "four lists are kept"
 
 
 def test_another_stream_has_its_own() -> None:
@@ -116,17 +121,18 @@ def test_a_capture_sends_for_itself_and_keeps_it() -> None:
     tables = Pretended()
     a, b = grads(25, 3), grads(25, 3)
     eager = tables.tables(a)
-    (plan,) = tables.read(a).plans
+    (plan,) = tables.read(a).reading.plans
     reserve = plan.reserve[-1]
 
     tables.capturing = True
-    captured = tables.tables(a)
+    step = tables.read(a)
+    (captured,) = step.sent
     assert captured is not eager, "what was sent before the capture may be gone at a replay"
     assert captured.meta is not eager.meta
     assert tables.sent[-2:] == [plan.meta, reserve]
     assert captured.buffer is reserve
     assert captured.table.tolist() == reserve.tolist() == [t.data_ptr() for t in a]
-    assert tables.tables(a, first=False) is captured, "the rest of the step uses what it sent"
+    assert tables.read(step) is step, "the rest of the step uses what it sent"
     assert len(tables.sent) == 4
 
     tables.capturing = False
@@ -151,8 +157,8 @@ def test_a_capture_outlives_what_is_forgotten() -> None:
     for size in range(1, 100):
         tables.tables(grads(size + 30))
     assert len(tables._readings) < 50
-    assert any(sent is captured for _, _, sent in tables._captured)
-    assert any(plan.meta.tolist()[0] == 25 for plan, _, _ in tables._captured), "its metadata is copied again, too"
+    assert any(sent is captured for sent in tables._captured)
+    assert any(sent.meta.tolist()[0] == 25 for sent in tables._captured), "its metadata is copied again, too"
 
 
 def test_a_capture_without_a_step_before_it() -> None:

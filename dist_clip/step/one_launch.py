@@ -1,0 +1,148 @@
+"""The decision of a step in one launch a policy group, for the policies that have a kernel, where nothing comes between."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from dist_clip.kernels import Kernels, rules
+from dist_clip.memory import Memory, PolicyGroup
+from dist_clip.memory.host_copy import capturing
+from dist_clip.policies import AdaGC, GlobalNorm, LogClip, Policy, ZClip
+from dist_clip.reduction import Channel
+from dist_clip.step.measure import Meter
+from dist_clip.step.report import ReportedNorms
+
+
+@dataclasses.dataclass(frozen=True)
+class Decided:
+    """What one step comes to.
+
+    Attributes:
+        norms, scales: fp32 [n], of the report.
+        nonfinite, skip: bool 0-dim, of the report.
+        global_norms: of the report.
+    """
+
+    norms: Tensor
+    scales: Tensor
+    nonfinite: Tensor
+    skip: Tensor
+    global_norms: ReportedNorms
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rule:
+    """What a kernel knows as a policy: its number, the state's slots and the parameters, in the kernel's order."""
+
+    number: int
+    slots: tuple[str, ...]
+    parameters: Callable[..., tuple[float, ...]]
+
+
+def _zclip(policy: ZClip) -> tuple[float, ...]:
+    return (
+        policy.alpha,
+        policy.z_thresh,
+        policy.warmup_steps,
+        policy.mode == "percentile",
+        policy.clip_option == "mean",
+        policy.clip_factor,
+        -1.0 if policy.max_norm is None else policy.max_norm,
+        policy.skip_update_on_spike,
+        policy.eps,
+    )
+
+
+# By the class itself: a subclass may have another rule.
+_RULES: dict[type[Policy], _Rule] = {
+    GlobalNorm: _Rule(rules.GLOBAL_NORM, (), lambda policy: (policy.max_norm,)),
+    AdaGC: _Rule(rules.ADAGC, ("gamma",), lambda policy: (policy.lambda_rel, policy.beta, policy.eps)),
+    LogClip: _Rule(
+        rules.LOGCLIP,
+        ("level", "count", "streak"),
+        lambda policy: (policy.ratio, policy.power, policy.rate, policy.patience),
+    ),
+    ZClip: _Rule(rules.ZCLIP, ("mean", "var", "count"), _zclip),
+}
+
+
+class OneLaunch:
+    """Decides steps with the kernels' `decide`, which does what `decide` of this package does with dozens of operators.
+
+    It serves steps after a global warm-up, where every policy has a kernel and no collective falls between the norms and
+    the scales, and where no step can be skipped and nothing becomes zero.
+
+    Args:
+        plain: whether the options leave steps alone: a NaN propagates, no guard, no scaler, no global norm to be reduced
+            for the report alone.
+    """
+
+    def __init__(self, memory: Memory, channel: Channel, meter: Meter, kernels: Kernels, *, plain: bool) -> None:
+        self._memory, self._channel, self._meter, self._kernels = memory, channel, meter, kernels
+        known = all(type(group.policy) in _RULES for group in memory.groups)
+        self._possible = plain and known and kernels.decide is not None and bool(len(memory.layout))
+        self._parameters = [_RULES[type(g.policy)].parameters(g.policy) for g in memory.groups] if known else []
+        self._false = torch.zeros((), dtype=torch.bool, device=memory.device)
+
+    def serves(self, grads: list[Tensor | None]) -> bool:
+        """Whether it can decide the next step, of these gradients, which the kernels have read. The same on every rank."""
+        return self._possible and all(map(self._is_ready, self._memory.groups)) and self._kernels.is_whole(grads)
+
+    def _is_ready(self, group: PolicyGroup) -> bool:
+        policy = group.policy
+        if isinstance(policy, (AdaGC, LogClip)) and self._memory.calls < policy.warmup_steps:
+            return False
+        if len(group.state) != len(_RULES[type(policy)].slots):  # the record of a warm-up
+            return False
+        needs_all = group.one_element or policy.post_max_norm is not None
+        alone = not self._channel.has_stages and not (group.per_shard and self._channel.reduces_shards)
+        return alone or not needs_all
+
+    def decide(self, squares: Tensor) -> Decided:
+        """Decide the step, and count it: states and step count are the new ones after it.
+
+        Collective where norms are reduced.
+
+        Args:
+            squares: float64 [n], the squared norms of this rank's shards.
+        """
+        memory, n = self._memory, len(squares)
+        whole = self._channel.sum_over_shards(squares, memory.shared_states())[0] if self._meter.reduces() else squares
+        norms, scales = torch.empty((2, n), dtype=torch.float32, device=squares.device).unbind()
+        exact = torch.empty(n, dtype=torch.float64, device=squares.device)
+        nonfinite = torch.empty((), dtype=torch.bool, device=squares.device)
+        last = len(memory.groups) - 1
+        for k, group in enumerate(memory.groups):
+            rule = _RULES[type(group.policy)]
+            assert self._kernels.decide is not None
+            self._kernels.decide(
+                rule.number,
+                self._parameters[k],
+                squares if group.per_shard else whole,
+                group.index,
+                [group.state[slot] for slot in rule.slots],
+                (memory.t, norms, exact, scales, nonfinite),
+                one=group.one_element,
+                post_max_norm=group.policy.post_max_norm,
+                first=k == 0,
+                last=k == last,
+            )
+        memory.calls += 1
+        return Decided(norms, scales, nonfinite, self._false, self._global_norms(whole, exact))
+
+    def _global_norms(self, squares: Tensor, scales: Tensor) -> ReportedNorms:
+        groups = self._memory.groups
+        if self._channel.has_stages or (self._channel.reduces_shards and any(group.per_shard for group in groups)):
+            return ReportedNorms(lambda: (None, None), known=False)
+
+        def find() -> tuple[Tensor, Tensor]:
+            before = squares.sqrt()
+            sums = torch.stack([before.square().sum(), (before * scales).square().sum()])
+            first, second = sums.sqrt().float().unbind()
+            return first, second
+
+        return ReportedNorms(find, at_once=capturing(self._memory.device))
