@@ -161,7 +161,7 @@ class GradClipper:
         detector = self._detector if checked.detect_desync else None
         self._channel = Channel(made.plan, checked.pp_group, checked.process_group, detector)
         self._partial = PartialReducer(made.layout.tensors)
-        self._gradients = Gradients(made.layout)
+        self._gradients, self._params = Gradients(made.layout.tensors), [tensor.param for tensor in made.layout]
         self._meter = Meter(
             self.memory,
             self._channel,
@@ -267,7 +267,7 @@ class GradClipper:
         self._made.replicas.check(squares, self._meter.weight_squares)
         if self._one_launch.serves(grads):
             decided = self._one_launch.decide(squares)
-            with naming_what_fails(self.layout, grads):
+            with naming_what_fails(self.layout.names, grads):
                 self._made.kernels.scale_(grads, decided.scales, uniform=self._uniform)
         else:
             decided = self._decide(grads, squares, about_loss, overflow)
@@ -297,7 +297,7 @@ class GradClipper:
         if nonfinite.raises:
             self._raise_if_nonfinite(measured.local, totals.nonfinite)
         scales, states = decide(measured, totals, self.memory, self._global_norms, nonfinite)
-        with naming_what_fails(self.layout, grads):
+        with naming_what_fails(self.layout.names, grads):
             self._made.kernels.scale_(grads, scales.each, uniform=self._uniform)
             nonfinite.zero_(self._made.kernels, grads, measured.bad, totals.skip)
         self.memory.advance(states, totals.skip, guarded)
@@ -344,7 +344,7 @@ class GradClipper:
     def _read(self) -> tuple[list[Tensor | None], int]:
         """Return this rank's shards of the gradients, in the layout's order, and how many of them are not None."""
         self._partial.reduce_(self.layout.tensors)
-        grads = self._made.kernels.read(self._gradients.read())
+        grads = self._made.kernels.read(self._gradients.read(self.layout.tensors, self._params))
         num_grads = sum(map(operator.is_not, grads, itertools.repeat(None)))
         self._made.check_not_stale(thorough=self.memory.calls == 0 or num_grads == 0)
         return grads, num_grads

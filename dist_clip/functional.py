@@ -6,8 +6,10 @@ import dataclasses
 import itertools
 import math
 import numbers
+import operator
 import warnings
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,7 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from dist_clip.errors import NonFiniteGradError
 from dist_clip.kernels import Kernels, choose
-from dist_clip.layouts import Layout, LogicalTensor, PartialReducer, layout_of_parameters, merge_groups
+from dist_clip.layouts import Gradients, Layout, LogicalTensor, PartialReducer, layout_of_parameters, merge_groups
 from dist_clip.layouts.process_groups import checked_group, device_of, group_alive, group_size
 from dist_clip.reduction import PipelineReducer, ReductionPlan
 from dist_clip.step.fault import naming_what_fails
@@ -81,21 +83,12 @@ def clip_grad_norm_(
         if not isinstance(param, Tensor):
             raise TypeError(f"parameters must be tensors, number {i} is {type(param).__name__}: {param!r}")
 
-    # A tensor that is passed twice (tied weights) has one gradient, which is counted once and scaled once.
-    unique = {id(param): (f"parameters[{i}]", param) for i, param in reversed(list(enumerate(params)))}
-    layout = layout_of_parameters(list(reversed(unique.values())))
     stages = 1 if stage_group is None else stage_group.size()
-    device = layout.device or device_of(stage_group)
-    prepared = _prepare(layout, stages, device)
-    prepared.partial.reduce_(layout.tensors)
-    shards = [tensor.grad() for tensor in layout]
-    measured = (
-        shards if p == 2.0 else [_magnitudes(tensor, shard) for tensor, shard in zip(layout, shards, strict=True)]
-    )
-    with naming_what_fails(layout, shards):
-        local = prepared.kernels.power_sums(measured, p, device, foreach)
+    prepared, shards, magnitudes = _read(params, stages, p, stage_group)
+    with naming_what_fails(prepared.names, shards):
+        local = prepared.kernels.power_sums(magnitudes, p, prepared.device, foreach)
     sums = prepared.plan.reduce(local, p)
-    total = sums.amax() if math.isinf(p) and len(layout) else sums.sum()
+    total = sums.amax() if math.isinf(p) and shards else sums.sum()
     if stage_group is not None and stages > 1:
         total = PipelineReducer(stage_group).sum(total.view(1), p).squeeze(0)
     norm = total if math.isinf(p) else total.sqrt() if p == 2.0 else total.pow(1.0 / p)
@@ -106,10 +99,31 @@ def clip_grad_norm_(
             "error_if_nonfinite=False to scale them by it anyway"
         )
     scale = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
-    with naming_what_fails(layout, shards):
+    with naming_what_fails(prepared.names, shards):
         prepared.kernels.scale_(shards, scale.expand(len(shards)), uniform=True, foreach=foreach)
     dtypes = {shard.dtype for shard in shards if shard is not None}
     return norm if dtypes == {torch.float64} else norm.float()
+
+
+def _read(
+    params: list[Tensor], stages: int, p: float, stage_group: dist.ProcessGroup | None
+) -> tuple[_Prepared, list[Tensor | None], list[Tensor | None]]:
+    """Return what is known of the parameters, the shards of their gradients, and what the norm of order `p` is taken of."""
+    known = _known(params, stages)
+    usual = None if known is None else known.gradients.usual(params)
+    if known is not None and usual is not None:
+        shards = known.kernels.read(usual)
+        return known, shards, shards
+    # A tensor that is passed twice (tied weights) has one gradient, which is counted once and scaled once.
+    unique = {id(param): (f"parameters[{i}]", param) for i, param in reversed(list(enumerate(params)))}
+    layout = layout_of_parameters(list(reversed(unique.values())))
+    prepared = _prepare(layout, stages, layout.device or device_of(stage_group))
+    prepared.partial.reduce_(layout.tensors)
+    shards = [tensor.grad() for tensor in layout]
+    if p == 2.0:
+        shards = prepared.kernels.read(shards)
+        return prepared, shards, shards
+    return prepared, shards, [_magnitudes(tensor, shard) for tensor, shard in zip(layout, shards, strict=True)]
 
 
 def _magnitudes(tensor: LogicalTensor, shard: Tensor | None) -> Tensor | None:
@@ -129,18 +143,46 @@ _numbers = itertools.count()
 
 @dataclasses.dataclass(frozen=True)
 class _Prepared:
+    """What is known of a list of parameters. It holds none of them."""
+
     stages: int
     described: tuple[str, ...]
+    names: tuple[str, ...]
+    looks: list[Any]
+    marks: list[tuple[int, int]]
+    device: torch.device
     plan: ReductionPlan
     partial: PartialReducer
+    gradients: Gradients
     kernels: Kernels
 
     def fits(self, layout: Layout, stages: int) -> bool:
+        return self._lives(stages) and self.described == tuple(t.describe() for t in layout)
+
+    def is_of(self, params: list[Tensor], stages: int) -> bool:
+        """Whether these are the parameters, as they were then, so that their layout need not be read again."""
+        marks = [getattr(param, _MARK, None) for param in params]
         return (
-            stages == self.stages
-            and self.described == tuple(t.describe() for t in layout)
-            and all(group_alive(collective.group) for collective in self.plan.collectives)
+            marks == self.marks and self._lives(stages) and not self.partial.candidates and _looks(params) == self.looks
         )
+
+    def _lives(self, stages: int) -> bool:
+        return stages == self.stages and all(group_alive(collective.group) for collective in self.plan.collectives)
+
+
+_looks_of_one = operator.attrgetter("shape", "dtype", "device", "requires_grad")
+
+
+def _looks(params: Sequence[Tensor | None]) -> list[Any]:
+    """Return what may change of a parameter in place, and decides how it is laid out."""
+    return [list(map(type, params)), list(map(_looks_of_one, params))]
+
+
+def _known(params: list[Tensor], stages: int) -> _Prepared | None:
+    """Return what is known of the list from an earlier call, if nothing about it has changed."""
+    number, _ = getattr(params[0], _MARK, (None, 0)) if params else (None, 0)
+    found = None if number is None else _prepared.get(number)
+    return found if found is not None and found.is_of(params, stages) else None
 
 
 def _prepare(layout: Layout, stages: int, device: torch.device) -> _Prepared:
@@ -156,19 +198,25 @@ def _prepare(layout: Layout, stages: int, device: torch.device) -> _Prepared:
     same = all(getattr(param, _MARK, None) == (number, i) for i, param in enumerate(params))
     if found is not None and same and found.fits(layout, stages):
         return found
+    number = next(_numbers)
+    marks = [(number, i) for i in range(len(params))]
     made = _Prepared(
         stages=stages,
         described=tuple(t.describe() for t in layout),
+        names=layout.names,
+        looks=_looks(params),
+        marks=marks,
+        device=device,
         plan=ReductionPlan(merge_groups(layout), copies_among=group_size(None) // stages),
         partial=PartialReducer(layout.tensors),
+        gradients=Gradients(layout.tensors),
         kernels=choose(None, device),
     )
-    number = next(_numbers)
     _prepared[number] = made
     for old in list(_prepared)[:-_KEPT]:
         del _prepared[old]
-    for i, param in enumerate(params):
-        setattr(param, _MARK, (number, i))
+    for param, mark in zip(params, marks, strict=True):
+        setattr(param, _MARK, mark)
     return made
 
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections import defaultdict
 from collections.abc import Sequence
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
 
 _CPU = torch.device("cpu")
+
+_dtype, _is_cpu = operator.attrgetter("dtype"), operator.attrgetter("is_cpu")
 
 # `_foreach_copy_` replaces `Tensor.copy_`, whose Python binding needs a CUDA build even for fake CUDA tensors. The
 # tests use fake CUDA tensors to prove that no step syncs the host.
@@ -49,6 +53,8 @@ def power_sums(shards: Sequence[Tensor | None], p: float, device: torch.device, 
         float64 tensor [n] on ``device``. Accumulation is blocked on CPU and in float64 elsewhere, so neither the number
         of elements nor squares outside fp32's range cost accuracy. Accelerator tensors cause no host sync.
     """
+    if len(shards) and _all_on_cpu(shards):
+        return _powers(_norms_cpu(shards, p), p).to(device)
     entries: list[Tensor | None] = [None] * len(shards)
     for shard_device, present in _by_device(shards).items():
         indices, tensors = [i for i, _ in present], [shard for _, shard in present]
@@ -58,7 +64,7 @@ def power_sums(shards: Sequence[Tensor | None], p: float, device: torch.device, 
             norms = torch.stack([torch.linalg.vector_norm(t, p, dtype=torch.float64) for t in tensors])
         else:
             norms = torch.stack(torch._foreach_norm(tensors, p, dtype=torch.float64))
-        sums = (norms if math.isinf(p) else norms.square() if p == 2.0 else norms.pow(p)).to(device)
+        sums = _powers(norms, p).to(device)
         if len(indices) == len(shards):
             return sums
         for i, entry in zip(indices, sums.unbind(), strict=True):
@@ -66,6 +72,15 @@ def power_sums(shards: Sequence[Tensor | None], p: float, device: torch.device, 
     # Stacked rather than written at an index, because sending positions to an accelerator is a blocking copy.
     zero = torch.zeros((), dtype=torch.float64, device=device)
     return torch.stack([zero if entry is None else entry for entry in entries]) if entries else zero.new_empty(0)
+
+
+def _powers(norms: Tensor, p: float) -> Tensor:
+    return norms if math.isinf(p) else norms.square() if p == 2.0 else norms.pow(p)
+
+
+def _all_on_cpu(shards: Sequence[Any]) -> TypeGuard[Sequence[Tensor]]:
+    """Whether all are tensors on the CPU that have elements. Asked by `map`, which many small tensors notice."""
+    return type(None) not in set(map(type, shards)) and all(map(_is_cpu, shards)) and all(map(Tensor.numel, shards))
 
 
 def _by_device(shards: Sequence[Tensor | None]) -> dict[torch.device, list[tuple[int, Tensor]]]:
@@ -203,8 +218,13 @@ def scale_(
     """
     if scales.device.type == "cpu":
         # A scale of 1 needs no work. A NaN does not equal 1, so a non-finite norm propagates as in torch.
-        values: list[float] = scales.tolist()
-        shards = [None if value == 1.0 else shard for shard, value in zip(shards, values, strict=True)]
+        chosen = [i for i, value in enumerate(scales.tolist()) if value != 1.0]
+        if len(chosen) < len(shards):
+            shards = [shards[i] for i in chosen]
+            scales = scales.index_select(0, torch.tensor(chosen, dtype=torch.int64, device="cpu"))
+        if _all_on_cpu(shards) and torch.float64 not in set(map(_dtype, shards)):  # as ever, but with fewer questions
+            _multiply(shards, scales.float(), uniform)
+            return
     for device, present in _by_device(shards).items():
         if device.type == "cpu":
             _scale_cpu(present, scales.cpu(), uniform)
@@ -231,14 +251,13 @@ def _scale_cpu(present: Sequence[tuple[int, Tensor]], scales: Tensor, uniform: b
     double = [(i, shard) for i, shard in present if shard.dtype == torch.float64]
     single = [(i, shard) for i, shard in present if shard.dtype != torch.float64] if double else present
     for entries, factors in ((double, scales), (single, scales.float())):
-        if not entries:
-            continue
-        shards = [shard for _, shard in entries]
-        if uniform:
-            torch._foreach_mul_(shards, factors[entries[0][0]])
-        else:
-            chosen = torch.tensor([i for i, _ in entries], device="cpu")
-            torch._foreach_mul_(shards, factors.index_select(0, chosen).unbind())
+        chosen = torch.tensor([i for i, _ in entries], dtype=torch.int64, device="cpu")
+        _multiply([shard for _, shard in entries], factors.index_select(0, chosen), uniform)
+
+
+def _multiply(shards: Sequence[Any], factors: Tensor, uniform: bool) -> None:
+    if len(shards):
+        torch._foreach_mul_(list(shards), factors[0] if uniform else list(factors.unbind()))
 
 
 def zero_where_(shards: Sequence[Tensor | None], flags: Tensor) -> None:

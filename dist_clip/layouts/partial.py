@@ -52,6 +52,11 @@ class PartialReducer:
         self._trainable: set[str] = set()
         self._calls = 0
 
+    @property
+    def candidates(self) -> bool:
+        """Whether there is any tensor whose gradient might be Partial."""
+        return bool(self._candidates)
+
     def reduce_(self, tensors: Sequence[LogicalTensor]) -> None:
         """Reduce the Partial gradients of `tensors`, those of the construction, and put the result into ``param.grad``.
 

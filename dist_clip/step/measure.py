@@ -67,7 +67,7 @@ class Meter:
 
     def squares(self, grads: Sequence[Tensor | None]) -> Tensor:
         """Return the squared norms of this rank's shards of the gradients, float64 [n], in the layout's order."""
-        with naming_what_fails(self._memory.layout, grads):
+        with naming_what_fails(self._memory.layout.names, grads):
             return self._kernels.power_sums(grads, 2.0, self._memory.device)
 
     def measure(self, local: Tensor, carried: Tensor | None = None) -> Measured:

@@ -21,7 +21,7 @@ from scripts.benchmark.local import (
     package_zclip,
     steady,
 )
-from scripts.benchmark.timing import Section, count, peak_bytes
+from scripts.benchmark.timing import Section, count, peak_bytes, settle
 from scripts.policies import label
 
 
@@ -40,8 +40,7 @@ def on_cuda(shapes: Shapes) -> dict[str, int]:
         named = [(f"p{i}", param) for i, param in enumerate(params)]
         for mode in MODES:
             made = dist_clip.GradClipper(named, steady(mode))
-            for _ in range(3):
-                made.clip_()
+            settle(made.clip_, params)
             counted[label(mode)] = count(made.clip_).operators
         run = lambda: torch.nn.utils.clip_grad_norm_(params, NO_LIMIT, foreach=True)  # noqa: E731
         counted[TORCH] = count(run).operators

@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 import dist_clip
-from scripts.benchmark.timing import Candidate, OperatorCount, Section, Timing, count, interleaved, once
+from scripts.benchmark.timing import Candidate, OperatorCount, Section, Timing, count, interleaved, once, settle
 from scripts.policies import compared, label
 from scripts.policies import make as make_policy
 
@@ -92,6 +92,8 @@ def measure(dims: int, tensors: int, repeats: int) -> list[dict[str, Any]]:
         "torch clip_grad_norm_": lambda: torch.nn.utils.clip_grad_norm_(params, 1e30),
     }
     first: dict[str, Timing] = {name: once(run) for name, run in runs.items()}
+    for clipper in made.values():
+        settle(clipper.clip_, params)
     steady = interleaved({name: Candidate(run) for name, run in runs.items()}, repeats)
     counted: dict[str, OperatorCount] = {name: count(run) for name, run in runs.items()}
     dist.destroy_process_group()

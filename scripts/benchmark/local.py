@@ -13,7 +13,7 @@ from pytorch_optimizer import AdaGC as PackageAdaGC
 from torch import Tensor, nn
 
 import dist_clip
-from scripts.benchmark.timing import FLOOR_COLUMN, RATIO_COLUMNS, Candidate, Section, interleaved, ratio_rows
+from scripts.benchmark.timing import FLOOR_COLUMN, RATIO_COLUMNS, Candidate, Section, interleaved, ratio_rows, settle
 from scripts.policies import compared, label, make
 
 TORCH = "torch clip_grad_norm_, foreach"
@@ -63,8 +63,7 @@ def clipper(gradients: Gradients, policy: dist_clip.Policy, kernels: str | None 
     """A clipper past its policy's warm-up, on which nothing was clipped."""
     made = dist_clip.GradClipper(gradients.named, policy, kernels=kernels)
     gradients.restore()
-    for _ in range(3):
-        made.clip_()
+    settle(made.clip_, gradients.params)
     return made
 
 
@@ -188,7 +187,7 @@ def optimizer(quick: bool) -> Section:
     clip = dist_clip.GradClipper([(f"p{i}", p) for i, p in enumerate(params)], steady("adagc"))
     for _ in range(3):
         package.step()
-        clip.clip_()
+    settle(clip.clip_, params)
 
     def ours() -> None:
         clip.clip_()

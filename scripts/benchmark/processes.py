@@ -19,7 +19,7 @@ from torch.multiprocessing.spawn import spawn as start
 
 import dist_clip
 from scripts.benchmark.official import OfficialSchedule, Piece
-from scripts.benchmark.timing import Section, Timing, count
+from scripts.benchmark.timing import Section, Timing, count, settle
 from scripts.policies import compared, label, make
 
 DIM = 256
@@ -97,8 +97,7 @@ def _tensor_parallel(tensors: int, repeats: int) -> list[dict[str, Any]]:
         "torch clip_grad_norm_ (global norm only)": lambda: torch.nn.utils.clip_grad_norm_(params, 1e30),
     }
     for run in candidates.values():  # past every warm-up and first call
-        run()
-        run()
+        settle(run, params)
     times = timed(candidates, repeats)
     counted = {name: count(run) for name, run in candidates.items()}
     return [
@@ -127,8 +126,7 @@ def _desync(tensors: int, repeats: int) -> list[dict[str, Any]]:
     watched = dist_clip.GradClipper(named, policy, detect_desync=True)
     candidates: dict[str, Callable[[], Any]] = {"without": plain.clip_, "detect_desync=True": watched.clip_}
     for run in candidates.values():
-        run()
-        run()
+        settle(run, [param for _, param in named])
     times = timed(candidates, repeats)
     counted = {name: count(run) for name, run in candidates.items()}
     return [

@@ -6,10 +6,11 @@ import dataclasses
 import os
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -62,6 +63,15 @@ def once(run: Callable[[], Any]) -> Timing:
     wall_start, cpu_start = time.perf_counter(), time.thread_time()
     run()
     return Timing(1e3 * (time.perf_counter() - wall_start), 1e3 * (time.thread_time() - cpu_start))
+
+
+def settle(clip: Callable[[], Any], params: Iterable[Tensor]) -> None:
+    """Clip as in the first steps of a training, in which a clipper watches how it is used: weights move between."""
+    params = [param.to_local() if isinstance(param, DTensor) else param for param in params]
+    for _ in range(10):
+        clip()
+        with torch.no_grad():
+            torch._foreach_mul_(params, 1.0)
 
 
 def load_average() -> float:
