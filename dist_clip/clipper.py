@@ -191,9 +191,7 @@ class GradClipper:
             self._channel,
             self._meter,
             made.kernels,
-            plain=not (
-                checked.may_skip or checked.nonfinite.zeroes or checked.nonfinite.raises or checked.log_global_norm
-            ),
+            plain=checked.nonfinite.propagates and checked.scaler is None and not checked.log_global_norm,
         )
         # With "zero" a faulty tensor has its own scale, 0.
         self._uniform = (

@@ -171,8 +171,10 @@ class MedianGuard(Guard):
         drift, scatter, count = state["drift"].double(), state["scatter"].double(), state["moves"]
         deviation = torch.abs(movement - drift)
         # The first movement has nothing to deviate from.
-        calm = torch.where(count > 0, scatter + torch.clamp(1 / count, min=self.rate) * (deviation - scatter), scatter)
-        mean = drift + torch.clamp(1 / (count + 1), min=self.rate) * (movement - drift)
+        calm = torch.where(
+            count > 0, scatter + torch.clamp(1 / count.double(), min=self.rate) * (deviation - scatter), scatter
+        )
+        mean = drift + torch.clamp(1 / (count + 1).double(), min=self.rate) * (movement - drift)
         return {
             "drift": torch.where(moves, mean.float(), state["drift"]),
             "scatter": torch.where(moves, calm.float(), state["scatter"]),

@@ -35,6 +35,7 @@ class Kernels:
         read: returns a list of tensors with what these functions would otherwise find out of it at each call. It is good for
             one step, in which neither the list nor the tensors' memory may change.
         decide: decides a step in one launch, as `TritonKernels.decide` does; None: there is no such kernel.
+        median_guard: decides whether a step is skipped, as `TritonKernels.median_guard` does; None: there is none.
         is_whole: whether `decide` may be used for what `read` returned.
 
     Example:
@@ -49,6 +50,7 @@ class Kernels:
     zero_where_: Callable[..., None]
     read: Callable[[list[Tensor | None]], list[Tensor | None]] = _as_it_is
     decide: Callable[..., None] | None = None
+    median_guard: Callable[..., None] | None = None
     is_whole: Callable[[list[Tensor | None]], bool] = _never
 
 
@@ -110,5 +112,6 @@ def _triton(why: str, device: torch.device) -> Kernels:
         kernels.zero_where_,
         kernels.read,
         kernels.decide,
+        kernels.median_guard,
         kernels.is_whole,
     )

@@ -173,6 +173,7 @@ def _apply(
     c,
     at,
     mask,
+    keeps,
     RULE: tl.constexpr,
     P0: tl.constexpr,
     P1: tl.constexpr,
@@ -184,30 +185,32 @@ def _apply(
     P7: tl.constexpr,
     P8: tl.constexpr,
 ):
-    """Return the scales of the elements at ``at``, and update their state."""
+    """Return the scales of the elements at ``at``, and update their state where ``keeps``."""
     if RULE == _GLOBAL_NORM:
         scale = _global_scale(norm, P0)
     elif RULE == _ADAGC:
         scale, gamma = _adagc(norm, tl.load(a + at, mask=mask, other=0.0), P0, P1, P2)
-        tl.store(a + at, gamma, mask=mask)
+        tl.store(a + at, gamma, mask=keeps)
     elif RULE == _LOGCLIP:
         level = tl.load(a + at, mask=mask, other=0.0)
         count, streak = tl.load(b + at, mask=mask, other=0), tl.load(c + at, mask=mask, other=0)
         scale, level, count, streak = _logclip(norm, level, count, streak, P0, P1, P2, P3)
-        tl.store(a + at, level, mask=mask)
-        tl.store(b + at, count, mask=mask)
-        tl.store(c + at, streak, mask=mask)
+        tl.store(a + at, level, mask=keeps)
+        tl.store(b + at, count, mask=keeps)
+        tl.store(c + at, streak, mask=keeps)
     else:
         mean, var = tl.load(a + at, mask=mask, other=0.0), tl.load(b + at, mask=mask, other=0.0)
         count = tl.load(c + at, mask=mask, other=0)
         scale, mean, var, count = _zclip(norm, mean, var, count, P0, P1, P2, P3, P4, P5, P6, P7, P8)
-        tl.store(a + at, mean, mask=mask)
-        tl.store(b + at, var, mask=mask)
-        tl.store(c + at, count, mask=mask)
+        tl.store(a + at, mean, mask=keeps)
+        tl.store(b + at, var, mask=keeps)
+        tl.store(c + at, count, mask=keeps)
     return scale
 
 
-@triton.jit(do_not_specialize=["sums", "index", "members", "a", "b", "c", "t", "norms", "exact", "scales", "nonfinite"])
+@triton.jit(
+    do_not_specialize=["sums", "index", "members", "a", "b", "c", "t", "norms", "exact", "scales", "nonfinite", "skip"]
+)
 def decide(
     sums,
     index,
@@ -220,9 +223,11 @@ def decide(
     exact,
     scales,
     nonfinite,
+    skip,
     RULE: tl.constexpr,
     ONE: tl.constexpr,
     POST: tl.constexpr,
+    SKIPS: tl.constexpr,
     FIRST: tl.constexpr,
     LAST: tl.constexpr,
     P0: tl.constexpr,
@@ -245,11 +250,16 @@ def decide(
         t: int64 [], the number of steps taken; counted up by the ``LAST`` group.
         norms, scales: fp32 [n], what comes of it, and ``exact``, float64 [n], the scales before they were rounded.
         nonfinite: bool [], whether any norm is NaN or Inf; the ``FIRST`` group sets it anew.
+        skip: bool [], whether the step is skipped, if it can be (``SKIPS``): scales are 1 then, and the rest as it was.
         RULE: one of `dist_clip.kernels.rules`, with its parameters P0, P1, ...
         ONE: the rule sees one element, the global norm.
         POST: clip the result at this global norm; 0: do not.
     """
     lanes = tl.arange(0, BLOCK)
+    if SKIPS:
+        taken = tl.load(skip) == 0
+    else:
+        taken = True
     one = _filled(tl.zeros([BLOCK], dtype=tl.float64), 1.0)
     total = tl.zeros([BLOCK], dtype=tl.float64)
     if ONE:
@@ -258,7 +268,7 @@ def decide(
             norm = tl.sqrt(tl.load(sums + tl.load(index + begin + lanes, mask=mask, other=0), mask=mask, other=0.0))
             total += norm * norm
         together = tl.sqrt(tl.sum(total, axis=0)) + tl.zeros([BLOCK], dtype=tl.float64)
-        one = _apply(together, a, b, c, lanes, lanes < 1, RULE, P0, P1, P2, P3, P4, P5, P6, P7, P8)
+        one = _apply(together, a, b, c, lanes, lanes < 1, (lanes < 1) & taken, RULE, P0, P1, P2, P3, P4, P5, P6, P7, P8)
         one = tl.sum(tl.where(lanes == 0, one, _filled(one, 0.0)), axis=0) + tl.zeros([BLOCK], dtype=tl.float64)
         total = tl.where(lanes == 0, (together * one) * (together * one), _filled(together, 0.0))
     bad = tl.zeros([BLOCK], dtype=tl.int32)
@@ -272,11 +282,12 @@ def decide(
         if ONE:
             scale = one
         else:
-            scale = _apply(norm, a, b, c, at, mask, RULE, P0, P1, P2, P3, P4, P5, P6, P7, P8)
+            scale = _apply(norm, a, b, c, at, mask, mask & taken, RULE, P0, P1, P2, P3, P4, P5, P6, P7, P8)
             total += tl.where(mask, (norm * scale) * (norm * scale), _filled(norm, 0.0))
-        tl.store(exact + tensor, scale, mask=mask)
         if POST == 0:
+            scale = tl.where(taken, scale, _filled(scale, 1.0))
             tl.store(scales + tensor, scale.to(tl.float32), mask=mask)
+        tl.store(exact + tensor, scale, mask=mask)
     if POST > 0:
         after = tl.sqrt(tl.sum(total, axis=0)) + tl.zeros([BLOCK], dtype=tl.float64)
         factor = _global_scale(after, POST)
@@ -286,6 +297,7 @@ def decide(
             mask = at < members
             tensor = tl.load(index + at, mask=mask, other=0)
             scale = tl.load(exact + tensor, mask=mask, other=1.0) * factor
+            scale = tl.where(taken, scale, _filled(scale, 1.0))
             tl.store(exact + tensor, scale, mask=mask)
             tl.store(scales + tensor, scale.to(tl.float32), mask=mask)
     found = tl.max(bad, axis=0)
@@ -294,4 +306,4 @@ def decide(
     else:
         tl.store(nonfinite, (found != 0) | (tl.load(nonfinite) != 0))
     if LAST:
-        tl.store(t, tl.load(t) + 1)
+        tl.store(t, tl.load(t) + taken)

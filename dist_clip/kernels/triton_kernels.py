@@ -6,14 +6,14 @@ Importing this module needs Triton, which CUDA builds of torch install on Linux.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import triton.language as tl
 from torch import Tensor
 
-from dist_clip.kernels import torch_kernels, triton_decide, triton_jit
+from dist_clip.kernels import torch_kernels, triton_decide, triton_guard, triton_jit
 from dist_clip.kernels.tables import Launch, OnDevice, Plan, Shards, Tables
 
 _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -135,6 +135,7 @@ class TritonKernels:
         *,
         one: bool,
         post_max_norm: float | None,
+        skips: bool,
         first: bool,
         last: bool,
     ) -> None:
@@ -142,8 +143,8 @@ class TritonKernels:
 
         Args:
             rule: one of `dist_clip.kernels.rules`, with its `parameters` and its `state`, which is updated in place.
-            sums, index, one, first, last: as in `triton_decide.decide`.
-            out: t, norms, exact, scales and nonfinite, as there.
+            sums, index, one, skips, first, last: as in `triton_decide.decide`.
+            out: t, norms, exact, scales, nonfinite and skip, as there.
             post_max_norm: clip the result at this global norm; None: do not.
         """
         constants = dict(zip(_PARAMETERS, [*parameters, *[0.0] * (len(_PARAMETERS) - len(parameters))], strict=True))
@@ -160,11 +161,36 @@ class TritonKernels:
             RULE=rule,
             ONE=one,
             POST=post_max_norm or 0.0,
+            SKIPS=skips,
             FIRST=first,
             LAST=last,
             BLOCK=triton_decide.BLOCK,
             enable_fp_fusion=False,
             **constants,
+        )
+
+    def median_guard(
+        self, sums: Tensor, state: Sequence[Tensor], parameters: Mapping[str, float], skip: Tensor
+    ) -> None:
+        """Decide whether the step is skipped, in one launch.
+
+        Args:
+            sums, skip: as in `triton_guard.median_guard`.
+            state: the guard's state and its skips in a row, in the order there.
+            parameters: the constants there, by name.
+        """
+        self._launch(
+            triton_guard.median_guard,
+            1,
+            sums.device,
+            sums,
+            len(sums),
+            *state,
+            skip,
+            EDGES=triton_guard.EDGES,
+            BLOCK=triton_guard.BLOCK,
+            enable_fp_fusion=False,
+            **parameters,
         )
 
     def zero_where_(self, shards: Sequence[Tensor | None], flags: Tensor) -> None:

@@ -23,13 +23,14 @@ class NonFiniteMode:
     """One of the modes of ``GradClipper(nonfinite=)``.
 
     Attributes:
-        zeroes, skips, raises: which of the modes it is.
+        propagates, zeroes, skips, raises: which of the modes it is.
 
     Raises:
         ValueError: there is no such mode.
     """
 
     name: NonFinite
+    propagates: bool = dataclasses.field(init=False)
     zeroes: bool = dataclasses.field(init=False)
     skips: bool = dataclasses.field(init=False)
     raises: bool = dataclasses.field(init=False)
@@ -37,7 +38,12 @@ class NonFiniteMode:
     def __post_init__(self) -> None:
         if self.name not in get_args(NonFinite):
             raise ValueError(f"nonfinite must be one of {', '.join(map(repr, get_args(NonFinite)))}, got {self.name!r}")
-        for attribute, name in (("zeroes", "zero"), ("skips", "skip"), ("raises", "raise")):
+        for attribute, name in (
+            ("propagates", "propagate"),
+            ("zeroes", "zero"),
+            ("skips", "skip"),
+            ("raises", "raise"),
+        ):
             object.__setattr__(self, attribute, self.name == name)
 
     def clean(self, values: Tensor, bad: Tensor) -> Tensor:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from dist_clip.guards import Guard, MedianGuard
 from dist_clip.kernels import Kernels, rules
 from dist_clip.memory import Memory, PolicyGroup
 from dist_clip.memory.host_copy import capturing
+from dist_clip.memory.memory import GuardMemory
 from dist_clip.policies import AdaGC, GlobalNorm, LogClip, Policy, ZClip
 from dist_clip.reduction import Channel
 from dist_clip.step.measure import Meter
@@ -70,15 +73,20 @@ _RULES: dict[type[Policy], _Rule] = {
 }
 
 
+_GUARD_SLOTS = (
+    "level", "peak", "earlier", "observations", "drift", "scatter", "moves", "clock", "lows", "spent"
+)  # fmt: skip
+
+
 class OneLaunch:
     """Decides steps with the kernels' `decide`, which does what `decide` of this package does with dozens of operators.
 
     It serves steps after a global warm-up, where every policy has a kernel and no collective falls between the norms and
-    the scales, and where no step can be skipped and nothing becomes zero.
+    the scales, and where nothing becomes zero and nothing but a `MedianGuard` skips a step. The guard is one more launch.
 
     Args:
-        plain: whether the options leave steps alone: a NaN propagates, no guard, no scaler, no global norm to be reduced
-            for the report alone.
+        plain: whether the options leave steps alone: a NaN propagates, no scaler, no global norm to be reduced for the
+            report alone.
     """
 
     def __init__(self, memory: Memory, channel: Channel, meter: Meter, kernels: Kernels, *, plain: bool) -> None:
@@ -87,6 +95,22 @@ class OneLaunch:
         self._possible = plain and known and kernels.decide is not None and bool(len(memory.layout))
         self._parameters = [_RULES[type(g.policy)].parameters(g.policy) for g in memory.groups] if known else []
         self._false = torch.zeros((), dtype=torch.bool, device=memory.device)
+        self._guard: GuardMemory | None = None
+        if memory.guards:
+            self._guard, *others = memory.guards
+            self._possible = self._possible and not others and self._can_guard(self._guard.guard)
+
+    def _can_guard(self, guard: Guard) -> bool:
+        alone = not self._channel.has_stages and not self._channel.reduces_shards
+        shards = any(group.per_shard for group in self._memory.groups)
+        return (
+            type(guard) is MedianGuard
+            and guard.when_stuck == "step"
+            and self._kernels.median_guard is not None
+            and all(group.policy.guarded for group in self._memory.groups)
+            and not self._channel.has_stages
+            and (alone or not shards)
+        )
 
     def serves(self, grads: list[Tensor | None]) -> bool:
         """Whether it can decide the next step, of these gradients, which the kernels have read. The same on every rank."""
@@ -94,7 +118,7 @@ class OneLaunch:
 
     def _is_ready(self, group: PolicyGroup) -> bool:
         policy = group.policy
-        if isinstance(policy, (AdaGC, LogClip)) and self._memory.calls < policy.warmup_steps:
+        if isinstance(policy, (AdaGC, LogClip)) and self._memory.steps_done < policy.warmup_steps:
             return False
         if len(group.state) != len(_RULES[type(policy)].slots):  # the record of a warm-up
             return False
@@ -115,6 +139,10 @@ class OneLaunch:
         norms, scales = torch.empty((2, n), dtype=torch.float32, device=squares.device).unbind()
         exact = torch.empty(n, dtype=torch.float64, device=squares.device)
         nonfinite = torch.empty((), dtype=torch.bool, device=squares.device)
+        skip = self._false
+        if self._guard is not None:
+            skip = torch.empty((), dtype=torch.bool, device=squares.device)
+            self._run_guard(self._guard, whole, skip)
         last = len(memory.groups) - 1
         for k, group in enumerate(memory.groups):
             rule = _RULES[type(group.policy)]
@@ -125,14 +153,31 @@ class OneLaunch:
                 squares if group.per_shard else whole,
                 group.index,
                 [group.state[slot] for slot in rule.slots],
-                (memory.t, norms, exact, scales, nonfinite),
+                (memory.t, norms, exact, scales, nonfinite, skip),
                 one=group.one_element,
                 post_max_norm=group.policy.post_max_norm,
+                skips=self._guard is not None,
                 first=k == 0,
                 last=k == last,
             )
         memory.calls += 1
-        return Decided(norms, scales, nonfinite, self._false, self._global_norms(whole, exact))
+        return Decided(norms, scales, nonfinite, skip, self._global_norms(whole, exact))
+
+    def _run_guard(self, memory: GuardMemory, squares: Tensor, skip: Tensor) -> None:
+        guard = memory.guard
+        assert isinstance(guard, MedianGuard)
+        assert self._kernels.median_guard is not None
+        parameters = {
+            "THRESHOLD": guard.threshold,
+            "LOG_THRESHOLD": math.log(guard.threshold),
+            "DEVIATIONS": guard.deviations,
+            "RATE": guard.rate,
+            "WARMUP": guard.warmup_steps,
+            "WINDOW": guard.window,
+            "MOST": guard.max_skips_in_a_row,
+        }
+        state = [memory.state[slot] for slot in _GUARD_SLOTS]
+        self._kernels.median_guard(squares, [*state, memory.skips_in_a_row], parameters, skip)
 
     def _global_norms(self, squares: Tensor, scales: Tensor) -> ReportedNorms:
         groups = self._memory.groups

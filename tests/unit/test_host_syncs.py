@@ -575,17 +575,26 @@ class Operators(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(
-    ("policy", "tensors"),
-    [("LogClip-tensor", 2000)]
-    + [(p, 148) for p in ("GlobalNorm", "AdaGC-tensor-median", "LogClip-tensor", "ZClip", "ZClip-tensor")],
+    ("policy", "tensors", "guard"),
+    [("LogClip-tensor", 2000, False), ("GlobalNorm", 148, True)]
+    + [(p, 148, False) for p in ("GlobalNorm", "AdaGC-tensor-median", "LogClip-tensor", "ZClip", "ZClip-tensor")],
 )
-def test_a_step_is_four_launches(policy: str, tensors: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After a warm-up, of gradients of one dtype: four kernels of ours, none of torch's, and one copy to the device."""
+def test_a_step_is_four_launches(policy: str, tensors: int, guard: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a warm-up, of gradients of one dtype: four kernels of ours, none of torch's, and one copy to the device.
+
+    `MedianGuard` is one kernel more.
+    """
     pytest.importorskip("triton")
     recorded = record_triton(monkeypatch)
     with fake_cuda(strict=False):
         params = [(f"p{i}", nn.Parameter(torch.empty(4, device="cuda"))) for i in range(tensors)]
-        clipper = dist_clip.GradClipper(params, POLICIES[policy](), kernels="triton", check_replicas=False)
+        clipper = dist_clip.GradClipper(
+            params,
+            POLICIES[policy](),
+            guard=dist_clip.MedianGuard() if guard else None,
+            kernels="triton",
+            check_replicas=False,
+        )
         for step in range(WARMUP + 4):
             for _, param in params:
                 param.grad = torch.empty(4, device="cuda")
@@ -594,7 +603,8 @@ def test_a_step_is_four_launches(policy: str, tensors: int, monkeypatch: pytest.
             with operators:
                 report = clipper.clip_()
             if step > WARMUP:
-                assert recorded.launches == ["chunk_squares", "add_chunks", "decide", "scale_chunks"]
+                guards = ["median_guard"] if guard else []
+                assert recorded.launches == ["chunk_squares", "add_chunks", *guards, "decide", "scale_chunks"]
                 assert operators.seen == []
                 assert recorded.sent - sent == 1
     for value, dtype in (

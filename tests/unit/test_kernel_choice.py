@@ -26,7 +26,7 @@ class FakeTriton:
         if self.broken is not None:
             raise self.broken
 
-    power_sums = scale_ = zero_where_ = read = decide = is_whole = None
+    power_sums = scale_ = zero_where_ = read = decide = median_guard = is_whole = None
 
 
 def pretend_triton(monkeypatch: pytest.MonkeyPatch, installed: bool, broken: Exception | None = None) -> None:

@@ -607,6 +607,61 @@ def test_a_decision_is_that_of_the_policy(policy: str) -> None:
     assert decided[0] == (steps - warm - late) * len(clippers[0].memory.groups)
 
 
+@interpreted
+@pytest.mark.parametrize(
+    ("policy", "n"), [("LogClip-tensor-0.7", 300), ("AdaGC-tensor-min", 7), ("ZClip-0", 7), ("GlobalNorm", 3)]
+)
+def test_a_guard_skips_as_in_torch(policy: str, n: int) -> None:
+    """`MedianGuard` with a rule, two launches, against both in torch: the same skips, and states to 1e-6 or better.
+
+    Bad batches, bad tensors, NaN, an episode of low norms, and a lasting rise that uses up the budget.
+    """
+    kernels, used = triton_kernels(CPU), [0]
+
+    def guard(*args: Any) -> None:
+        used[0] += 1
+        kernels.median_guard(*args)
+
+    one_launch = dataclasses.replace(TORCH, decide=kernels.decide, median_guard=guard, is_whole=lambda shards: True)
+    models = [[nn.Parameter(torch.zeros(1)) for _ in range(n)] for _ in range(2)]
+    clippers = [
+        dist_clip.GradClipper(
+            params,
+            DECIDED[policy](),
+            guard=dist_clip.MedianGuard(warmup_steps=6, window=12, max_skips_in_a_row=5),
+            kernels=k,
+            check_replicas=False,
+        )
+        for params, k in zip(models, (one_launch, TORCH), strict=True)
+    ]
+    rng = random.Random(n)
+    sizes = [10 ** rng.uniform(-2, 1) for _ in range(n)]
+    skips = []
+    for step in range(120):
+        together = rng.lognormvariate(0, 0.1) * {20: 7.0, 21: 1e4, 40: math.nan}.get(step, 1.0)
+        together *= 0.05 if 50 <= step < 70 else 9.0 if step >= 85 else 1.0
+        norms: list[float | None] = [size * together * rng.lognormvariate(0, 0.3) for size in sizes]
+        if step % 7 == 3:
+            norms[rng.randrange(n)] = rng.choice([None, 0.0, 1e5, math.inf])
+        for params in models:
+            for param, norm in zip(params, norms, strict=True):
+                param.grad = None if norm is None else torch.tensor([norm])
+        ours, theirs = [clipper.clip_() for clipper in clippers]
+        assert bool(ours.skip) == bool(theirs.skip), step
+        skips.append(bool(ours.skip))
+        torch.testing.assert_close(ours.scales, theirs.scales, rtol=1e-6, atol=0.0, equal_nan=True)
+        assert torch.equal(ours.nonfinite, theirs.nonfinite)
+        same_states(clippers, 1e-6)
+        mine, other = (clipper.memory.guards[0] for clipper in clippers)
+        for slot, value in mine.state.items():
+            torch.testing.assert_close(value, other.state[slot], rtol=1e-6, atol=1e-7)
+        assert torch.equal(mine.skips_in_a_row, other.skips_in_a_row)
+    assert skips[20]
+    assert skips[40]
+    assert 4 <= sum(skips[85:]) < 20
+    assert used[0] > 100
+
+
 # ---- compiled for a GPU, which need not be there ---------------------------------------------------------------------
 
 
@@ -617,9 +672,10 @@ def compiled() -> dict[tuple[int, str, str], str]:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from dist_clip.kernels import rules, triton_decide, triton_jit
+    from dist_clip.kernels import rules, triton_decide, triton_guard, triton_jit
 
     options: dict[str, Any] = {"add_chunks": {}, "decide": {"enable_fp_fusion": False}}
+    options["median_guard"] = options["decide"]
     data = {"chunk_squares": "partials *fp64", "scale_chunks": "scales *fp32", "zero_chunks": "flags *u8"}
     sources = {}
     for name, argument in data.items():
@@ -638,10 +694,10 @@ def compiled() -> dict[tuple[int, str, str], str]:
         rules.ZCLIP: (0.97, 2.5, 25, False, False, 1.0, 1.0, True, 1e-6),
     }
     numbers = {"sums": "*fp64", "index": "*i64", "members": "i32", "t": "*i64", "norms": "*fp32", "exact": "*fp64"}
-    numbers |= {"scales": "*fp32", "nonfinite": "*i1"}
+    numbers |= {"scales": "*fp32", "nonfinite": "*i1", "skip": "*i1"}
     for rule, slots in states.items():
         for one, post in ((False, 0.0), (True, 0.7), (False, 0.7)):
-            constants = {"RULE": rule, "ONE": one, "POST": post, "FIRST": True, "LAST": True}
+            constants = {"RULE": rule, "ONE": one, "POST": post, "SKIPS": True, "FIRST": True, "LAST": True}
             constants |= dict.fromkeys((f"P{i}" for i in range(9)), 0.0) | {"BLOCK": triton_decide.BLOCK}
             constants |= {f"P{i}": value for i, value in enumerate(parameters[rule])}
             types = (
@@ -651,7 +707,18 @@ def compiled() -> dict[tuple[int, str, str], str]:
             )
             types = {p.name: types[p.name] for p in triton_decide.decide.params}
             sources["decide", f"{rule} {one} {post}"] = ASTSource(triton_decide.decide, types, constants)
-    for kernel in (*(getattr(triton_jit, name) for name in (*data, "add_chunks")), triton_decide.decide):
+    types = dict.fromkeys(("level", "peak", "earlier", "drift", "scatter"), "*fp32") | {"sums": "*fp64", "n": "i32"}
+    types |= dict.fromkeys(("observations", "moves", "clock", "lows", "spent", "in_a_row"), "*i32") | {"skip": "*i1"}
+    constants = {"THRESHOLD": 2.0, "LOG_THRESHOLD": math.log(2), "DEVIATIONS": 5.0, "RATE": 0.02, "WARMUP": 100}
+    constants |= {"WINDOW": 128, "MOST": 50, "EDGES": triton_guard.EDGES, "BLOCK": triton_guard.BLOCK}
+    types |= dict.fromkeys(constants, "constexpr")
+    types = {p.name: types[p.name] for p in triton_guard.median_guard.params}
+    sources["median_guard", ""] = ASTSource(triton_guard.median_guard, types, constants)
+    for kernel in (
+        *(getattr(triton_jit, name) for name in (*data, "add_chunks")),
+        triton_decide.decide,
+        triton_guard.median_guard,
+    ):
         arguments = [p for p in kernel.params if not p.is_constexpr]
         assert arguments
         assert all(p.do_not_specialize for p in arguments), "alignment or size would make it another kernel"
@@ -674,11 +741,11 @@ def test_compiled_code(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
         code = process.submit(compiled).result()
-    assert len(code) == 13 + 12
+    assert len(code) == 13 + 12 + 1
     for (capability, name, dtype), ptx in code.items():
         assert not re.search(r"\batom|\bred\.|\.local", ptx), (capability, name, dtype)
         # NVIDIA's exp of a float64 looks at its size in fp32.
-        assert name == "decide" or ".ftz" not in ptx, (capability, name, dtype)
+        assert name in ("decide", "median_guard") or ".ftz" not in ptx, (capability, name, dtype)
         wide = {"chunk_squares": ["ld"], "scale_chunks": ["ld", "st"], "zero_chunks": ["st"]}.get(name, [])
         for access in wide:
             assert re.search(rf"{access}\.global\.v4\.b32", ptx), (capability, name, dtype)
