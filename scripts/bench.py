@@ -26,7 +26,7 @@ import torch
 import tyro
 
 import dist_clip
-from scripts.benchmark import costs, dtensors, gpu, local, processes, training
+from scripts.benchmark import costs, dtensors, gpu, host, local, processes, training
 from scripts.benchmark.output import markdown, paste, plot, write_json
 from scripts.benchmark.timing import Section, load_average
 
@@ -35,15 +35,19 @@ SECTIONS: dict[str, Callable[[bool], Section]] = {
     "small": local.small,
     "large": local.large,
     "optimizer": local.optimizer,
+    "published": local.published,
     "costs": costs.costs,
+    "host": host.host,
     "dtensor": dtensors.dtensor,
     "tensor_parallel": processes.tensor_parallel,
     "desync": processes.desync,
     "end_to_end": training.end_to_end,
 }
 SectionName = Literal[
-    "gpt2", "small", "large", "optimizer", "costs", "dtensor", "tensor_parallel", "desync", "end_to_end",
-    "gpu_gpt2_fp32", "gpu_gpt2_bf16", "gpu_small", "gpu_large", "gpu_step",
+    "gpt2", "small", "large", "optimizer", "published", "costs", "host", "dtensor", "tensor_parallel", "desync",
+    "end_to_end",
+    "gpu_gpt2_fp32", "gpu_gpt2_bf16", "gpu_small", "gpu_large", "gpu_published_many", "gpu_published_one",
+    "gpu_step",
 ]  # fmt: skip
 
 

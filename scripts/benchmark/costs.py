@@ -83,5 +83,5 @@ def costs(quick: bool) -> Section:
             "operators_cuda": "operators on (fake) CUDA",
         },
         rows,
-        {"tensors": len(shapes), "gradient_mib": gradients.flat.nbytes / 2**20},
+        {"tensors": len(shapes), "gradient_mib": gradients.nbytes / 2**20},
     )

@@ -28,7 +28,7 @@ from torch import nn
 import dist_clip
 from dist_clip.policies import registered
 from launch.model import VOCAB_SIZE, ModelConfig, build_model, next_byte_loss
-from scripts.benchmark.local import NO_LIMIT, TORCH, Gradients, Shapes, gpt2_shapes, shares
+from scripts.benchmark.local import NO_LIMIT, TORCH, Dtypes, Gradients, Shapes, gpt2_shapes, published_shapes, shares
 from scripts.benchmark.official import OfficialSchedule, Piece
 from scripts.benchmark.timing import Section
 from scripts.benchmark.training import clips, share_table
@@ -127,8 +127,8 @@ def captured(run: Callable[[], Any]) -> Callable[[], Any]:
     return graph.replay
 
 
-def compare(title: str, shapes: Shapes, dtype: torch.dtype, rounds: int) -> Section:
-    gradients = Gradients(shapes, "cuda", dtype)
+def compare(title: str, shapes: Shapes, dtypes: Dtypes, rounds: int) -> Section:
+    gradients = Gradients(shapes, "cuda", dtypes)
     params = gradients.params
 
     def call(run: Callable[[], Any], spikes: int = 0, *, waits: bool = False, graph: bool = False) -> Call:
@@ -144,8 +144,8 @@ def compare(title: str, shapes: Shapes, dtype: torch.dtype, rounds: int) -> Sect
     for one in ours:
         calls[one.name] = call(one.clipper.clip_, one.spikes, graph=one.name.endswith(KERNELS[0]))
     calls["dist_clip.clip_grad_norm_"] = call(lambda: dist_clip.clip_grad_norm_(params, NO_LIMIT))
-    calls[READ] = call(gradients.flat.sum)
-    calls[READ_WRITE] = call(lambda: gradients.flat.mul_(1.0))
+    calls[READ] = call(gradients.sums)
+    calls[READ_WRITE] = call(lambda: [flat.mul_(1.0) for flat in gradients.flats])
     times = timed(calls, rounds)
     for one in ours:
         one.check()
@@ -158,15 +158,16 @@ def compare(title: str, shapes: Shapes, dtype: torch.dtype, rounds: int) -> Sect
         rows.append(row)
     facts = {
         "tensors": len(shapes),
-        "gradient_mib": gradients.flat.nbytes / 2**20,
-        "read_gb_s": gradients.flat.nbytes / (times[READ]["device"] or 1.0) / 1e3,
+        "gradient_mib": gradients.nbytes / 2**20,
+        "read_gb_s": gradients.nbytes / (times[READ]["device"] or 1.0) / 1e3,
         "rounds": rounds,
     }
     about = (
         "Times of one call: on the device, of the host, and from an idle device to an idle device. Calls that wait for the "
         "device have the last only."
     )
-    return Section(f"{title}, {str(dtype).removeprefix('torch.')}", about, COLUMNS, rows, facts)
+    names = " and ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+    return Section(f"{title}, {names}", about, COLUMNS, rows, facts)
 
 
 def _ratio(a: float | None, b: float | None) -> float | None:
@@ -174,11 +175,11 @@ def _ratio(a: float | None, b: float | None) -> float | None:
 
 
 def gpt2_fp32(quick: bool) -> Section:
-    return compare(*_gpt2(quick), torch.float32, 3 if quick else 15)
+    return compare(*_gpt2(quick), (torch.float32,), 3 if quick else 15)
 
 
 def gpt2_bf16(quick: bool) -> Section:
-    return compare(*_gpt2(quick), torch.bfloat16, 3 if quick else 15)
+    return compare(*_gpt2(quick), (torch.bfloat16,), 3 if quick else 15)
 
 
 def _gpt2(quick: bool) -> tuple[str, Shapes]:
@@ -187,12 +188,25 @@ def _gpt2(quick: bool) -> tuple[str, Shapes]:
 
 def small(quick: bool) -> Section:
     n = 300 if quick else 2000
-    return compare(f"{n} tensors of 1,000 elements", [(1000,)] * n, torch.float32, 3 if quick else 15)
+    return compare(f"{n} tensors of 1,000 elements", [(1000,)] * n, (torch.float32,), 3 if quick else 15)
 
 
 def large(quick: bool) -> Section:
     n, size = (2, 1_000_000) if quick else (10, 100_000_000)
-    return compare(f"{n} tensors of {size:,} elements", [(size,)] * n, torch.bfloat16, 3 if quick else 9)
+    return compare(f"{n} tensors of {size:,} elements", [(size,)] * n, (torch.bfloat16,), 3 if quick else 9)
+
+
+def published_many(quick: bool) -> Section:
+    return compare(
+        "Published: many matrices", published_shapes(quick), (torch.float32, torch.bfloat16), 3 if quick else 9
+    )
+
+
+def published_one(quick: bool) -> Section:
+    """Of the same page: one gradient of a billion and a half elements (H100: 7.32 ms by Triton, 7.89 by TE)."""
+    return compare(
+        "Published: one tensor", [(10_000_000 if quick else 1_536_066_816,)], (torch.bfloat16,), 3 if quick else 9
+    )
 
 
 def step(quick: bool) -> Section:
@@ -256,5 +270,7 @@ SECTIONS = {
     "gpu_gpt2_bf16": in_a_world_of_one(gpt2_bf16),
     "gpu_small": in_a_world_of_one(small),
     "gpu_large": in_a_world_of_one(large),
+    "gpu_published_many": in_a_world_of_one(published_many),
+    "gpu_published_one": in_a_world_of_one(published_one),
     "gpu_step": in_a_world_of_one(step),
 }

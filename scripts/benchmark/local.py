@@ -34,22 +34,41 @@ def gpt2_shapes(layers: int = 12, dim: int = 768, vocab: int = 50257, context: i
     return [(vocab, dim), (context, dim), *(shape for _ in range(layers) for shape in block), (dim,), (dim,)]
 
 
+Dtypes = tuple[torch.dtype, ...]
+
+
 class Gradients:
     """Parameters with gradients, and the originals to put back. A parameter's norm is `RATIO` times its gradient's."""
 
-    def __init__(self, shapes: Shapes, device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, shapes: Shapes, device: str = "cpu", dtypes: Dtypes = (torch.float32,)) -> None:
+        """Make gradients of these shapes, whose dtypes take turns."""
         torch.manual_seed(0)
-        elements = sum(math.prod(shape) for shape in shapes)
-        self.flat = torch.randn(elements, device=device).mul_(1e-3).to(dtype)
-        self.originals = [
-            part.view(shape)
-            for part, shape in zip(torch.split(self.flat, [math.prod(s) for s in shapes]), shapes, strict=True)
-        ]
-        self.params = [nn.Parameter(self.flat.new_full(shape, 1e-3 * RATIO)) for shape in shapes]
+        self.originals: list[Tensor] = [torch.empty(0)] * len(shapes)
+        self.flats: list[Tensor] = []
+        for turn, dtype in enumerate(dtypes):
+            sizes = [math.prod(shape) for shape in shapes[turn :: len(dtypes)]]
+            flat = torch.randn(sum(sizes), device=device).mul_(1e-3).to(dtype)
+            self.flats.append(flat)
+            for i, part in enumerate(torch.split(flat, sizes)):
+                place = turn + i * len(dtypes)
+                self.originals[place] = part.view(shapes[place])
+        self.params = [nn.Parameter(torch.full_like(original, 1e-3 * RATIO)) for original in self.originals]
         for param, original in zip(self.params, self.originals, strict=True):
             param.grad = original.clone()
         self.named = [(f"p{i}", param) for i, param in enumerate(self.params)]
         self.norm = float(torch.stack([g.double().norm() for g in self.originals]).norm())
+
+    @property
+    def nbytes(self) -> int:
+        return sum(flat.nbytes for flat in self.flats)
+
+    @property
+    def numel(self) -> int:
+        return sum(flat.numel() for flat in self.flats)
+
+    def sums(self) -> list[Tensor]:
+        """Read all of them once, as one flat tensor of each dtype."""
+        return [flat.sum() for flat in self.flats]
 
     def restore(self, spikes: int = 0) -> None:
         """Put the original gradients back, `spikes` of them, evenly spread, times `SPIKE`."""
@@ -120,9 +139,9 @@ def package_zclip(gradients: Gradients, max_norm: float) -> Callable[[], object]
     return lambda: rule.step(model)
 
 
-def compare(title: str, about: str, shapes: Shapes, repeats: int) -> Section:
+def compare(title: str, about: str, shapes: Shapes, repeats: int, dtypes: Dtypes = (torch.float32,)) -> Section:
     """The table of one list of shapes: nothing clipped, 5 % of the tensors, all of them."""
-    gradients = Gradients(shapes)
+    gradients = Gradients(shapes, dtypes=dtypes)
     params = gradients.params
 
     def nothing(run: Callable[[], object]) -> Candidate:
@@ -138,12 +157,12 @@ def compare(title: str, about: str, shapes: Shapes, repeats: int) -> Section:
         "zclip package, 100 % clipped": nothing(package_zclip(gradients, gradients.norm / 2)),
         **{one.name: Candidate(one.clipper.clip_, functools.partial(gradients.restore, one.spikes)) for one in ours},
         "dist_clip.clip_grad_norm_": nothing(lambda: dist_clip.clip_grad_norm_(params, NO_LIMIT)),
-        FLOOR: nothing(gradients.flat.sum),
+        FLOOR: nothing(gradients.sums),
     }
     rows = ratio_rows(interleaved(candidates, repeats), TORCH, FLOOR)
     for one in ours:
         one.check()
-    facts = {"tensors": len(shapes), "elements": gradients.flat.numel(), "repeats": repeats}
+    facts = {"tensors": len(shapes), "elements": gradients.numel, "repeats": repeats}
     return Section(title, about, RATIO_COLUMNS | FLOOR_COLUMN, rows, facts)
 
 
@@ -167,6 +186,24 @@ def small(quick: bool) -> Section:
 def large(quick: bool) -> Section:
     n, size = (2, 1_000_000) if quick else (10, 10_000_000)
     return compare(f"{n} tensors of {size:,} elements", ABOUT, [(size,)] * n, 3 if quick else 9)
+
+
+def published_shapes(quick: bool) -> Shapes:
+    """500 matrices of 225,181,696 elements together, the first workload of NeMo-Automodel's pull request 3685.
+
+    It names the number of matrices and of elements, and that dtypes are mixed, but no single shape: these are nearly
+    equal. On an H100 it reports 3.73 ms for norm and scaling by Triton, and 3.93 by Transformer Engine.
+    """
+    if quick:
+        return [(64, 80)] * 20
+    return [(656, 686)] * 499 + [(225_181_696 - 499 * 656 * 686, 1)]
+
+
+def published(quick: bool) -> Section:
+    shapes = published_shapes(quick)
+    return compare(
+        f"Published: {len(shapes)} matrices", ABOUT, shapes, 3 if quick else 7, (torch.float32, torch.bfloat16)
+    )
 
 
 def optimizer(quick: bool) -> Section:
@@ -211,5 +248,5 @@ def optimizer(quick: bool) -> Section:
         "and clipping in one and cannot be timed apart.",
         RATIO_COLUMNS,
         ratio_rows(interleaved(candidates, repeats), reference),
-        {"tensors": len(shapes), "elements": gradients.flat.numel(), "repeats": repeats},
+        {"tensors": len(shapes), "elements": gradients.numel, "repeats": repeats},
     )
