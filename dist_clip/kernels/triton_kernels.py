@@ -19,9 +19,6 @@ from dist_clip.kernels.tables import Launch, OnDevice, Plan, Shards, Tables
 _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
-_PARAMETERS = tuple(f"P{i}" for i in range(9))
-
-
 class TritonKernels:
     """`power_sums`, `scale_` and `zero_where_` of `torch_kernels`, with Triton for the tensors that it can serve.
 
@@ -126,28 +123,20 @@ class TritonKernels:
 
     def decide(
         self,
-        rule: int,
-        parameters: Sequence[float],
         sums: Tensor,
         index: Tensor,
         state: Sequence[Tensor],
         out: tuple[Tensor, ...],
-        *,
-        one: bool,
-        post_max_norm: float | None,
-        skips: bool,
-        first: bool,
-        last: bool,
+        constants: Mapping[str, float],
     ) -> None:
         """Decide for the tensors of one policy group, in one launch.
 
         Args:
-            rule: one of `dist_clip.kernels.rules`, with its `parameters` and its `state`, which is updated in place.
-            sums, index, one, skips, first, last: as in `triton_decide.decide`.
+            sums, index: as in `triton_decide.decide`.
+            state: the policy's state, as `dist_clip.kernels.rules` says; updated in place.
             out: t, norms, exact, scales, nonfinite and skip, as there.
-            post_max_norm: clip the result at this global norm; None: do not.
+            constants: the constants there, as `dist_clip.kernels.rules.constants` returns them.
         """
-        constants = dict(zip(_PARAMETERS, [*parameters, *[0.0] * (len(_PARAMETERS) - len(parameters))], strict=True))
         self._launch(
             triton_decide.decide,
             1,
@@ -158,12 +147,6 @@ class TritonKernels:
             *state,
             *[sums] * (3 - len(state)),
             *out,
-            RULE=rule,
-            ONE=one,
-            POST=post_max_norm or 0.0,
-            SKIPS=skips,
-            FIRST=first,
-            LAST=last,
             BLOCK=triton_decide.BLOCK,
             enable_fp_fusion=False,
             **constants,

@@ -78,6 +78,19 @@ _GUARD_SLOTS = (
 )  # fmt: skip
 
 
+def _constants_of_guard(guard: Guard) -> dict[str, float]:
+    assert isinstance(guard, MedianGuard)
+    return {
+        "THRESHOLD": guard.threshold,
+        "LOG_THRESHOLD": math.log(guard.threshold),
+        "DEVIATIONS": guard.deviations,
+        "RATE": guard.rate,
+        "WARMUP": guard.warmup_steps,
+        "WINDOW": guard.window,
+        "MOST": guard.max_skips_in_a_row,
+    }
+
+
 class OneLaunch:
     """Decides steps with the kernels' `decide`, which does what `decide` of this package does with dozens of operators.
 
@@ -93,12 +106,25 @@ class OneLaunch:
         self._memory, self._channel, self._meter, self._kernels = memory, channel, meter, kernels
         known = all(type(group.policy) in _RULES for group in memory.groups)
         self._possible = plain and known and kernels.decide is not None and bool(len(memory.layout))
-        self._parameters = [_RULES[type(g.policy)].parameters(g.policy) for g in memory.groups] if known else []
+        self._constants = [self._constants_of(k) for k in range(len(memory.groups))] if known else []
         self._false = torch.zeros((), dtype=torch.bool, device=memory.device)
         self._guard: GuardMemory | None = None
         if memory.guards:
             self._guard, *others = memory.guards
             self._possible = self._possible and not others and self._can_guard(self._guard.guard)
+
+    def _constants_of(self, k: int) -> dict[str, float]:
+        groups = self._memory.groups
+        policy, rule = groups[k].policy, _RULES[type(groups[k].policy)]
+        return rules.constants(
+            rule.number,
+            rule.parameters(policy),
+            one=groups[k].one_element,
+            post_max_norm=policy.post_max_norm,
+            skips=bool(self._memory.guards),
+            first=k == 0,
+            last=k == len(groups) - 1,
+        )
 
     def _can_guard(self, guard: Guard) -> bool:
         alone = not self._channel.has_stages and not self._channel.reduces_shards
@@ -143,41 +169,18 @@ class OneLaunch:
         if self._guard is not None:
             skip = torch.empty((), dtype=torch.bool, device=squares.device)
             self._run_guard(self._guard, whole, skip)
-        last = len(memory.groups) - 1
-        for k, group in enumerate(memory.groups):
-            rule = _RULES[type(group.policy)]
-            assert self._kernels.decide is not None
-            self._kernels.decide(
-                rule.number,
-                self._parameters[k],
-                squares if group.per_shard else whole,
-                group.index,
-                [group.state[slot] for slot in rule.slots],
-                (memory.t, norms, exact, scales, nonfinite, skip),
-                one=group.one_element,
-                post_max_norm=group.policy.post_max_norm,
-                skips=self._guard is not None,
-                first=k == 0,
-                last=k == last,
-            )
+        assert self._kernels.decide is not None
+        out = (memory.t, norms, exact, scales, nonfinite, skip)
+        for group, constants in zip(memory.groups, self._constants, strict=True):
+            state = [group.state[slot] for slot in _RULES[type(group.policy)].slots]
+            self._kernels.decide(squares if group.per_shard else whole, group.index, state, out, constants)
         memory.calls += 1
         return Decided(norms, scales, nonfinite, skip, self._global_norms(whole, exact))
 
     def _run_guard(self, memory: GuardMemory, squares: Tensor, skip: Tensor) -> None:
-        guard = memory.guard
-        assert isinstance(guard, MedianGuard)
         assert self._kernels.median_guard is not None
-        parameters = {
-            "THRESHOLD": guard.threshold,
-            "LOG_THRESHOLD": math.log(guard.threshold),
-            "DEVIATIONS": guard.deviations,
-            "RATE": guard.rate,
-            "WARMUP": guard.warmup_steps,
-            "WINDOW": guard.window,
-            "MOST": guard.max_skips_in_a_row,
-        }
         state = [memory.state[slot] for slot in _GUARD_SLOTS]
-        self._kernels.median_guard(squares, [*state, memory.skips_in_a_row], parameters, skip)
+        self._kernels.median_guard(squares, [*state, memory.skips_in_a_row], _constants_of_guard(memory.guard), skip)
 
     def _global_norms(self, squares: Tensor, scales: Tensor) -> ReportedNorms:
         groups = self._memory.groups

@@ -697,9 +697,9 @@ def compiled() -> dict[tuple[int, str, str], str]:
     numbers |= {"scales": "*fp32", "nonfinite": "*i1", "skip": "*i1"}
     for rule, slots in states.items():
         for one, post in ((False, 0.0), (True, 0.7), (False, 0.7)):
-            constants = {"RULE": rule, "ONE": one, "POST": post, "SKIPS": True, "FIRST": True, "LAST": True}
-            constants |= dict.fromkeys((f"P{i}" for i in range(9)), 0.0) | {"BLOCK": triton_decide.BLOCK}
-            constants |= {f"P{i}": value for i, value in enumerate(parameters[rule])}
+            constants = {"BLOCK": triton_decide.BLOCK} | rules.constants(
+                rule, parameters[rule], one=one, post_max_norm=post, skips=True, first=True, last=True
+            )
             types = (
                 numbers
                 | dict(zip("abc", [f"*{slot}" for slot in slots], strict=True))
