@@ -36,6 +36,7 @@ class Kernels:
             one step, in which neither the list nor the tensors' memory may change.
         decide: decides a step in one launch, as `TritonKernels.decide` does; None: there is no such kernel.
         median_guard: decides whether a step is skipped, as `TritonKernels.median_guard` does; None: there is none.
+        trusted: do not try `decide` and `median_guard` when a clipper is constructed.
         is_whole: whether `decide` may be used for what `read` returned.
 
     Example:
@@ -51,6 +52,7 @@ class Kernels:
     read: Callable[[list[Tensor | None]], list[Tensor | None]] = _as_it_is
     decide: Callable[..., None] | None = None
     median_guard: Callable[..., None] | None = None
+    trusted: bool = False
     is_whole: Callable[[list[Tensor | None]], bool] = _never
 
 
@@ -113,5 +115,5 @@ def _triton(why: str, device: torch.device) -> Kernels:
         kernels.read,
         kernels.decide,
         kernels.median_guard,
-        kernels.is_whole,
+        is_whole=kernels.is_whole,
     )

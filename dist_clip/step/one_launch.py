@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -11,12 +12,14 @@ from torch import Tensor
 
 from dist_clip.guards import Guard, MedianGuard
 from dist_clip.kernels import Kernels, rules
+from dist_clip.layouts.process_groups import current_rank
 from dist_clip.memory import Memory, PolicyGroup
 from dist_clip.memory.host_copy import capturing
 from dist_clip.memory.memory import GuardMemory
 from dist_clip.policies import AdaGC, GlobalNorm, LogClip, Policy, ZClip
 from dist_clip.reduction import Channel
 from dist_clip.step.measure import Meter
+from dist_clip.step.one_launch_trial import is_fake, try_decide, try_guard
 from dist_clip.step.report import ReportedNorms
 
 
@@ -112,6 +115,25 @@ class OneLaunch:
         if memory.guards:
             self._guard, *others = memory.guards
             self._possible = self._possible and not others and self._can_guard(self._guard.guard)
+
+        if self._possible and not kernels.trusted and not is_fake(memory.device):
+            self._possible = self._work()
+
+    def _work(self) -> bool:
+        """Try the kernels on this device. Syncs."""
+        try:
+            for group, constants in zip(self._memory.groups, self._constants, strict=True):
+                try_decide(self._kernels, group, _RULES[type(group.policy)].slots, constants)
+            if self._guard is not None:
+                try_guard(self._kernels, self._guard, _GUARD_SLOTS, _constants_of_guard(self._guard.guard))
+        except Exception as error:  # Triton and the driver raise many classes
+            warnings.warn(
+                f"rank {current_rank()}: the kernel that decides a step does not work on {self._memory.device} ({error}): "
+                "torch's operators decide, which is slower and as right",
+                stacklevel=4,
+            )
+            return False
+        return True
 
     def _constants_of(self, k: int) -> dict[str, float]:
         groups = self._memory.groups

@@ -577,6 +577,7 @@ def test_a_decision_is_that_of_the_policy(policy: str) -> None:
         for params, k in zip(models, (one_launch, TORCH), strict=True)
     ]
     long = ("GlobalNorm", "AdaGC-tensor-min", "LogClip-tensor-None", "ZClip-0")
+    decided[0] = 0  # the trial at construction
     steps = 100 if policy in long else 40 if n == 40 else 12
     rtol = 1e-12 if "LogClip" in policy else 0.0
     clipped = 0
@@ -634,6 +635,7 @@ def test_a_guard_skips_as_in_torch(policy: str, n: int) -> None:
         )
         for params, k in zip(models, (one_launch, TORCH), strict=True)
     ]
+    used[0] = 0  # the trial at construction
     rng = random.Random(n)
     sizes = [10 ** rng.uniform(-2, 1) for _ in range(n)]
     skips = []
@@ -660,6 +662,35 @@ def test_a_guard_skips_as_in_torch(policy: str, n: int) -> None:
     assert skips[40]
     assert 4 <= sum(skips[85:]) < 20
     assert used[0] > 100
+
+
+@interpreted
+@pytest.mark.parametrize("fault", ["raises", "is wrong", "guard is wrong"])
+def test_a_decision_that_does_not_work_is_found_at_construction(fault: str) -> None:
+    kernels = triton_kernels(CPU)
+
+    def decide(*args: Any) -> None:
+        if fault == "raises":
+            raise RuntimeError("PTX JIT compilation failed")
+        kernels.decide(*args)
+        if fault == "is wrong":
+            args[3][2].mul_(0.99)
+
+    def guard(*args: Any) -> None:
+        kernels.median_guard(*args)
+        args[1][0].mul_(1.01)
+
+    chosen = dataclasses.replace(TORCH, decide=decide, median_guard=guard, is_whole=lambda shards: True)
+    param = nn.Parameter(torch.zeros(1))
+    with pytest.warns(UserWarning, match="rank 0: the kernel that decides a step does not work on cpu"):
+        clipper = dist_clip.GradClipper(
+            [param],
+            dist_clip.AdaGC(warmup_steps=0),
+            guard=dist_clip.MedianGuard() if fault == "guard is wrong" else None,
+            kernels=chosen,
+        )
+    param.grad = torch.ones(1)
+    assert clipper.clip_().scales.tolist() == [1.0], "torch's operators decide"
 
 
 # ---- compiled for a GPU, which need not be there ---------------------------------------------------------------------
