@@ -248,7 +248,8 @@ class Attachment:
         if torch._C._current_graph_task_id() != -1:
             raise RuntimeError(
                 f"{type(optimizer).__name__}.step was called inside backward(), before all gradients are there: their norm "
-                "is not known yet. Step after backward(), or clip in no step that a gradient's hook takes"
+                "is not known yet. Step after backward(); or detach, and call clipper.clip_early_([param]) in the hook "
+                "before the step (docs/in-backward.md)"
             )
         if getattr(optimizer, "grad_scale", None) is not None:
             raise RuntimeError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, NoReturn
 
 import torch
@@ -20,7 +20,7 @@ from dist_clip.errors import DesyncError
 from dist_clip.explain import explain_table
 from dist_clip.guards import Guard
 from dist_clip.kernels import Kernels
-from dist_clip.layouts import Gradients, PartialReducer
+from dist_clip.layouts import Gradients, LayoutReader, PartialReducer
 from dist_clip.layouts.meeting import meet
 from dist_clip.layouts.process_groups import distributed, stage_of
 from dist_clip.layouts.sharded import ShardedBy
@@ -28,7 +28,7 @@ from dist_clip.memory import Memory, state_dict
 from dist_clip.memory.packed import PackedState
 from dist_clip.policies import Policy
 from dist_clip.reduction import Channel, DesyncDetector
-from dist_clip.step import ClipReport, GlobalNorms, Guards, Meter, NonFinite, Usage, decide, raise_nonfinite
+from dist_clip.step import ClipReport, EarlyClips, GlobalNorms, Guards, Meter, NonFinite, Usage, decide, raise_nonfinite
 from dist_clip.step.fault import naming_what_fails
 from dist_clip.step.grad_scaler import found_inf, share_skip
 from dist_clip.step.one_launch import Decided, OneLaunch
@@ -162,12 +162,25 @@ class GradClipper:
         self._channel = Channel(made.plan, checked.pp_group, checked.process_group, detector)
         self._partial = PartialReducer(made.layout.tensors)
         self._gradients, self._params = Gradients(made.layout.tensors), [tensor.param for tensor in made.layout]
+        self._early = EarlyClips(
+            self.memory,
+            made.kernels,
+            checked.nonfinite,
+            why_never=checked.why_not_early(megatron=isinstance(target, LayoutReader)),
+            known=made.known,
+            averaged_later=made.ranks_a_stage > 1,
+            communicates=self._channel.reduces_shards or self._channel.has_stages,
+            decide_all=self._scales_of,
+            decide_few=lambda k, squares, columns: self._one_launch.scales_of(k, squares, columns),
+            after_clip=self._usage.clipped,
+        )
         self._meter = Meter(
             self.memory,
             self._channel,
             made.kernels,
             checked.nonfinite,
             every_norm=checked.may_skip or checked.log_global_norm,
+            early=self._early,
         )
         counted = torch.tensor(made.counted, dtype=torch.bool, device=made.device)
         self._guards = Guards(
@@ -231,8 +244,8 @@ class GradClipper:
 
         Raises:
             RuntimeError: a gradient is not ready to be clipped: still scaled by the ``scaler``, sparse, not yet
-                reduced, not laid out like its parameter, or of numbers that torch cannot scale. The message names it, and
-                the state is as it was.
+                reduced, not laid out like its parameter, or of numbers that torch cannot scale; or it changed after
+                `clip_early_`. The message names it, and the state is as it was.
             DesyncError: with ``detect_desync``: ranks are out of step. Raised on the CPU before anything is clipped,
                 and elsewhere at the next call, so that the host need not wait.
             NonFiniteGradError: with ``nonfinite="raise"``: a gradient is NaN or Inf.
@@ -253,24 +266,26 @@ class GradClipper:
             >>> clipper.clip_().global_norm
             tensor(2.4495)
         """
+        early = self._early.begin_clip()
         scaler = self._options.scaler
         overflow = None if scaler is None else found_inf(scaler, self._made.device)
         self._channel.begin()
         losses, self._losses = self._losses if loss is None else [loss], []
         about_loss = self._guards.begin(losses)
-        grads, num_grads = self._read()
+        grads, num_grads = self._read(early)
         attached = self.attachment is not None and self.attachment.attached
-        self._usage.before(self.layout, num_grads, self.last_report, self._made.device, attached=attached)
+        self._usage.before(self.layout, num_grads, self.last_report, self._made.device, attached=attached, early=early)
         squares = self._meter.squares(grads)
         self._made.replicas.check(squares, self._meter.weight_squares)
-        if self._one_launch.serves(grads):
+        if not self.memory.under_way.measured and self._one_launch.serves(grads, all_early=num_grads == len(early) > 0):
             decided = self._one_launch.decide(squares)
             with naming_what_fails(self.layout.names, grads):
                 self._made.kernels.scale_(grads, decided.scales, uniform=self._uniform)
         else:
             decided = self._decide(grads, squares, about_loss, overflow)
+        self._early.end_clip()
         self._channel.clipped()
-        self._usage.after(self.layout)
+        self._usage.after(self.layout, mark=self._early.used)
         self.last_report = ClipReport(
             names=self.layout.names,
             tensor_norms=decided.norms,
@@ -339,11 +354,103 @@ class GradClipper:
         """
         self._losses.clear()
 
-    def _read(self) -> tuple[list[Tensor | None], int]:
-        """Return this rank's shards of the gradients, in the layout's order, and how many of them are not None."""
+    @_disable_dynamo
+    def clip_early_(self, parameters: Iterable[Tensor], gradients: Iterable[Tensor] | None = None) -> None:
+        """Clip the gradients of these parameters now, in backward, so that a hook may step with them and free them.
+
+        The scales are those that `clip_` would give them. Call `clip_` after backward all the same, on every rank: it clips
+        what is left, counts the step, stores the states, and its report has all tensors. It never communicates and never
+        syncs the host. docs/in-backward.md has the loops.
+
+        It serves tensors that are whole on this rank, or whose policy has scope "shard", under policies that look at each
+        tensor alone (AdaGC, LogClip, AGC), after their global warm-up: see `can_clip_early`. Between it and `clip_` the
+        clipper's state stays that of the step before, and cannot be saved.
+
+        Args:
+            parameters: parameters of the clipper's target; those without a gradient and excluded ones are left out.
+            gradients: the gradients, where they are not in ``.grad`` yet, as in a communication hook of DDP.
+
+        Raises:
+            RuntimeError: nothing has a gradient; a gradient cannot be clipped early, is clipped already, or is not final.
+            LayoutError: a parameter that the clipper does not know.
+            ValueError: `gradients` does not fit `parameters`.
+
+        Each message names the tensor and the way out, and nothing was clipped. It is raised on the ranks that call this.
+
+        Example:
+            >>> import dist_clip
+            >>> model = torch.nn.Linear(2, 2)
+            >>> optimizers = {param: torch.optim.AdamW([param]) for param in model.parameters()}
+            >>> clipper = dist_clip.GradClipper(model, dist_clip.AGC())
+            >>> def step_in_backward(param):
+            ...     clipper.clip_early_([param])
+            ...     optimizers[param].step()
+            ...     param.grad = None
+            >>> handles = [param.register_post_accumulate_grad_hook(step_in_backward) for param in model.parameters()]
+            >>> model(torch.ones(1, 2)).sum().backward()
+            >>> clipper.clip_().num_grads
+            2
+        """
+        with torch.no_grad(), self._early.lock:
+            self._early.clip_(parameters, gradients)
+
+    @_disable_dynamo
+    def measure_early_(self, parameters: Iterable[Tensor], gradients: Iterable[Tensor] | None = None) -> None:
+        """Measure these gradients in a first backward, so that `clip_early_` can clip by all norms in a second one.
+
+        For steps whose rule needs the norm of all gradients: a global warm-up, or GlobalNorm at each step. Run forward and
+        backward twice on the same batch with the same random numbers. In the first, call this and set ``.grad`` to None;
+        in the second, call `clip_early_`; then call `clip_`. It serves models whose norms take no collective.
+
+        Args:
+            parameters, gradients: as for `clip_early_`.
+
+        Raises:
+            RuntimeError, LayoutError, ValueError: as `clip_early_`; or the norm of all gradients takes a collective.
+
+        Example:
+            >>> import dist_clip
+            >>> model = torch.nn.Linear(2, 2)
+            >>> clipper = dist_clip.GradClipper(model, dist_clip.LogClip())
+            >>> model(torch.ones(1, 2)).sum().backward()
+            >>> clipper.can_clip_early
+            False
+            >>> clipper.measure_early_(model.parameters())
+            >>> clipper.can_clip_early
+            True
+        """
+        with torch.no_grad(), self._early.lock:
+            self._early.measure_(parameters, gradients)
+
+    @property
+    def can_clip_early(self) -> bool:
+        """Whether `clip_early_` serves the next step: no policy of the tensors that it serves needs the norm of all.
+
+        The same on every rank of a pipeline stage, without a host sync. It may change once `clip_` was called (a warm-up is
+        over), and after `measure_early_`. False for good where clip_early_ serves no tensor at all, and says why.
+        """
+        return self._early.possible
+
+    def _scales_of(self, squares: Tensor) -> Tensor:
+        measured = self._meter.measure(squares)
+        totals = self._global_norms.before(measured, None)
+        return decide(measured, totals, self.memory, self._global_norms, self._options.nonfinite)[0].each
+
+    def _read(self, early: frozenset[int] = frozenset()) -> tuple[list[Tensor | None], int]:
+        """Return this rank's shards of the gradients, in the layout's order, and how many tensors have a gradient.
+
+        Args:
+            early: the tensors that are clipped already, whose gradients may be gone. They are left out of the list.
+        """
         self._partial.reduce_(self.layout.tensors)
-        grads = self._made.kernels.read(self._gradients.read(self.layout.tensors, self._params))
-        num_grads = sum(map(operator.is_not, grads, itertools.repeat(None)))
+        # What is usual of all gradients is asked at once; here some are gone.
+        here = (
+            [None if i in early else tensor.grad() for i, tensor in enumerate(self.layout)]
+            if early
+            else self._gradients.read(self.layout.tensors, self._params)
+        )
+        grads = self._made.kernels.read(here)
+        num_grads = sum(map(operator.is_not, grads, itertools.repeat(None))) + len(early)
         self._made.check_not_stale(thorough=self.memory.calls == 0 or num_grads == 0)
         return grads, num_grads
 
@@ -382,7 +489,8 @@ class GradClipper:
             The report: ``report.ok``, one row a tensor, and the table as ``print(report)``.
 
         Raises:
-            RuntimeError: no rank has a gradient, or a gradient cannot be read, as for `clip_`.
+            RuntimeError: no rank has a gradient; a gradient cannot be read, as for `clip_`; or `clip_early_` has begun the
+                step.
             TypeError, ValueError: an argument of the wrong type or value, or other arguments on another rank.
             LayoutError: the modules have a parameter that came after the construction.
 
@@ -396,6 +504,7 @@ class GradClipper:
             >>> clipper.verify().ok
             True
         """
+        self.memory.check_between_steps("verify")
         return verify(self._made, self.memory, lambda: self._read()[0], device=device, tolerance=tolerance)
 
     def check_in_sync(self) -> None:
@@ -482,6 +591,7 @@ class GradClipper:
         Raises:
             LayoutError, TypeError, ValueError: as the constructor; the clipper is then as it was.
             TypeError: the clipper was constructed from parameters, and not from modules.
+            RuntimeError: `clip_early_` has begun a step that `clip_` has not ended.
 
         Example:
             >>> import dist_clip
@@ -501,6 +611,7 @@ class GradClipper:
                 "refresh() needs the modules, and this clipper was constructed from parameters: construct another one, and "
                 "load_state_dict(clipper.state_dict(), strict=False)"
             )
+        self.memory.check_between_steps("refresh")
         saved, shapes = self.state_dict(), {tensor.name: tensor.shape for tensor in self.layout}
         with torch.inference_mode(False), torch.no_grad():
             self._build(self._target, self.policy, self._arguments)
@@ -538,6 +649,9 @@ class GradClipper:
         Returns:
             A dict of numbers, strings, lists, CPU tensors, and dicts of them.
 
+        Raises:
+            RuntimeError: `clip_early_` has begun a step that `clip_` has not ended.
+
         Example:
             >>> import dist_clip
             >>> clipper = dist_clip.GradClipper(torch.nn.Linear(2, 2), dist_clip.LogClip())
@@ -548,6 +662,8 @@ class GradClipper:
 
     def load_state_dict(self, state: Mapping[str, Any], *, strict: bool = True) -> None:
         """Load what `state_dict` returned, under this layout or another. Nothing changes unless all of it fits.
+
+        A step that `clip_early_` has begun is forgotten.
 
         Args:
             state: what `state_dict` returned.

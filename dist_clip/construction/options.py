@@ -86,6 +86,18 @@ class CheckedOptions:
         """Whether a guard looks at the loss, so that the loss is to be added over all ranks."""
         return any("loss" in guard.needs() for guard in self.guards)
 
+    def why_not_early(self, *, megatron: bool) -> str | None:
+        """Return why nothing can be clipped before backward has ended; None if these options allow it."""
+        if megatron:
+            return "Megatron's optimizers reduce gradients, and copy them to their own, after backward"
+        if self.scaler is not None:
+            return "the GradScaler unscales gradients after backward"
+        if self.guards:
+            return f"{type(self.guards[0]).__name__} decides on the step once all norms are known"
+        if self.nonfinite.skips or self.nonfinite.raises:
+            return f"nonfinite={self.nonfinite.name!r} decides on the step once all norms are known"
+        return None
+
     def describe(self) -> str:
         """Return a description of the options, which must be the same on all ranks."""
         return (

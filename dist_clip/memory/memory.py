@@ -75,6 +75,21 @@ class GuardMemory:
     skips_in_a_row: Tensor
 
 
+@dataclasses.dataclass
+class UnderWay:
+    """The numbers of the tensors that a step has seen before its `clip_` (`dist_clip.step.early`).
+
+    Attributes:
+        measured: those measured in a first backward.
+        clipped: those clipped.
+        elsewhere: those of them whose gradients were passed, and are not in ``.grad`` yet.
+    """
+
+    measured: set[int] = dataclasses.field(default_factory=set)
+    clipped: set[int] = dataclasses.field(default_factory=set)
+    elsewhere: set[int] = dataclasses.field(default_factory=set)
+
+
 class Memory:
     """The policy groups and guards with their states, and the step count. It does not communicate.
 
@@ -91,6 +106,7 @@ class Memory:
         guards: the guards with their states.
         groups: one policy group a rule, with its tensors on this stage, possibly none.
         t: int64 0-dim on `device`, the number of steps taken.
+        under_way: what the next step has done already.
         calls: how often `advance` was called (after a load: the step that was loaded, and the calls since).
         names_elsewhere: FQNs of the tensors that only other pipeline stages hold.
         shapes: shape of each tensor of the whole model, by FQN.
@@ -112,6 +128,7 @@ class Memory:
         self.shapes = {**elsewhere, **{tensor.name: tensor.shape for tensor in layout}}
         self.t = torch.zeros((), dtype=torch.int64, device=device)
         self.calls = 0
+        self.under_way = UnderWay()
         self._rules, self._numbers = tuple(rules), dict(numbers)
         self._may_skip = may_skip
         self._known_steps = 0
@@ -213,10 +230,24 @@ class Memory:
         return int(self.t)
 
     def set_steps(self, steps: int) -> None:
-        """Set the step count, `calls` included, to `steps`."""
+        """Set the step count, `calls` included, to `steps`, and forget a step that is under way."""
+        self.under_way = UnderWay()
         self.calls = self._known_steps = self._asked = steps
         self._pending = None
         self.t.fill_(steps)
+
+    def check_between_steps(self, method: str) -> None:
+        """Check that no step is under way, of which some tensors were clipped and others were not.
+
+        Raises:
+            RuntimeError: one is.
+        """
+        early = self.under_way.clipped or self.under_way.measured
+        if early:
+            raise RuntimeError(
+                f"{method}() was called in the middle of a step: {len(early)} tensors were clipped or measured early, such "
+                f"as {self.layout.names[min(early)]!r}, and others were not. Call clip_() first"
+            )
 
     def shared_states(self) -> list[Tensor]:
         """Return the states' tensors that all ranks of a pipeline stage share: all but those of scope "shard"."""

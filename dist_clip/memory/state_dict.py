@@ -56,7 +56,11 @@ def state_dict(memory: Memory) -> dict[str, Any]:
         the whole model, including those of other pipeline stages. "shards" is for scope "shard". A value is a 0-dim
         CPU tensor or, for a slot that only a warm-up records, a list of numbers, empty once the warm-up is over. With
         guards there is "guards" as well (`dist_clip.memory.guard_states`).
+
+    Raises:
+        RuntimeError: a step is under way, of which some tensors are clipped.
     """
+    memory.check_between_steps("state_dict")
     step = memory.steps
     tensors: dict[str, dict[str, Any]] = {}
     shared: dict[str, dict[str, Any]] = {}

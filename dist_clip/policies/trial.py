@@ -41,6 +41,36 @@ def check_policy(policy: object, argument: str = "policy") -> Policy:
     return policy
 
 
+def acts_on_each_alone(policy: Policy) -> bool:
+    """Return whether the policy, after any warm-up, gives each element the same bits whatever the other elements are."""
+    with unset_fake_temporarily(), torch.no_grad():
+        generator = torch.Generator().manual_seed(0)
+        together, few = policy.init_state(5, _CPU), torch.tensor([3, 1])
+        for step in range(4):
+            norms, weights = torch.rand(2, 5, dtype=torch.float64, generator=generator).unbind()
+            inputs = StepInputs(
+                norms=norms * 10 ** (step % 2),
+                numel=torch.full((5,), 4),
+                t=torch.tensor(_LATE + step + 1),
+                steps_done=_LATE + step,
+                global_norm=norms.norm() if "global_norm" in policy.needs(_LATE) else None,
+                weight_norms=weights if "weight_norms" in policy.needs(_LATE) else None,
+            )
+            fewer = dataclasses.replace(
+                inputs,
+                norms=inputs.norms[few],
+                numel=inputs.numel[few],
+                weight_norms=None if inputs.weight_norms is None else weights[few],
+            )
+            scales, new = policy.step({slot: value[..., few] for slot, value in together.items()}, fewer)
+            all_scales, together = policy.step(together, inputs)
+            if not torch.equal(scales, all_scales[few]):
+                return False
+            if not all(torch.equal(value, together[slot][..., few]) for slot, value in new.items()):
+                return False
+    return True
+
+
 def check_declared(cls: type, name: str) -> None:
     """Raise TypeError unless `cls` is a frozen dataclass, and itself one if it declares fields."""
     check_frozen_dataclass(cls)

@@ -29,6 +29,10 @@ class ClippedGradients:
     def remember(self, tensors: Iterable[LogicalTensor]) -> None:
         """Mark the gradients as they are now. Call it after clipping, which writes to them."""
         self._clip += 1
+        self.mark(tensors)
+
+    def mark(self, tensors: Iterable[LogicalTensor]) -> None:
+        """Mark further gradients, beside those that are marked."""
         for tensor in tensors:
             if tensor.param is not None and tensor.param.grad is not None:
                 grad = tensor.param.grad

@@ -1,6 +1,7 @@
 """The parts of one step: it measures, computes global norms, decides, and reports."""
 
 from dist_clip.step.decide import decide
+from dist_clip.step.early import EarlyClips
 from dist_clip.step.global_norms import GlobalNorms
 from dist_clip.step.guarding import Guards
 from dist_clip.step.measure import Meter
@@ -10,6 +11,7 @@ from dist_clip.step.usage import Usage
 
 __all__ = [
     "ClipReport",
+    "EarlyClips",
     "GlobalNorms",
     "Guards",
     "Meter",

@@ -12,6 +12,7 @@ from dist_clip.kernels import Kernels
 from dist_clip.memory import Memory, PolicyGroup
 from dist_clip.policies.base import is_finite, is_nonfinite
 from dist_clip.reduction import Channel
+from dist_clip.step.early import EarlyClips
 from dist_clip.step.fault import naming_what_fails
 from dist_clip.step.nonfinite import NonFiniteMode
 
@@ -51,13 +52,21 @@ class Meter:
 
     Args:
         every_norm: reduce the tensors' norms on every step, also where no policy needs them.
+        early: what the step has measured before its `clip_`; None: nothing.
     """
 
     def __init__(
-        self, memory: Memory, channel: Channel, kernels: Kernels, nonfinite: NonFiniteMode, *, every_norm: bool
+        self,
+        memory: Memory,
+        channel: Channel,
+        kernels: Kernels,
+        nonfinite: NonFiniteMode,
+        *,
+        every_norm: bool,
+        early: EarlyClips | None = None,
     ) -> None:
         self._memory, self._channel, self._kernels = memory, channel, kernels
-        self._nonfinite = nonfinite
+        self._nonfinite, self._early = nonfinite, early
         self._every_norm = every_norm
         shards = {i for group in memory.groups if group.per_shard for i in group.indices}
         self._any_per_shard = bool(shards)
@@ -68,7 +77,8 @@ class Meter:
     def squares(self, grads: Sequence[Tensor | None]) -> Tensor:
         """Return the squared norms of this rank's shards of the gradients, float64 [n], in the layout's order."""
         with naming_what_fails(self._memory.layout.names, grads):
-            return self._kernels.power_sums(grads, 2.0, self._memory.device)
+            squares = self._kernels.power_sums(grads, 2.0, self._memory.device)
+        return squares if self._early is None else self._early.with_remembered(squares)
 
     def measure(self, local: Tensor, carried: Tensor | None = None) -> Measured:
         """Work out all norms from the `squares`. Collective where `reduces` is true.
@@ -103,7 +113,8 @@ class Meter:
 
     def weight_squares(self) -> Tensor:
         """Return the squared norms of this rank's shards of the parameters, float64 [n]."""
-        return self._kernels.power_sums([t.weight() for t in self._memory.layout], 2.0, self._memory.device)
+        squares = self._kernels.power_sums([t.weight() for t in self._memory.layout], 2.0, self._memory.device)
+        return squares if self._early is None else self._early.with_remembered_weights(squares)
 
     def _of_elements(self, local: Tensor, whole: Tensor | None) -> Tensor:
         """Return the norms of the policies' elements from the shards' squared norms and the norms of whole tensors."""

@@ -160,9 +160,17 @@ class OneLaunch:
             and (alone or not shards)
         )
 
-    def serves(self, grads: list[Tensor | None]) -> bool:
-        """Whether it can decide the next step, of these gradients, which the kernels have read. The same on every rank."""
-        return self._possible and all(map(self._is_ready, self._memory.groups)) and self._kernels.is_whole(grads)
+    def serves(self, grads: list[Tensor | None], *, all_early: bool = False) -> bool:
+        """Whether it can decide the next step, of these gradients, which the kernels have read. The same on every rank.
+
+        Args:
+            all_early: there are gradients, and all are clipped already.
+        """
+        return self._is_on and (all_early or self._kernels.is_whole(grads))
+
+    @property
+    def _is_on(self) -> bool:
+        return self._possible and all(map(self._is_ready, self._memory.groups))
 
     def _is_ready(self, group: PolicyGroup) -> bool:
         policy = group.policy
@@ -203,6 +211,27 @@ class OneLaunch:
         assert self._kernels.median_guard is not None
         state = [memory.state[slot] for slot in _GUARD_SLOTS]
         self._kernels.median_guard(squares, [*state, memory.skips_in_a_row], _constants_of_guard(memory.guard), skip)
+
+    def scales_of(self, k: int, squares: Tensor, columns: Tensor) -> Tensor | None:
+        """Return the scales, float64 [m], that the next step has for some tensors of group `k`, and change nothing.
+
+        None where the step is not decided in one launch. The group must look at each tensor alone.
+
+        Args:
+            squares: float64 [m], squared norms of these tensors.
+            columns: int64 [m], their places in the group.
+        """
+        if not self._is_on:
+            return None
+        assert self._kernels.decide is not None
+        group, m, device = self._memory.groups[k], len(squares), squares.device
+        norms, scales = torch.empty((2, m), dtype=torch.float32, device=device).unbind()
+        exact = torch.empty(m, dtype=torch.float64, device=device)
+        nonfinite = torch.empty((), dtype=torch.bool, device=device)
+        state = [group.state[slot].index_select(0, columns) for slot in _RULES[type(group.policy)].slots]
+        out = (self._memory.t.clone(), norms, exact, scales, nonfinite, self._false)  # of which only `exact` is of use
+        self._kernels.decide(squares, torch.arange(m, device=device), state, out, self._constants[k])
+        return exact
 
     def _global_norms(self, squares: Tensor, scales: Tensor) -> ReportedNorms:
         groups = self._memory.groups

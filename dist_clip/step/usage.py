@@ -22,29 +22,47 @@ _AGAIN = 2
 """Steps with gradients that were clipped twice. One is an accident: a user's own rule may leave a step out."""
 _EMPTY = 3
 """Clips in a row without any gradient that are no accident."""
+_UNSEEN = 2
+"""Steps with gradients that no clip saw. One is an accident, as weights that were loaded between two clips are."""
 
 
 class Usage:
-    """Looks whether gradients are clipped again before a step, and whether there are any. Warns of each once."""
+    """Looks whether gradients are clipped again before a step, and whether there are any. Warns of each once.
+
+    Attributes:
+        clipped: the gradients that the last clip left, as long as it looks.
+    """
 
     def __init__(self) -> None:
-        self._clipped = ClippedGradients()
+        self.clipped = ClippedGradients()
         self._params: list[tuple[int | None, ...]] = []
-        self._clips = self._steps = self._empty = 0
+        self._bare: list[bool] = []
+        self._clips = self._steps = self._empty = self._unseen = 0
         self._looks = self._moved = self._told_of_empty = False
         self._excuses: list[Tensor] = []
 
     def before(
-        self, layout: Layout, num_grads: int, last: ClipReport | None, device: torch.device, *, attached: bool
+        self,
+        layout: Layout,
+        num_grads: int,
+        last: ClipReport | None,
+        device: torch.device,
+        *,
+        attached: bool,
+        early: frozenset[int],
     ) -> None:
         """Look at what is about to be clipped.
 
         Args:
+            early: the numbers of the tensors that `clip_early_` has clipped.
             last: the report of the last clip. Its flags are read only where all else says that a warning is due.
             device: where the flags are.
             attached: whether an attached optimizer's steps clip as well.
         """
         self._empty = 0 if num_grads or not len(layout) else self._empty + 1
+        self._looks = self._steps < _STEPS and self._clips < _CLIPS and not capturing(device)
+        if self._looks:
+            self._look_for_unseen(layout, early)
         if self._empty == _EMPTY and not self._told_of_empty:
             self._told_of_empty = True
             warnings.warn(
@@ -52,7 +70,6 @@ class Usage:
                 "backward(), before zero_grad()",
                 stacklevel=4,
             )
-        self._looks = self._steps < _STEPS and self._clips < _CLIPS and not capturing(device)
         if self._looks and last is not None and self._clips_again(layout):
             self._excuses.append(last.skip | last.nonfinite)
             if len(self._excuses) == _AGAIN:
@@ -70,11 +87,44 @@ class Usage:
                     stacklevel=4,
                 )
 
-    def after(self, layout: Layout) -> None:
-        """Remember what was clipped."""
+    def _look_for_unseen(self, layout: Layout, early: frozenset[int]) -> None:
+        """Warn of weights that moved since the last clip, though they had no gradient at that one and have none now.
+
+        If some have a gradient, only those with a hook count: Muon's authors step with zeros where there is no gradient.
+        """
+        before, self._bare = (
+            self._bare,
+            [i not in early and (tensor.param is None or tensor.param.grad is None) for i, tensor in enumerate(layout)],
+        )
+        if len(before) != len(layout) or len(self._params) != len(layout):
+            return
+        moved = [
+            tensor.name
+            for tensor, was_bare, bare, version in zip(layout, before, self._bare, self._params, strict=True)
+            if was_bare
+            and bare
+            and tensor.param is not None
+            and tensor.param.requires_grad
+            and (all(self._bare) or _has_hook(tensor.param))
+            and versions(tensor.param) != version
+        ]
+        self._unseen += bool(moved)
+        if moved and self._unseen == _UNSEEN:
+            self._told_of_empty = True
+            warnings.warn(
+                f"{len(moved)} tensors such as {moved[0]!r} were stepped with gradients that no clip saw: they move, and "
+                "have no gradient when clip_() is called. If an optimizer steps inside backward, call "
+                "clipper.clip_early_([param]) in its hook, before the step (docs/in-backward.md); if not, call clip_() "
+                "after backward(), before optimizer.step() and zero_grad()",
+                stacklevel=5,
+            )
+
+    def after(self, layout: Layout, *, mark: bool) -> None:
+        """Remember what was clipped; with `mark` also where nothing is looked at any more."""
         self._clips += 1
+        if self._looks or mark:
+            self.clipped.remember(layout)
         if self._looks:
-            self._clipped.remember(layout)
             self._params = _versions_of(layout)
 
     def _clips_again(self, layout: Layout) -> bool:
@@ -91,7 +141,13 @@ class Usage:
             self._steps += 1
             return False
         params = [tensor.param for tensor in layout if tensor.param is not None and tensor.param.grad is not None]
-        return moved and bool(params) and all(map(self._clipped.is_marked, params))
+        return moved and bool(params) and all(map(self.clipped.is_marked, params))
+
+
+def _has_hook(param: Tensor) -> bool:
+    """Whether anything that steps inside backward may have been registered on `param`."""
+    names = ("_post_accumulate_grad_hooks", "_backward_hooks", "_in_backward_optimizers")
+    return any(getattr(param, name, None) for name in names)
 
 
 def _versions_of(layout: Layout) -> list[tuple[int | None, ...]]:

@@ -200,6 +200,28 @@ def test_a_step_has_no_host_sync(policy: str, nonfinite: Any) -> None:
         steps_without_sync(clipper, params)
 
 
+@pytest.mark.parametrize(("kernels", "nonfinite"), [("torch", "zero"), ("triton", "zero")], indirect=["kernels"])
+@pytest.mark.parametrize("policy", ["AdaGC-tensor-median", "LogClip-early", "AGC"])
+@pytest.mark.usefixtures("kernels")
+def test_clipping_early_has_no_host_sync(policy: str, nonfinite: Any) -> None:
+    """One tensor, several, measured in a first backward or not, and the clip_() after them."""
+    made = POLICIES.get(policy, lambda: dist_clip.LogClip(warmup_steps=WARMUP))
+    with fake_cuda(strict=False):
+        params = fake_params()
+        present = [param for name, param in params.items() if name != "absent"]
+        clipper = dist_clip.GradClipper(list(params.items()), made(), nonfinite=nonfinite)
+        for step in range(WARMUP + 4):
+            with Copies() if step > 0 else torch.no_grad():
+                if not clipper.can_clip_early:
+                    set_grads(params)
+                    clipper.measure_early_(present)
+                set_grads(params)
+                clipper.clip_early_(present[:1])
+                clipper.clip_early_(present[1:4])
+                present[1].grad = None
+                assert clipper.clip_().num_grads == len(present)
+
+
 GUARDS: dict[str, Callable[[], Any]] = {
     "SkipAbove": lambda: dist_clip.SkipAbove(1.0, max_skips_in_a_row=2),
     "SkipAbove-raise": lambda: dist_clip.SkipAbove(1.0, max_skips_in_a_row=2, when_stuck="raise"),
