@@ -693,6 +693,58 @@ def test_a_decision_that_does_not_work_is_found_at_construction(fault: str) -> N
     assert clipper.clip_().scales.tolist() == [1.0], "torch's operators decide"
 
 
+@interpreted
+@pytest.mark.parametrize("policy", ["AdaGC-tensor-median", "LogClip-tensor-None", "ZClip-1"])
+def test_clipping_early_decides_as_a_whole_step_does(policy: str) -> None:
+    """The kernel on parts of the tensors and on all: the same bits, also where no gradient is left for `clip_`."""
+    kernels, decided = triton_kernels(CPU), [0]
+
+    def decide(*args: Any, **kwargs: Any) -> None:
+        decided[0] += 1
+        kernels.decide(*args, **kwargs)
+
+    k = dataclasses.replace(TORCH, decide=decide, is_whole=lambda shards: any(shard is not None for shard in shards))
+    models = [[nn.Parameter(torch.zeros(3)) for _ in range(40)] for _ in range(2)]
+    clippers = [
+        dist_clip.GradClipper(
+            [(f"p{i}", p) for i, p in enumerate(params)],
+            DECIDED[policy](),
+            overrides={"*1": dist_clip.GlobalNorm(2.0)} if "LogClip" in policy else None,
+            kernels=k,
+        )
+        for params in models
+    ]
+    early, whole = clippers
+    for step, norms in enumerate(odd_norms(len(policy), 40, 16)):
+        for params in models:
+            for param, norm in zip(params, norms, strict=True):
+                param.grad = None if norm is None else torch.tensor([norm, 0.0, 0.0])
+        expected = whole.clip_()
+        mine = [(param, other.grad) for param, other in zip(*models, strict=True) if param.grad is not None]
+        before = decided[0]
+        if early.can_clip_early:
+            able = [
+                (param, other.grad)
+                for i, (param, other) in enumerate(zip(*models, strict=True))
+                if param.grad is not None and (i % 10 != 1 or "LogClip" not in policy)  # not those of GlobalNorm
+            ]
+            for part in (able[: len(able) // 2], able[len(able) // 2 : None if step % 2 else -3]):
+                early.clip_early_([param for param, _ in part])
+                for param, want in part:
+                    assert param.grad is not None
+                    assert same(param.grad, want)  # type: ignore[arg-type]
+                    param.grad = None
+        report = early.clip_()
+        # The first step after a warm-up drops its record, and is decided by torch's operators.
+        assert decided[0] - before >= 3 or step < 6
+        for param, want in mine:
+            assert param.grad is None or same(param.grad, want)  # type: ignore[arg-type]
+        for field in ("tensor_norms", "scales", "nonfinite", "global_norm"):
+            torch.testing.assert_close(getattr(report, field), getattr(expected, field), rtol=0, atol=0, equal_nan=True)
+        assert report.num_grads == expected.num_grads
+        same_states(clippers, 0.0)
+
+
 # ---- compiled for a GPU, which need not be there ---------------------------------------------------------------------
 
 
