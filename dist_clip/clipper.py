@@ -318,7 +318,7 @@ class GradClipper:
             norms=measured.norms.float(),
             scales=scales.each.float(),
             nonfinite=totals.nonfinite,
-            skip=torch.zeros_like(totals.nonfinite) if totals.skip is None else totals.skip,
+            skip=self._one_launch.never if totals.skip is None else totals.skip,
             global_norms=self._global_norms.for_report(measured, totals, scales),
         )
 

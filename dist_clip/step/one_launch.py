@@ -100,6 +100,9 @@ class OneLaunch:
     It serves steps after a global warm-up, where every policy has a kernel and no collective falls between the norms and
     the scales, and where nothing becomes zero and nothing but a `MedianGuard` skips a step. The guard is one more launch.
 
+    Attributes:
+        never: bool 0-dim, False: what a report says of skipping where no step can be skipped.
+
     Args:
         plain: whether the options leave steps alone: a NaN propagates, no scaler, no global norm to be reduced for the
             report alone.
@@ -110,7 +113,7 @@ class OneLaunch:
         known = all(type(group.policy) in _RULES for group in memory.groups)
         self._possible = plain and known and kernels.decide is not None and bool(len(memory.layout))
         self._constants = [self._constants_of(k) for k in range(len(memory.groups))] if known else []
-        self._false = torch.zeros((), dtype=torch.bool, device=memory.device)
+        self.never = torch.zeros((), dtype=torch.bool, device=memory.device)
         self._guard: GuardMemory | None = None
         if memory.guards:
             self._guard, *others = memory.guards
@@ -195,7 +198,7 @@ class OneLaunch:
         norms, scales = torch.empty((2, n), dtype=torch.float32, device=squares.device).unbind()
         exact = torch.empty(n, dtype=torch.float64, device=squares.device)
         nonfinite = torch.empty((), dtype=torch.bool, device=squares.device)
-        skip = self._false
+        skip = self.never
         if self._guard is not None:
             skip = torch.empty((), dtype=torch.bool, device=squares.device)
             self._run_guard(self._guard, whole, skip)
@@ -229,7 +232,7 @@ class OneLaunch:
         exact = torch.empty(m, dtype=torch.float64, device=device)
         nonfinite = torch.empty((), dtype=torch.bool, device=device)
         state = [group.state[slot].index_select(0, columns) for slot in _RULES[type(group.policy)].slots]
-        out = (self._memory.t.clone(), norms, exact, scales, nonfinite, self._false)  # of which only `exact` is of use
+        out = (self._memory.t.clone(), norms, exact, scales, nonfinite, self.never)  # of which only `exact` is of use
         self._kernels.decide(squares, torch.arange(m, device=device), state, out, self._constants[k])
         return exact
 
