@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -19,15 +20,20 @@ from dist_clip.layouts.process_groups import current_device
 
 
 @dataclasses.dataclass(frozen=True)
-class _Spread:
+class Spread:
     """The fields of `LogicalTensor` that all tensors with one mesh and one placement share."""
 
     norm_groups: tuple[dist.ProcessGroup, ...]
     replica_ranks: frozenset[int]
     mesh_ranks: frozenset[int]
-    device: torch.device
+    device_type: str
     placement: str
     cut: str
+
+    @functools.cached_property
+    def device(self) -> torch.device:
+        """The mesh's device, not the shard's: a CPU-offloaded shard is reduced on the accelerators of its mesh."""
+        return current_device(self.device_type)
 
 
 class MeshGroups:
@@ -36,7 +42,7 @@ class MeshGroups:
     def __init__(self) -> None:
         self._groups: dict[tuple[int, int], dist.ProcessGroup] = {}
         self._replica_ranks: dict[tuple[int, tuple[int, ...]], frozenset[int]] = {}
-        self._spreads: dict[tuple[int, tuple[Any, ...]], _Spread] = {}
+        self._spreads: dict[tuple[int, tuple[Any, ...]], Spread] = {}
         self._meshes: list[Any] = []  # keeps the ids above valid
 
     def group(self, mesh: Any, dim: int) -> dist.ProcessGroup:
@@ -56,7 +62,7 @@ class MeshGroups:
             self._replica_ranks[key] = frozenset(mesh.mesh[index].flatten().tolist())
         return self._replica_ranks[key]
 
-    def spread(self, name: str, mesh: Any, placements: tuple[Any, ...]) -> _Spread:
+    def spread(self, name: str, mesh: Any, placements: tuple[Any, ...]) -> Spread:
         """Return how a parameter with these placements lies on the mesh; `name` is for errors."""
         key = (id(mesh), placements)
         if key not in self._spreads:
@@ -91,7 +97,7 @@ def read_dtensor(name: str, param: DTensor, groups: MeshGroups) -> LogicalTensor
     )
 
 
-def _spread(name: str, mesh: Any, placements: tuple[Any, ...], groups: MeshGroups) -> _Spread:
+def _spread(name: str, mesh: Any, placements: tuple[Any, ...], groups: MeshGroups) -> Spread:
     if mesh.get_coordinate() is None:
         raise LayoutError(
             f"rank {dist.get_rank()}: {name!r} lives on a device mesh of ranks {mesh.mesh.flatten().tolist()}, to which "
@@ -115,12 +121,11 @@ def _spread(name: str, mesh: Any, placements: tuple[Any, ...], groups: MeshGroup
             f"({error})"
         ) from error
     sizes = [group.size() for group in norm_groups]
-    return _Spread(
+    return Spread(
         norm_groups=norm_groups,
         replica_ranks=groups.replica_ranks(mesh, tuple(sharded)),
         mesh_ranks=groups.replica_ranks(mesh, tuple(range(mesh.ndim))),
-        # The mesh's device, not the shard's: a CPU-offloaded shard is reduced on the accelerators of its mesh.
-        device=current_device(mesh.device_type),
+        device_type=mesh.device_type,
         placement=f"{placements} on a mesh {tuple(mesh.shape)}, norm groups of {sizes}",
         cut=f"{tuple(placements[dim] for dim in sharded)} over {sizes}" if sharded else "whole",
     )

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from dist_clip.errors import LayoutError
 
@@ -60,11 +61,11 @@ class Piece:
 
     def grad(self) -> Tensor | None:
         """Return the gradient of this part, once the optimizer has prepared it; None without one."""
-        return getattr(self.holder, self.attribute, None)
+        return local(getattr(self.holder, self.attribute, None))
 
     def weight(self) -> Tensor:
         """Return the values of this part, as the optimizer holds them."""
-        return self.holder.detach()
+        return local(self.holder.detach())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +74,11 @@ class Leaf:
 
     optimizer: Any
     spread: bool
+
+
+def local(tensor: Any) -> Any:
+    """Return this rank's part of a DTensor; anything else as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def version() -> str:
@@ -138,7 +144,7 @@ def leaves(optimizer: Any) -> list[Leaf]:
     """Return the optimizers of which `optimizer` consists, without stubs. Layer-wise (Muon) optimizers contain chains.
 
     Raises:
-        LayoutError: an optimizer of an unknown class, or Megatron-FSDP.
+        LayoutError: an optimizer of an unknown class, or a sharding strategy of Megatron-FSDP that is not known.
     """
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
     from megatron.core.optimizer.layer_wise_optimizer import LayerWiseDistributedOptimizer
@@ -157,16 +163,40 @@ def leaves(optimizer: Any) -> list[Leaf]:
                 "Megatron's own clipping on for it"
             )
         elif isinstance(node, DistributedOptimizer):
-            config = getattr(node, "ddp_config", None)
-            if config is not None and getattr(config, "use_megatron_fsdp", False):
-                raise LayoutError(
-                    "Megatron-FSDP is not supported yet: use the distributed optimizer, or Megatron's own clipping"
-                )
-            yield Leaf(node, True)
+            fsdp = is_megatron_fsdp(node)
+            if fsdp:
+                _check_strategies(node.ddp_config)
+            yield Leaf(node, not fsdp)  # Megatron-FSDP's parameters are DTensors, which tell by themselves
         else:
             yield Leaf(node, spread)
 
     return [leaf for leaf in walk(optimizer, False) if not getattr(leaf.optimizer, "is_stub_optimizer", False)]
+
+
+def is_megatron_fsdp(leaf: Any) -> bool:
+    """Return whether Megatron-FSDP owns the parameters and gradients of a DistributedOptimizer."""
+    return bool(getattr(getattr(leaf, "ddp_config", None), "use_megatron_fsdp", False))
+
+
+_STRATEGIES = {
+    "data_parallel_sharding_strategy": ("no_shard", "optim", "optim_grads", "optim_grads_params"),
+    "outer_dp_sharding_strategy": ("no_shard", "optim"),
+}
+
+
+def _check_strategies(config: Any) -> None:
+    for field, known in _STRATEGIES.items():
+        found = getattr(config, field, "no_shard")
+        if found not in known:
+            raise LayoutError(
+                f"Megatron-FSDP shards by {field}={found!r}, which dist_clip does not know (known: {', '.join(known)}): "
+                "leave Megatron's own clipping on"
+            )
+
+
+def model_param(param: Tensor) -> Tensor:
+    """Return the parameter with Megatron's marks: Megatron-FSDP puts DTensors without some of them into the modules."""
+    return getattr(param, "orig_param", param)
 
 
 def is_chained(optimizer: Any) -> bool:
@@ -178,7 +208,11 @@ def pieces(leaf: Any) -> Iterator[Piece]:
     config = getattr(leaf, "config", None)
     decoupled = getattr(config, "use_precision_aware_optimizer_no_fp8_or_ds_fp8", False)
     attribute = "decoupled_grad" if decoupled else "grad"
-    if hasattr(leaf, "shard_fp32_groups"):  # DistributedOptimizer
+    if is_megatron_fsdp(leaf):
+        for group in leaf.optimizer.param_groups:
+            for param in group["params"]:
+                yield Piece(model_param(param), param, _fsdp_attribute(param), 0, local(param).numel())
+    elif hasattr(leaf, "shard_fp32_groups"):  # DistributedOptimizer
         low = leaf.shard_float16_groups if decoupled else leaf.shard_fp32_from_float16_groups
         for models, shards in ((leaf.model_float16_groups, low), (leaf.model_fp32_groups, leaf.shard_fp32_groups)):
             for param, shard in _pairs(models, shards):
@@ -196,6 +230,13 @@ def pieces(leaf: Any) -> Iterator[Piece]:
                 yield Piece(param, param, attribute, 0, param.numel())
 
 
+def _fsdp_attribute(param: Tensor) -> str:
+    """Return the attribute that Megatron-FSDP makes the gradient; "decoupled_grad" for optimizers of mixed precision."""
+    buffer = getattr(getattr(param, "_megatron_fsdp_model", None), "param_and_grad_buffer", None)
+    marks = ("use_decoupled_grad", "use_precision_aware_optimizer")  # from 0.17 on, and before
+    return "decoupled_grad" if any(getattr(buffer, mark, False) for mark in marks) else "grad"
+
+
 def _pairs(models: Sequence[Sequence[Tensor]], mains: Sequence[Sequence[Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
     for model_group, main_group in zip(models, mains, strict=True):
         yield from zip(model_group, main_group, strict=True)
@@ -204,7 +245,6 @@ def _pairs(models: Sequence[Sequence[Tensor]], mains: Sequence[Sequence[Tensor]]
 # Attributes of parameters that change which elements their norm adds up, in ways that dist_clip does not implement.
 _REFUSED = {
     "is_gtp_weight_remat": "generalized tensor parallelism splits its gradient; set its size to 1",
-    "__fsdp_param__": "it belongs to Megatron-FSDP; use the distributed optimizer",
     "grad_norm_group": "it is to be clipped by a norm of its own group (detached MTP heads); switch that off",
 }
 
