@@ -155,6 +155,7 @@ class MegatronAttachment:
         self._report: ClipReport | None = None
         self._norm: Tensor | None = None
         self._saving = False
+        self._megatron_fsdp = any(compat.is_megatron_fsdp(leaf.optimizer) for leaf in compat.leaves(optimizer))
         self._verifies = False
         self._thresholds: list[tuple[Any, float]] = []
         self._replaced: list[str] = []
@@ -275,8 +276,11 @@ class MegatronAttachment:
             state = original(model_sharded_state_dict, is_loading, **kwargs)
         finally:
             self._saving = False
-        if not is_loading:
-            state[checkpoint.KEY] = checkpoint.save(self._clipper.memory, self._pp_group)
+        payload = None if is_loading else checkpoint.save(self._clipper.memory, self._pp_group)
+        if self._megatron_fsdp:
+            state[checkpoint.KEY] = checkpoint.to_bytes(payload)
+        elif not is_loading:
+            state[checkpoint.KEY] = payload
         return state
 
     def _load_state_dict(self, original: Callable[..., Any], state_dict: Any) -> Any:
@@ -286,7 +290,7 @@ class MegatronAttachment:
             if state_dict and isinstance(state_dict[-1], Mapping) and set(state_dict[-1]) == {checkpoint.KEY}:
                 found, state_dict = state_dict[-1][checkpoint.KEY], state_dict[:-1]
         elif checkpoint.KEY in state_dict:
-            found = state_dict[checkpoint.KEY]
+            found = checkpoint.from_bytes(state_dict[checkpoint.KEY])
             state_dict = {key: value for key, value in state_dict.items() if key != checkpoint.KEY}
         result = original(state_dict)
         if found is None:

@@ -11,6 +11,7 @@ import functools
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -226,6 +227,14 @@ def build(config: Config, *, seed: int = 0) -> Setup:
     return Setup(config, chunks, optimizer)
 
 
+def megatron_version() -> tuple[int, ...]:
+    """Major and minor version of megatron-core; nothing without it."""
+    try:
+        return tuple(map(int, version("megatron-core").split(".")[:2]))
+    except PackageNotFoundError:
+        return ()
+
+
 def megatron_fsdp_config(config: Config) -> dict[str, Any]:
     """Options of DistributedDataParallelConfig, as Megatron-LM's flags set them, but for what gloo lacks."""
     return {
@@ -386,7 +395,6 @@ def wrap_precision(model: Any, transformer: Any) -> Any:
 
 
 def layer_wise(optimizer_config: Any, chunks: list[Any]) -> Any:
-    import megatron.core
     from megatron.core.optimizer import get_megatron_optimizer
     from megatron.core.optimizer.layer_wise_optimizer import LayerWiseDistributedOptimizer
     from megatron.core.process_groups_config import ProcessGroupCollection
@@ -397,7 +405,7 @@ def layer_wise(optimizer_config: Any, chunks: list[Any]) -> Any:
     optimizer_config.bf16 = bf16
     groups = ProcessGroupCollection.use_mpu_process_groups()
     optimizers = list(made.chained_optimizers)
-    if bf16 and tuple(map(int, megatron.core.__version__.split(".")[:2])) >= (0, 19):
+    if bf16 and megatron_version() >= (0, 19):
         optimizers = [wrapped.optimizer for wrapped in optimizers]  # newer versions wrap them themselves
     return LayerWiseDistributedOptimizer(optimizers, optimizer_config, groups)
 

@@ -332,7 +332,7 @@ def check(config: Config, ranks: list[dict[str, Any]], policies: tuple[str, ...]
     *others, followed = policies
     # A shard's path depends on the layout, and bfloat16 hides the true one: there a single process is handed the gradients.
     follows = followed != "adagc-shard" and not config.bf16
-    single = alone(config.single, followed if follows else None)
+    single = alone(config.single, followed if follows else None, len(ranks[0]["records"]))
     shapes = {name: param.shape for name, param in single["params"].items()}
     for policy in others:
         check_each_step(Run(of_policy(ranks, policy), shapes), policy, config)
