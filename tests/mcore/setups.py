@@ -200,6 +200,8 @@ def build(config: Config, *, seed: int = 0) -> Setup:
         bucket_size=500 if config.overlap else None,
     )
     wrapper = FullyShardedDataParallel if config.fsdp else DistributedDataParallel
+    if config.fsdp and config.pp > 1:
+        mend_meshes()
     chunks = []
     for chunk in range(config.vpp or 1):
         model = gpt(config, transformer, chunk)
@@ -243,6 +245,16 @@ def megatron_fsdp_config(config: Config) -> dict[str, Any]:
         "outer_dp_sharding_strategy": config.outer,
         "gradient_reduce_div_fusion": False,  # gloo has no PREMUL_SUM
     }
+
+
+def mend_meshes() -> None:
+    """Have Megatron-FSDP make the mesh of one pipeline stage, where it takes all ranks for one (0.16.1 to 0.19.2)."""
+    from megatron.core.distributed.fsdp import mcore_fsdp_adapter
+
+    def of_stage(dp_group: Any, tp_group: Any, ep_size: int = 1) -> Tensor:
+        return torch.tensor(dist.get_process_group_ranks(dp_group)).view(-1, 1)
+
+    mcore_fsdp_adapter._get_dp_tp_mesh = of_stage
 
 
 def transformer_config(config: Config) -> Any:

@@ -39,6 +39,7 @@ NEWER: dict[str, tuple[int, Config]] = {
     "zero-3-over-two-instances": (4, Config(fsdp="optim_grads_params", instances=2, outer="optim")),
     "zero-3-tp2-sp-tied": (4, Config(fsdp="optim_grads_params", tp=2, sequence_parallel=True, tied=True)),
     "zero-1-tp2-ep2-etp1": (4, Config(fsdp="optim", tp=2, ep=2, etp=1, experts=4, sequence_parallel=True)),
+    "zero-3-pp2": (4, Config(fsdp="optim_grads_params", pp=2)),
     "zero-3-cp2": (4, Config(fsdp="optim_grads_params", cp=2)),
 }
 needs_0_19 = pytest.mark.skipif(
@@ -53,13 +54,6 @@ def check(name: str, world: int, config: Config) -> None:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.report(
-    "NVIDIA/Megatron-LM#7227",
-    "NVIDIA/Megatron-LM#7228",
-    situation="a tied weight counted twice under Megatron-FSDP with pipeline stages",
-    right="counted once",
-    here="counted once; Megatron builds no Megatron-FSDP with stages (0.16.1, 0.19.2)",
-)
 def test_training(name: str) -> None:
     check(name, *CONFIGS[name])
 
@@ -94,6 +88,33 @@ def test_verify_and_global_names() -> None:
             for fc in (1, 2)
         )
         assert "Megatron-FSDP" in table
+
+
+def ones(config: Config) -> dict[str, Any]:
+    """Gradients of ones: Megatron-FSDP itself cannot reduce those of an embedding that two stages share."""
+    setup = build(config)
+    clipper = dist_clip.megatron.attach(setup.optimizer, dist_clip.GlobalNorm(1.0), model=setup.chunks)
+    for _, param in setup.chunks[0].module.param_and_grad_buffer.optimizer_named_parameters:
+        param.grad = torch.ones_like(param) if param.to_local().numel() else None
+    report = clipper.clip_()
+    return {"norms": dict(zip(report.names, report.tensor_norms.tolist(), strict=True)), "norm": float(report.global_norm)}
+
+
+@pytest.mark.report(
+    "NVIDIA/Megatron-LM#7227",
+    "NVIDIA/Megatron-LM#7228",
+    situation="a tied weight counted twice under Megatron-FSDP with pipeline stages",
+    right="counted once",
+)
+def test_a_weight_tied_across_stages_counts_once() -> None:
+    ranks = pool(4, "megatron").run(ones, Config(fsdp="optim_grads_params", pp=2, tied=True))
+    sizes = {name: param.numel() for name, param in training.alone(Config(tied=True), None, 1)["params"].items()}
+    for rank in ranks:
+        assert "embedding.word_embeddings.weight" in rank["norms"]
+        assert rank["norm"] == pytest.approx(sum(sizes.values()) ** 0.5, rel=1e-6)
+        for name, norm in rank["norms"].items():
+            assert norm == pytest.approx(sizes[name] ** 0.5, rel=1e-6)
+    assert set().union(*(rank["norms"] for rank in ranks)) == set(sizes)
 
 
 def decoupled(config: Config) -> dict[str, Any]:
