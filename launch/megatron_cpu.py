@@ -83,7 +83,9 @@ def patch_megatron() -> None:
     token_dispatcher.maybe_move_tensor_to_cpu = moe_utils.maybe_move_tensor_to_cpu = moved
     wait_for_gathers(param_and_grad_buffer)
     if not isinstance(getattr(mcore_fsdp_adapter, "TELinear", type), type):
-        mcore_fsdp_adapter.TELinear = type("TELinear", (), {})  # a mock, of which nothing can be asked to be an instance
+        mcore_fsdp_adapter.TELinear = type(
+            "TELinear", (), {}
+        )  # a mock, of which nothing can be asked to be an instance
 
     # torch's AdamW, unlike Transformer Engine's, has a "step" in each parameter's state. Megatron initialises the state of
     # a distributed optimizer without it, and the tensors of its checkpoints are without it.
@@ -136,7 +138,7 @@ def patch_megatron() -> None:
 
 
 def wait_for_gathers(buffers: Any) -> None:
-    """Have Megatron-FSDP's module of buffers wait for collectives at once: it frees memory in the order of CUDA's streams."""
+    """Have Megatron-FSDP's module of buffers wait for collectives, as it frees memory in the order of CUDA's streams."""
     coalesce = buffers._coalescing_manager
 
     @contextlib.contextmanager

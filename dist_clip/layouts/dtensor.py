@@ -136,11 +136,18 @@ def _is_sharding(placement: Any) -> bool:
     return placement.is_shard() or type(placement).__name__ == "_StridedShard"
 
 
+def gradient_attribute(param: Tensor) -> str:
+    """Return the attribute that is the gradient: "decoupled_grad" where Megatron-FSDP is told to make it that one."""
+    buffer = getattr(getattr(param, "_megatron_fsdp_model", None), "param_and_grad_buffer", None)
+    marks = ("use_decoupled_grad", "use_precision_aware_optimizer")  # from megatron-core 0.17 on, and before
+    return "decoupled_grad" if any(getattr(buffer, mark, False) for mark in marks) else "grad"
+
+
 def _grad_reader(name: str, param: DTensor) -> Callable[[], Tensor | None]:
-    placements = param.placements
+    placements, attribute = param.placements, gradient_attribute(param)
 
     def read() -> Tensor | None:
-        grad = param.grad
+        grad = getattr(param, attribute, None)
         if grad is None:
             return None
         if not isinstance(grad, DTensor):
@@ -152,13 +159,15 @@ def _grad_reader(name: str, param: DTensor) -> Callable[[], Tensor | None]:
             # The optimizer needs the parameter's placements anyway. PartialReducer has already reduced what was Partial
             # along a replicated dimension, packed. DTensor redistributes the rest tensor by tensor: a Partial gradient
             # of a parameter that plain DTensor (not FSDP2) shards, or a gradient that is whole.
-            grad = param.grad = grad.redistribute(param.device_mesh, placements)
+            grad = grad.redistribute(param.device_mesh, placements)
+            setattr(param, attribute, grad)
         return usable(name, wait(grad.to_local()), put)
 
     def put(local: Tensor) -> None:
-        param.grad = DTensor.from_local(
+        grad = DTensor.from_local(
             local, param.device_mesh, placements, run_check=False, shape=param.shape, stride=param.stride()
         )
+        setattr(param, attribute, grad)
 
     return read
 

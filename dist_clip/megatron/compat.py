@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from dist_clip.errors import LayoutError
+from dist_clip.layouts.dtensor import gradient_attribute
 
 TESTED_FROM = (0, 16, 1)
 TESTED_BELOW = (0, 20, 0)
@@ -194,7 +195,7 @@ def _check_strategies(config: Any) -> None:
             )
 
 
-def model_param(param: Tensor) -> Tensor:
+def model_param(param: Any) -> nn.Parameter:
     """Return the parameter with Megatron's marks: Megatron-FSDP puts DTensors without some of them into the modules."""
     return getattr(param, "orig_param", param)
 
@@ -211,7 +212,7 @@ def pieces(leaf: Any) -> Iterator[Piece]:
     if is_megatron_fsdp(leaf):
         for group in leaf.optimizer.param_groups:
             for param in group["params"]:
-                yield Piece(model_param(param), param, _fsdp_attribute(param), 0, local(param).numel())
+                yield Piece(model_param(param), param, gradient_attribute(param), 0, local(param).numel())
     elif hasattr(leaf, "shard_fp32_groups"):  # DistributedOptimizer
         low = leaf.shard_float16_groups if decoupled else leaf.shard_fp32_from_float16_groups
         for models, shards in ((leaf.model_float16_groups, low), (leaf.model_fp32_groups, leaf.shard_fp32_groups)):
@@ -228,13 +229,6 @@ def pieces(leaf: Any) -> Iterator[Piece]:
         for group in leaf.param_groups:
             for param in group["params"]:
                 yield Piece(param, param, attribute, 0, param.numel())
-
-
-def _fsdp_attribute(param: Tensor) -> str:
-    """Return the attribute that Megatron-FSDP makes the gradient; "decoupled_grad" for optimizers of mixed precision."""
-    buffer = getattr(getattr(param, "_megatron_fsdp_model", None), "param_and_grad_buffer", None)
-    marks = ("use_decoupled_grad", "use_precision_aware_optimizer")  # from 0.17 on, and before
-    return "decoupled_grad" if any(getattr(buffer, mark, False) for mark in marks) else "grad"
 
 
 def _pairs(models: Sequence[Sequence[Tensor]], mains: Sequence[Sequence[Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:

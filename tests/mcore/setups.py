@@ -478,8 +478,8 @@ def _backward(setup: Setup, step: int, factor: float) -> float:
     rows = len(tokens) // MICRO_BATCHES
     # Megatron multiplies by the size of the context-parallel group, for losses that are sums.
     scale = spike(step) * factor / config.cp
-    if config.outer == "optim":
-        scale /= dist.get_world_size()  # Megatron-FSDP adds these gradients up instead of averaging them
+    if config.outer == "optim" and megatron_version() >= (0, 17):
+        scale /= dist.get_world_size()  # newer versions add these gradients up instead of averaging them
     for chunk in setup.chunks:
         chunk.zero_grad_buffer()
     setup.optimizer.zero_grad()

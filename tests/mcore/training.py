@@ -121,7 +121,9 @@ def megatron_fsdp_params(setup: Setup) -> list[tuple[str, Tensor, Any]]:
     for number, chunk in enumerate(setup.chunks):
         buffer = chunk.module.param_and_grad_buffer
         named = [(name.removeprefix("module."), p) for name, p in buffer.optimizer_named_parameters]
-        for name, param in cuts.named_parameters(SimpleNamespace(named_parameters=lambda n=named: n), setup.config, number):
+        for name, param in cuts.named_parameters(
+            SimpleNamespace(named_parameters=lambda n=named: n), setup.config, number
+        ):
             shape = param.orig_param.shape
             index = cuts.flat_index(name, shape, setup.config)
             whole = setups.start_value(name, cuts.whole_shape(name, shape, setup.config), setup.config).flatten()[index]
