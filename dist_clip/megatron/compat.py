@@ -239,7 +239,6 @@ def _pairs(models: Sequence[Sequence[Tensor]], mains: Sequence[Sequence[Tensor]]
 # Attributes of parameters that change which elements their norm adds up, in ways that dist_clip does not implement.
 _REFUSED = {
     "is_gtp_weight_remat": "generalized tensor parallelism splits its gradient; set its size to 1",
-    "grad_norm_group": "it is to be clipped by a norm of its own group (detached MTP heads); switch that off",
 }
 
 
@@ -280,6 +279,11 @@ def partition_dim(param: Tensor) -> int:
     """Return the dimension along which tensor parallelism splits `param`; 0 if Megatron sets none."""
     dim = getattr(param, "partition_dim", 0)
     return dim if dim is not None and dim >= 0 else 0
+
+
+def grad_norm_group(param: Tensor | None) -> str | None:
+    """Return the name of the group, apart from the other tensors, whose norm is to clip `param` (newer versions)."""
+    return getattr(param, "grad_norm_group", None)
 
 
 def is_tied_copy(param: Tensor) -> bool:

@@ -65,7 +65,7 @@ def unknown_optimizer_on_one(config: Config) -> Case:
 def marked(attribute: str) -> Callable[[Config], Case]:
     def case(config: Config) -> Case:
         setup = build(config)
-        setattr(first_weight(setup.chunks), attribute, "mtp" if attribute == "grad_norm_group" else True)
+        setattr(first_weight(setup.chunks), attribute, True)
         return setup.optimizer, setup.chunks, {}
 
     return case
@@ -160,7 +160,6 @@ CASES: dict[str, Callable[[Config], Case]] = {
     "unknown_optimizer_on_one": unknown_optimizer_on_one,
     "gtp": marked("is_gtp_weight_remat"),
     "gtp_on_one": marked_on_one,
-    "grad_norm_group": marked("grad_norm_group"),
     "unknown_strategy": unknown_strategy,
     "unreadable_dtype": unreadable_dtype,
     "sharded_by_hand": sharded_by_hand,
@@ -183,7 +182,6 @@ CASES: dict[str, Callable[[Config], Case]] = {
         ("unknown_optimizer_on_one", Config(pp=2), ["Exotic", "rank 1"]),
         ("gtp", Config(tp=2), ["embedding.word_embeddings.weight", "is_gtp_weight_remat", "set its size to 1"]),
         ("gtp_on_one", Config(), ["embedding.word_embeddings.weight", "is_gtp_weight_remat", "rank 1"]),
-        ("grad_norm_group", Config(), ["embedding.word_embeddings.weight", "grad_norm_group"]),
         ("unknown_strategy", Config(fsdp="optim"), ["rank 1", "Megatron-FSDP", "'activations'", "optim_grads_params"]),
         ("unreadable_dtype", Config(fsdp="optim"), ["embedding.word_embeddings.weight", "float8_e4m3fn"]),
         ("sharded_by_hand", Config(fsdp="optim"), ["linear_proj.weight", "Shard(dim=0)", "leave it out of sharded="]),
