@@ -144,6 +144,9 @@ class MegatronAttachment:
         skips_by_threshold: skip in Megatron's place the steps above its threshold: the norm that it would compare has
             tensors in it that are to be left out.
 
+    Attributes:
+        after_clip: is called after each clip, on every rank; None: nothing is.
+
     Raises:
         LayoutError: the optimizer lacks one of the methods.
     """
@@ -165,6 +168,7 @@ class MegatronAttachment:
         self._norm_at_once = norm_at_once and not skips_by_threshold
         self._report: ClipReport | None = None
         self._norm: Tensor | None = None
+        self.after_clip: Callable[[], None] | None = None
         self._saving = False
         self._megatron_fsdp = any(compat.is_megatron_fsdp(leaf.optimizer) for leaf in compat.leaves(optimizer))
         self._verifies = False
@@ -235,6 +239,8 @@ class MegatronAttachment:
             self._verifies = False
             self._verify()
         report = self._report = self._clipper.clip_()
+        if self.after_clip is not None:
+            self.after_clip()
         # Reading the flag syncs the host, so it is read only where it is needed. Megatron compares its own threshold
         # with the norm that it gets.
         return self._skips and bool(report.skip)
