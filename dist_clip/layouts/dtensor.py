@@ -93,7 +93,7 @@ def read_dtensor(name: str, param: DTensor, groups: MeshGroups) -> LogicalTensor
         device=spread.device,
         placement=spread.placement,
         cut=spread.cut,
-        own_grad=True,
+        own_grad=gradient_attribute(param) == "grad",
     )
 
 

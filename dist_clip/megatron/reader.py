@@ -16,13 +16,12 @@ from dist_clip.construction.agreement import sendable
 from dist_clip.errors import LayoutError
 from dist_clip.layouts import Layout, LogicalTensor, ShardedBy
 from dist_clip.layouts.dtensor import MeshGroups, Spread
+from dist_clip.layouts.gradient import REAL
 from dist_clip.layouts.process_groups import gather
 from dist_clip.layouts.sharded import Division, checked_divisions, division_of, whole_shape
 from dist_clip.megatron import compat, marks
 from dist_clip.megatron.compat import Groups, Piece
 from dist_clip.megatron.names import global_names
-
-_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,7 +203,7 @@ class MegatronReader:
                 f"sharded= names {name!r}, which Megatron-FSDP lays out as {holder.placements} over a mesh of "
                 f"{tuple(holder.device_mesh.shape)} ranks: leave it out of sharded="
             )
-        if holder.dtype not in _DTYPES:
+        if holder.dtype not in REAL:
             raise LayoutError(f"{name!r}: Megatron-FSDP steps it in {holder.dtype}, which dist_clip cannot read")
         mesh = self._meshes.spread(name, holder.device_mesh, holder.placements)
         placement = f"{kind}, Megatron-FSDP: {mesh.placement}"
