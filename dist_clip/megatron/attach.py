@@ -51,7 +51,8 @@ def attach(
     rank. The optimizer's checkpoints contain the state.
 
     Args:
-        optimizer: what ``get_megatron_optimizer`` returned (chained, distributed, layer-wise, mixed-precision or fp32).
+        optimizer: what ``get_megatron_optimizer`` returned (chained, distributed, layer-wise, mixed-precision, fp32, or
+            Megatron-FSDP's).
         policy: `GlobalNorm`, `AdaGC`, `LogClip`, `ZClip`, or a policy of your own (docs/policies.md).
         model: the model chunk, or the list of chunks, that the optimizer was made from.
         nonfinite, overrides, exclude: as for `GradClipper`; patterns match global names, as ``explain()`` lists them.

@@ -417,7 +417,7 @@ def layer_wise(optimizer_config: Any, chunks: list[Any]) -> Any:
     optimizer_config.bf16 = bf16
     groups = ProcessGroupCollection.use_mpu_process_groups()
     optimizers = list(made.chained_optimizers)
-    if bf16 and megatron_version() >= (0, 19):
+    if bf16 and megatron_version() >= (0, 18):
         optimizers = [wrapped.optimizer for wrapped in optimizers]  # newer versions wrap them themselves
     return LayerWiseDistributedOptimizer(optimizers, optimizer_config, groups)
 
