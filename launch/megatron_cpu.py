@@ -13,6 +13,7 @@ Engine, inside it. Numbers are those that a GPU would give, up to rounding; only
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -48,6 +49,8 @@ def install() -> None:
 
 def patch_megatron() -> None:
     """Mend megatron-core where it takes CUDA or Transformer Engine for granted. After ``import megatron.core``."""
+    from megatron.core.distributed.fsdp import mcore_fsdp_adapter
+    from megatron.core.distributed.fsdp.src.megatron_fsdp import param_and_grad_buffer
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
     from megatron.core.tensor_parallel import random
     from megatron.core.transformer import torch_norm
@@ -78,6 +81,11 @@ def patch_megatron() -> None:
         return tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else tensor
 
     token_dispatcher.maybe_move_tensor_to_cpu = moe_utils.maybe_move_tensor_to_cpu = moved
+    wait_for_gathers(param_and_grad_buffer)
+    if not isinstance(getattr(mcore_fsdp_adapter, "TELinear", type), type):
+        mcore_fsdp_adapter.TELinear = type(
+            "TELinear", (), {}
+        )  # a mock, of which nothing can be asked to be an instance
 
     # torch's AdamW, unlike Transformer Engine's, has a "step" in each parameter's state. Megatron initialises the state of
     # a distributed optimizer without it, and the tensors of its checkpoints are without it.
@@ -127,6 +135,19 @@ def patch_megatron() -> None:
     DistributedOptimizer._set_main_param_and_optimizer_states = lambda self, param, tensors: load_states(
         self, param, WithStep(tensors, self.optimizer)
     )
+
+
+def wait_for_gathers(buffers: Any) -> None:
+    """Have Megatron-FSDP's module of buffers wait for collectives, as it frees memory in the order of CUDA's streams."""
+    coalesce = buffers._coalescing_manager
+
+    @contextlib.contextmanager
+    def waiting(*args: Any, **kwargs: Any) -> Iterator[Any]:
+        with coalesce(*args, **kwargs) as work:
+            yield work
+        work.wait()
+
+    buffers._coalescing_manager = waiting
 
 
 class _CudaToCpu(TorchFunctionMode):

@@ -1,16 +1,24 @@
-"""Makes the table of docs/versions.md: which versions of other packages are accepted, and which the tests run with.
+"""Makes the tables of docs/versions.md: which versions are accepted, which the tests run with, and what ran in others.
 
-    python -m scripts.supported_versions           # writes the table
-    python -m scripts.supported_versions --check   # fails if the page is not what pyproject.toml and the pins say
+    python -m scripts.supported_versions                    # writes the tables
+    python -m scripts.supported_versions --check            # fails if the page is not what pyproject.toml and the pins say
+    python -m scripts.supported_versions --run PYTHON ...   # runs the sample by each interpreter, and writes the tables
 
 Accepted is what pyproject.toml says, tested is the pin of scripts/constraints.txt. A package without a pin is an error: it
 would be tested with whatever is newest.
+
+The second table has a row for each combination of WANTED, and for each that was run. Its numbers are in
+docs/data/versions.json. An interpreter's environment needs torch, pytest, pytest-xdist, tyro, tqdm and
+pytorch_optimizer; with megatron-core, einops and psutil the sample has Megatron's layouts as well.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
+import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -23,6 +31,32 @@ PAGE = ROOT / "docs" / "versions.md"
 BEGIN, END = "<!-- scripts/supported_versions.py: begin -->", "<!-- scripts/supported_versions.py: end -->"
 LAST = ("launch", "bench", "optimizers", "dev", "docs")  # extras of those who work on dist_clip, in this order
 PYTHON = "3.11"  # of CI
+
+RUNS = ROOT / "docs" / "data" / "versions.json"
+RUNS_BEGIN, RUNS_END = (
+    "<!-- scripts/supported_versions.py: runs -->",
+    "<!-- scripts/supported_versions.py: end of runs -->",
+)
+NO_MEGATRON = "none"
+WANTED = (  # Python, torch, megatron-core
+    ("3.10", "2.11.0", NO_MEGATRON),
+    ("3.11", "2.11.0", "0.16.1"),
+    ("3.11", "2.13.0", "0.16.1"),
+    ("3.11", "2.14.1", NO_MEGATRON),
+    ("3.12", "2.13.0", "0.18.2"),
+    ("3.12", "2.13.0", "0.19.2"),
+    ("3.12", "2.14.1", "0.19.2"),
+    ("3.13", "2.14.1", NO_MEGATRON),
+)
+UNIT = ("clipper", "state", "functional", "guards", "torch_kernels", "selectors", "sharded")
+LAYOUTS = ("ddp-2", "fsdp-uneven-2", "fsdp-mp-4", "hsdp-4", "tp-fsdp-4", "tp-sequence-fsdp-4", "ep-4", "pp-chunks-2")
+MEGATRON = ("tp2-sp", "pp2-interleaved-tied", "zero-instances", "ep2-zero", "tp2-pp2-tied-bf16", "layer-wise-bf16")
+PROBE = """
+import importlib.metadata as m, json, platform, torch
+try: core = m.version("megatron-core")
+except m.PackageNotFoundError: core = None
+print(json.dumps([".".join(platform.python_version_tuple()[:2]), torch.__version__.partition("+")[0], core]))
+"""
 
 
 def pins(text: str) -> dict[str, str]:
@@ -71,19 +105,97 @@ def table() -> str:
     return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in made)])
 
 
+def tests_of(megatron: bool) -> list[str]:
+    """The sample, as arguments of pytest."""
+    files = [*(f"tests/unit/test_{name}.py" for name in UNIT), "tests/distributed/test_layouts.py"]
+    names = [f"test_training[{name}-" for name in LAYOUTS]
+    if megatron:
+        files += ["tests/mcore/test_layouts.py", "tests/mcore/test_megatron_fsdp.py"]
+        names += [f"test_training[{name}]" for name in (*MEGATRON, "zero-3")]
+    collected = [*files[: len(UNIT)]]
+    for file in files[len(UNIT) :]:
+        text = subprocess.run(
+            [sys.executable, "-m", "pytest", "--collect-only", "-q", file], cwd=ROOT, capture_output=True, text=True
+        ).stdout
+        ids = [line for line in text.splitlines() if "::" in line]
+        collected += [each for each in ids if each.partition("::")[2].startswith(tuple(names))]
+    return collected
+
+
+def run(python: str) -> dict[str, object]:
+    """Run the sample by another interpreter. Returns its versions and how many tests passed, failed and were skipped."""
+    probe = subprocess.run([python, "-c", PROBE], capture_output=True, text=True, check=True, cwd=ROOT)
+    version, torch, core = json.loads(probe.stdout)
+    command = [
+        python,
+        "-m",
+        "pytest",
+        "-q",
+        "-n",
+        "2",
+        "--dist",
+        "loadfile",
+        "-p",
+        "no:cacheprovider",
+    ]
+    result = subprocess.run([*command, *tests_of(core is not None)], cwd=ROOT, capture_output=True, text=True)
+    last = result.stdout.strip().splitlines()[-1]
+    counts = {word: int(number) for number, word in re.findall(r"(\d+) (passed|failed|skipped|error)", last)}
+    if not counts:
+        raise RuntimeError(f"{python}: {last}\n{result.stderr}")
+    failed = sorted(set(re.findall(r"^(?:FAILED|ERROR) (\S+)", result.stdout, re.MULTILINE)))
+    today = datetime.date.today().isoformat()
+    return {
+        "python": version,
+        "torch": torch,
+        "megatron-core": core or NO_MEGATRON,
+        "date": today,
+        **counts,
+        "ids": failed,
+    }
+
+
+def runs_table() -> str:
+    """The table of what ran in which versions."""
+    kept = {(row["python"], row["torch"], row["megatron-core"]): row for row in json.loads(RUNS.read_text())}
+    lines = ["| Python | torch | megatron-core | run on | passed | failed | skipped |", "|---|---|---|---|---|---|---|"]
+    for key in sorted({*WANTED, *kept}):
+        row = kept.get(key)
+        numbers = (
+            [row["date"], *(row.get(word, 0) for word in ("passed", "failed", "skipped"))]
+            if row
+            else ["not run", "", "", ""]
+        )
+        lines.append(f"| {' | '.join(map(str, [*key, *numbers]))} |")
+    return "\n".join(lines)
+
+
 def page(text: str) -> str:
-    """The page with the table in its place."""
-    before, _, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not end:
-        raise ValueError(f"{PAGE} has no {BEGIN} ... {END}")
-    return f"{before}{BEGIN}\n\n{table()}\n\n{END}{after}"
+    """The page with the tables in their places."""
+    for begin, made, finish in ((BEGIN, table, END), (RUNS_BEGIN, runs_table, RUNS_END)):
+        before, _, rest = text.partition(begin)
+        _, end, after = rest.partition(finish)
+        if not end:
+            raise ValueError(f"{PAGE} has no {begin} ... {finish}")
+        text = f"{before}{begin}\n\n{made()}\n\n{finish}{after}"
+    return text
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; fail if the page is out of date")
+    parser.add_argument("--run", nargs="+", default=[], metavar="PYTHON", help="interpreters that run the sample first")
     options = parser.parse_args(arguments)
+    for python in options.run:
+        made = run(python)
+        print(made, flush=True)
+        same = [made[key] for key in ("python", "torch", "megatron-core")]
+        kept = [
+            row
+            for row in json.loads(RUNS.read_text())
+            if [row[k] for k in ("python", "torch", "megatron-core")] != same
+        ]
+        RUNS.write_text(json.dumps([*kept, made], indent=1) + "\n")
     text = PAGE.read_text(encoding="utf-8")
     if not options.check:
         PAGE.write_text(page(text), encoding="utf-8")

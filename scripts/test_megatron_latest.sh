@@ -16,6 +16,7 @@ fi
 "$env/bin/python" -m pip install --quiet --disable-pip-version-check "$(grep '^torch==' scripts/constraints.txt)"
 "$env/bin/python" -m pip install --quiet --disable-pip-version-check "megatron-core>=0.19,<0.20" -e ".[megatron,launch]" \
   pytest pytest-xdist
+"$env/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps megatron-fsdp==0.6.1
 "$env/bin/python" -c 'import megatron.core, torch; print("megatron-core", megatron.core.__version__, "torch", torch.__version__)'
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 exec "$env/bin/python" -m pytest tests/mcore -n "${TEST_WORKERS:-2}" --dist loadfile -p no:cacheprovider "$@"

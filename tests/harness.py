@@ -62,7 +62,9 @@ class _OneLoopGloo(dist.ProcessGroupGloo):
 
     longest = datetime.timedelta(seconds=TIMEOUT / 2)
 
-    def __init__(self, store: dist.Store, rank: int, size: int, timeout: datetime.timedelta) -> None:
+    def __init__(
+        self, store: dist.Store, rank: int, size: int, timeout: datetime.timedelta, **_newer: object
+    ) -> None:  # enable_reconfigure, from torch 2.14 on, which is off
         options = dist.ProcessGroupGloo._Options()
         options._devices = [_gloo_device()]
         options._timeout = min(timeout, self.longest)

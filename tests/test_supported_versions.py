@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
+from pathlib import Path
 
 import pytest
 
-from scripts.supported_versions import ROOT, main, rows
+from scripts import supported_versions
+from scripts.supported_versions import ROOT, WANTED, main, rows, runs_table
 
 PYPROJECT = """
 [project]
@@ -46,3 +49,19 @@ def test_rows_have_the_ranges_the_pins_and_the_extras() -> None:
 def test_a_package_without_a_pin_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"no version of \['some-tool', 'y', 'z'\]"):
         rows(PYPROJECT, "torch==2.13.0\nx==2\n")
+
+
+def test_combinations_that_were_not_run_say_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row for each combination that is wanted, and for any other that was run, with what failed there."""
+    python, torch, core = WANTED[0]
+    ran = [
+        {"python": python, "torch": torch, "megatron-core": core, "date": "2026-01-02", "passed": 5, "failed": 1},
+        {"python": "3.99", "torch": "9.9", "megatron-core": "none", "date": "2026-01-03", "passed": 7},
+    ]
+    (tmp_path / "versions.json").write_text(json.dumps(ran))
+    monkeypatch.setattr(supported_versions, "RUNS", tmp_path / "versions.json")
+    lines = runs_table().splitlines()
+    assert len(lines) == 2 + len(WANTED) + 1
+    assert f"| {python} | {torch} | {core} | 2026-01-02 | 5 | 1 | 0 |" in lines
+    assert "| 3.99 | 9.9 | none | 2026-01-03 | 7 | 0 | 0 |" in lines
+    assert sum("not run" in line for line in lines) == len(WANTED) - 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -19,15 +20,20 @@ from dist_clip.layouts.process_groups import current_device
 
 
 @dataclasses.dataclass(frozen=True)
-class _Spread:
+class Spread:
     """The fields of `LogicalTensor` that all tensors with one mesh and one placement share."""
 
     norm_groups: tuple[dist.ProcessGroup, ...]
     replica_ranks: frozenset[int]
     mesh_ranks: frozenset[int]
-    device: torch.device
+    device_type: str
     placement: str
     cut: str
+
+    @functools.cached_property
+    def device(self) -> torch.device:
+        """The mesh's device, not the shard's: a CPU-offloaded shard is reduced on the accelerators of its mesh."""
+        return current_device(self.device_type)
 
 
 class MeshGroups:
@@ -36,7 +42,7 @@ class MeshGroups:
     def __init__(self) -> None:
         self._groups: dict[tuple[int, int], dist.ProcessGroup] = {}
         self._replica_ranks: dict[tuple[int, tuple[int, ...]], frozenset[int]] = {}
-        self._spreads: dict[tuple[int, tuple[Any, ...]], _Spread] = {}
+        self._spreads: dict[tuple[int, tuple[Any, ...]], Spread] = {}
         self._meshes: list[Any] = []  # keeps the ids above valid
 
     def group(self, mesh: Any, dim: int) -> dist.ProcessGroup:
@@ -56,7 +62,7 @@ class MeshGroups:
             self._replica_ranks[key] = frozenset(mesh.mesh[index].flatten().tolist())
         return self._replica_ranks[key]
 
-    def spread(self, name: str, mesh: Any, placements: tuple[Any, ...]) -> _Spread:
+    def spread(self, name: str, mesh: Any, placements: tuple[Any, ...]) -> Spread:
         """Return how a parameter with these placements lies on the mesh; `name` is for errors."""
         key = (id(mesh), placements)
         if key not in self._spreads:
@@ -87,11 +93,11 @@ def read_dtensor(name: str, param: DTensor, groups: MeshGroups) -> LogicalTensor
         device=spread.device,
         placement=spread.placement,
         cut=spread.cut,
-        own_grad=True,
+        own_grad=gradient_attribute(param) == "grad",
     )
 
 
-def _spread(name: str, mesh: Any, placements: tuple[Any, ...], groups: MeshGroups) -> _Spread:
+def _spread(name: str, mesh: Any, placements: tuple[Any, ...], groups: MeshGroups) -> Spread:
     if mesh.get_coordinate() is None:
         raise LayoutError(
             f"rank {dist.get_rank()}: {name!r} lives on a device mesh of ranks {mesh.mesh.flatten().tolist()}, to which "
@@ -115,12 +121,11 @@ def _spread(name: str, mesh: Any, placements: tuple[Any, ...], groups: MeshGroup
             f"({error})"
         ) from error
     sizes = [group.size() for group in norm_groups]
-    return _Spread(
+    return Spread(
         norm_groups=norm_groups,
         replica_ranks=groups.replica_ranks(mesh, tuple(sharded)),
         mesh_ranks=groups.replica_ranks(mesh, tuple(range(mesh.ndim))),
-        # The mesh's device, not the shard's: a CPU-offloaded shard is reduced on the accelerators of its mesh.
-        device=current_device(mesh.device_type),
+        device_type=mesh.device_type,
         placement=f"{placements} on a mesh {tuple(mesh.shape)}, norm groups of {sizes}",
         cut=f"{tuple(placements[dim] for dim in sharded)} over {sizes}" if sharded else "whole",
     )
@@ -131,11 +136,18 @@ def _is_sharding(placement: Any) -> bool:
     return placement.is_shard() or type(placement).__name__ == "_StridedShard"
 
 
+def gradient_attribute(param: Tensor) -> str:
+    """Return the attribute that is the gradient: "decoupled_grad" where Megatron-FSDP is told to make it that one."""
+    buffer = getattr(getattr(param, "_megatron_fsdp_model", None), "param_and_grad_buffer", None)
+    marks = ("use_decoupled_grad", "use_precision_aware_optimizer")  # from megatron-core 0.17 on, and before
+    return "decoupled_grad" if any(getattr(buffer, mark, False) for mark in marks) else "grad"
+
+
 def _grad_reader(name: str, param: DTensor) -> Callable[[], Tensor | None]:
-    placements = param.placements
+    placements, attribute = param.placements, gradient_attribute(param)
 
     def read() -> Tensor | None:
-        grad = param.grad
+        grad = getattr(param, attribute, None)
         if grad is None:
             return None
         if not isinstance(grad, DTensor):
@@ -147,13 +159,15 @@ def _grad_reader(name: str, param: DTensor) -> Callable[[], Tensor | None]:
             # The optimizer needs the parameter's placements anyway. PartialReducer has already reduced what was Partial
             # along a replicated dimension, packed. DTensor redistributes the rest tensor by tensor: a Partial gradient
             # of a parameter that plain DTensor (not FSDP2) shards, or a gradient that is whole.
-            grad = param.grad = grad.redistribute(param.device_mesh, placements)
+            grad = grad.redistribute(param.device_mesh, placements)
+            setattr(param, attribute, grad)
         return usable(name, wait(grad.to_local()), put)
 
     def put(local: Tensor) -> None:
-        param.grad = DTensor.from_local(
+        grad = DTensor.from_local(
             local, param.device_mesh, placements, run_check=False, shape=param.shape, stride=param.stride()
         )
+        setattr(param, attribute, grad)
 
     return read
 

@@ -61,7 +61,9 @@ def _module_parameters(module: nn.Module, prefix: str = "") -> Iterator[tuple[st
     for name, param in module._parameters.items():
         if param is not None:
             yield prefix + name, param
-    data_parallel = isinstance(module, (nn.parallel.DistributedDataParallel, nn.DataParallel))
+    data_parallel = isinstance(module, (nn.parallel.DistributedDataParallel, nn.DataParallel)) or (
+        type(module).__name__ == "MegatronFSDP"
+    )
     for name, child in module._modules.items():
         if child is not None:
             wrapper = name in _WRAPPER_NAMES or (data_parallel and name == "module")

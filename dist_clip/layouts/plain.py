@@ -83,6 +83,11 @@ def layout_of_parameters(pairs: Sequence[tuple[str, Tensor]], flat: FlatParamete
 
 def _read_plain(name: str, param: Tensor, here: frozenset[int]) -> LogicalTensor:
     """Return a tensor that is whole on this rank, `here`: single process, DDP, pipeline stages, replicated."""
+    if getattr(param, "__fsdp_param__", False):
+        raise LayoutError(
+            f"rank {current_rank()}: {name!r} is what Megatron-FSDP computes with in the forward pass, without a gradient: "
+            "pass the optimizer's param_groups, or make the clipper right after fully_shard_model()"
+        )
 
     def read() -> Tensor | None:
         grad = param.grad

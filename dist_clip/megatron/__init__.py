@@ -9,5 +9,13 @@ See docs/megatron.md.
 
 from dist_clip.megatron.attach import attach
 from dist_clip.megatron.flags import add_clip_args, attach_from_args, guards_from_args, policy_from_args
+from dist_clip.megatron.layer_norms import log_layer_grad_norms
 
-__all__ = ["add_clip_args", "attach", "attach_from_args", "guards_from_args", "policy_from_args"]
+__all__ = [
+    "add_clip_args",
+    "attach",
+    "attach_from_args",
+    "guards_from_args",
+    "log_layer_grad_norms",
+    "policy_from_args",
+]

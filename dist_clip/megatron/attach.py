@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -18,7 +19,7 @@ from dist_clip.guards import Guard, SkipAbove
 from dist_clip.layouts import ShardedBy
 from dist_clip.megatron import checkpoint, compat
 from dist_clip.megatron.reader import MegatronReader
-from dist_clip.megatron.selection import selections
+from dist_clip.megatron.selection import APART, selections, with_norm_groups
 from dist_clip.policies import Policy
 from dist_clip.step import ClipReport, NonFinite
 
@@ -50,7 +51,8 @@ def attach(
     rank. The optimizer's checkpoints contain the state.
 
     Args:
-        optimizer: what ``get_megatron_optimizer`` returned (chained, distributed, layer-wise, mixed-precision or fp32).
+        optimizer: what ``get_megatron_optimizer`` returned (chained, distributed, layer-wise, mixed-precision, fp32, or
+            Megatron-FSDP's).
         policy: `GlobalNorm`, `AdaGC`, `LogClip`, `ZClip`, or a policy of your own (docs/policies.md).
         model: the model chunk, or the list of chunks, that the optimizer was made from.
         nonfinite, overrides, exclude: as for `GradClipper`; patterns match global names, as ``explain()`` lists them.
@@ -99,13 +101,14 @@ def attach(
     threshold = compat.skip_threshold(getattr(optimizer, "config", None))
     # Megatron compares its own threshold with the norm that it gets, and does not step; nothing may remember such a step.
     own = [] if threshold is None else [SkipAbove(threshold)]
+    overrides = with_norm_groups(selections(overrides, optimizer), policy, chunks, groups)
     given = [] if guard is None else [guard] if isinstance(guard, Guard) else guard
     clipper = GradClipper(
         MegatronReader(optimizer, chunks, groups, sharded),
         policy,
         pp_group=pp_group,
         nonfinite=nonfinite,
-        overrides=selections(overrides, optimizer),
+        overrides=overrides,
         exclude=exclude,
         log_global_norm=log_global_norm,
         guard=[*own, *given] if own and isinstance(given, Sequence) else given,
@@ -114,13 +117,18 @@ def attach(
         sharded=sharded,
         check_replicas=check_replicas,
     )
-    if own and not all(group.policy.guarded for group in clipper.memory.groups):
+    if own and not all(group.policy.guarded or group.pattern.startswith(APART) for group in clipper.memory.groups):
         raise ValueError(
             f"Megatron's grad_norm_skip_threshold={threshold:g} looks at the norm of all tensors, those of "
             "MeasureOnly(guarded=False) among them: switch it off, and pass guard=SkipAbove(...) in its place"
         )
     clipper.attachment = MegatronAttachment(
-        clipper, optimizer, pp_group, skips=nonfinite == "skip" or bool(given), norm_at_once=bool(own)
+        clipper,
+        optimizer,
+        pp_group,
+        skips=nonfinite == "skip" or bool(given),
+        norm_at_once=bool(own),
+        skips_by_threshold=bool(own) and any(group.pattern.startswith(APART) for group in clipper.memory.groups),
     )
     return clipper
 
@@ -134,6 +142,11 @@ class MegatronAttachment:
         pp_group: the group across pipeline stages; None without them.
         skips: whether the clipper may ask for a step to be skipped that Megatron would take.
         norm_at_once: Megatron compares the norm with its own threshold, so the norm must be known before the step.
+        skips_by_threshold: skip in Megatron's place the steps above its threshold: the norm that it would compare has
+            tensors in it that are to be left out.
+
+    Attributes:
+        after_clip: is called after each clip, on every rank; None: nothing is.
 
     Raises:
         LayoutError: the optimizer lacks one of the methods.
@@ -147,16 +160,20 @@ class MegatronAttachment:
         *,
         skips: bool,
         norm_at_once: bool,
+        skips_by_threshold: bool,
     ) -> None:
         self._clipper = clipper
         self._optimizer = optimizer
         self._pp_group = pp_group
-        self._skips, self._norm_at_once = skips, norm_at_once
+        self._skips = skips or skips_by_threshold
+        self._norm_at_once = norm_at_once and not skips_by_threshold
         self._report: ClipReport | None = None
         self._norm: Tensor | None = None
+        self.after_clip: Callable[[], None] | None = None
         self._saving = False
+        self._megatron_fsdp = any(compat.is_megatron_fsdp(leaf.optimizer) for leaf in compat.leaves(optimizer))
         self._verifies = False
-        self._thresholds: list[tuple[Any, float]] = []
+        self._thresholds: list[tuple[Any, str, float]] = []
         self._replaced: list[str] = []
         for name in (
             "prepare_grads",
@@ -169,13 +186,15 @@ class MegatronAttachment:
         ):
             self._replace(name)
         setattr(optimizer, _MARK, self)
-        if compat.is_chained(optimizer):
-            # A chain scales by config.clip_grad inside its step; a bare optimizer calls clip_grad_norm, which is
-            # replaced.
-            configs = [getattr(node, "config", None) for node in (optimizer, *optimizer.chained_optimizers)]
-            for config in {id(config): config for config in configs if config is not None}.values():
-                self._thresholds.append((config, config.clip_grad))
-                config.clip_grad = 0.0
+        # A chain scales by config.clip_grad inside its step; a bare optimizer calls clip_grad_norm, which is replaced.
+        off = {"clip_grad": 0.0} if compat.is_chained(optimizer) else {}
+        if skips_by_threshold:
+            off["grad_norm_skip_threshold"] = math.inf
+        configs = [getattr(node, "config", None) for node in (optimizer, *getattr(optimizer, "chained_optimizers", ()))]
+        for config in {id(config): config for config in configs if config is not None}.values():
+            for field, value in off.items():
+                self._thresholds.append((config, field, getattr(config, field)))
+                setattr(config, field, value)
 
     @property
     def attached(self) -> bool:
@@ -196,8 +215,8 @@ class MegatronAttachment:
             delattr(self._optimizer, name)
         self._replaced = []
         delattr(self._optimizer, _MARK)
-        for config, threshold in self._thresholds:
-            config.clip_grad = threshold
+        for config, field, value in self._thresholds:
+            setattr(config, field, value)
 
     def _replace(self, name: str) -> None:
         original = getattr(self._optimizer, name, None)
@@ -221,6 +240,8 @@ class MegatronAttachment:
             self._verifies = False
             self._verify()
         report = self._report = self._clipper.clip_()
+        if self.after_clip is not None:
+            self.after_clip()
         # Reading the flag syncs the host, so it is read only where it is needed. Megatron compares its own threshold
         # with the norm that it gets.
         return self._skips and bool(report.skip)
@@ -275,8 +296,11 @@ class MegatronAttachment:
             state = original(model_sharded_state_dict, is_loading, **kwargs)
         finally:
             self._saving = False
-        if not is_loading:
-            state[checkpoint.KEY] = checkpoint.save(self._clipper.memory, self._pp_group)
+        payload = None if is_loading else checkpoint.save(self._clipper.memory, self._pp_group)
+        if self._megatron_fsdp:
+            state[checkpoint.KEY] = checkpoint.to_bytes(payload)
+        elif not is_loading:
+            state[checkpoint.KEY] = payload
         return state
 
     def _load_state_dict(self, original: Callable[..., Any], state_dict: Any) -> Any:
@@ -286,7 +310,7 @@ class MegatronAttachment:
             if state_dict and isinstance(state_dict[-1], Mapping) and set(state_dict[-1]) == {checkpoint.KEY}:
                 found, state_dict = state_dict[-1][checkpoint.KEY], state_dict[:-1]
         elif checkpoint.KEY in state_dict:
-            found = state_dict[checkpoint.KEY]
+            found = checkpoint.from_bytes(state_dict[checkpoint.KEY])
             state_dict = {key: value for key, value in state_dict.items() if key != checkpoint.KEY}
         result = original(state_dict)
         if found is None:

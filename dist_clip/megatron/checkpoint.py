@@ -7,6 +7,7 @@ thousands of experts do not become thousands of tiny tensors.
 
 from __future__ import annotations
 
+import io
 import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -21,6 +22,8 @@ from dist_clip.memory.snapshot import cleared, restore, snapshot
 
 KEY = "dist_clip"
 """Key of the clipping state in an optimizer's state dict."""
+
+_BYTES = "bytes"
 
 Packed = list[dict[str, Any]]
 
@@ -81,6 +84,24 @@ def load(memory: Memory, payload: Any) -> None:
                 state["tensors"][name] = cleared(memory.policy_for(name), int(state["step"]))
             state["shards"] = own
     restore(memory, state)
+
+
+def to_bytes(payload: dict[str, Any] | None) -> dict[str, bytes]:
+    """Return the payload as one plain value, for a checkpoint that loads only what a state dict has a place for.
+
+    None: the empty place, for loading. torch.distributed.checkpoint saves Megatron-FSDP's state dicts and loads into them.
+    """
+    buffer = io.BytesIO()
+    if payload is not None:
+        torch.save(payload, buffer)
+    return {_BYTES: buffer.getvalue()}
+
+
+def from_bytes(found: Any) -> Any:
+    """Return what `to_bytes` got, None from an empty place; anything else as it is."""
+    if not isinstance(found, Mapping) or set(found) != {_BYTES}:
+        return found
+    return torch.load(io.BytesIO(found[_BYTES]), weights_only=True) if found[_BYTES] else None
 
 
 def pack(tensors: Mapping[str, Mapping[str, Tensor]]) -> Packed:

@@ -12,8 +12,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from dist_clip.errors import LayoutError
+from dist_clip.layouts.dtensor import gradient_attribute
 
 TESTED_FROM = (0, 16, 1)
 TESTED_BELOW = (0, 20, 0)
@@ -60,11 +62,11 @@ class Piece:
 
     def grad(self) -> Tensor | None:
         """Return the gradient of this part, once the optimizer has prepared it; None without one."""
-        return getattr(self.holder, self.attribute, None)
+        return local(getattr(self.holder, self.attribute, None))
 
     def weight(self) -> Tensor:
         """Return the values of this part, as the optimizer holds them."""
-        return self.holder.detach()
+        return local(self.holder.detach())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +75,11 @@ class Leaf:
 
     optimizer: Any
     spread: bool
+
+
+def local(tensor: Any) -> Any:
+    """Return this rank's part of a DTensor; anything else as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def version() -> str:
@@ -138,7 +145,7 @@ def leaves(optimizer: Any) -> list[Leaf]:
     """Return the optimizers of which `optimizer` consists, without stubs. Layer-wise (Muon) optimizers contain chains.
 
     Raises:
-        LayoutError: an optimizer of an unknown class, or Megatron-FSDP.
+        LayoutError: an optimizer of an unknown class, or a sharding strategy of Megatron-FSDP that is not known.
     """
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
     from megatron.core.optimizer.layer_wise_optimizer import LayerWiseDistributedOptimizer
@@ -157,16 +164,40 @@ def leaves(optimizer: Any) -> list[Leaf]:
                 "Megatron's own clipping on for it"
             )
         elif isinstance(node, DistributedOptimizer):
-            config = getattr(node, "ddp_config", None)
-            if config is not None and getattr(config, "use_megatron_fsdp", False):
-                raise LayoutError(
-                    "Megatron-FSDP is not supported yet: use the distributed optimizer, or Megatron's own clipping"
-                )
-            yield Leaf(node, True)
+            fsdp = is_megatron_fsdp(node)
+            if fsdp:
+                _check_strategies(node.ddp_config)
+            yield Leaf(node, not fsdp)  # Megatron-FSDP's parameters are DTensors, which tell by themselves
         else:
             yield Leaf(node, spread)
 
     return [leaf for leaf in walk(optimizer, False) if not getattr(leaf.optimizer, "is_stub_optimizer", False)]
+
+
+def is_megatron_fsdp(leaf: Any) -> bool:
+    """Return whether Megatron-FSDP owns the parameters and gradients of a DistributedOptimizer."""
+    return bool(getattr(getattr(leaf, "ddp_config", None), "use_megatron_fsdp", False))
+
+
+_STRATEGIES = {
+    "data_parallel_sharding_strategy": ("no_shard", "optim", "optim_grads", "optim_grads_params"),
+    "outer_dp_sharding_strategy": ("no_shard", "optim"),
+}
+
+
+def _check_strategies(config: Any) -> None:
+    for field, known in _STRATEGIES.items():
+        found = getattr(config, field, "no_shard")
+        if found not in known:
+            raise LayoutError(
+                f"Megatron-FSDP shards by {field}={found!r}, which dist_clip does not know (known: {', '.join(known)}): "
+                "leave Megatron's own clipping on"
+            )
+
+
+def model_param(param: Any) -> nn.Parameter:
+    """Return the parameter with Megatron's marks: Megatron-FSDP puts DTensors without some of them into the modules."""
+    return getattr(param, "orig_param", param)
 
 
 def is_chained(optimizer: Any) -> bool:
@@ -178,7 +209,11 @@ def pieces(leaf: Any) -> Iterator[Piece]:
     config = getattr(leaf, "config", None)
     decoupled = getattr(config, "use_precision_aware_optimizer_no_fp8_or_ds_fp8", False)
     attribute = "decoupled_grad" if decoupled else "grad"
-    if hasattr(leaf, "shard_fp32_groups"):  # DistributedOptimizer
+    if is_megatron_fsdp(leaf):
+        for group in leaf.optimizer.param_groups:
+            for param in group["params"]:
+                yield Piece(model_param(param), param, gradient_attribute(param), 0, local(param).numel())
+    elif hasattr(leaf, "shard_fp32_groups"):  # DistributedOptimizer
         low = leaf.shard_float16_groups if decoupled else leaf.shard_fp32_from_float16_groups
         for models, shards in ((leaf.model_float16_groups, low), (leaf.model_fp32_groups, leaf.shard_fp32_groups)):
             for param, shard in _pairs(models, shards):
@@ -204,8 +239,6 @@ def _pairs(models: Sequence[Sequence[Tensor]], mains: Sequence[Sequence[Tensor]]
 # Attributes of parameters that change which elements their norm adds up, in ways that dist_clip does not implement.
 _REFUSED = {
     "is_gtp_weight_remat": "generalized tensor parallelism splits its gradient; set its size to 1",
-    "__fsdp_param__": "it belongs to Megatron-FSDP; use the distributed optimizer",
-    "grad_norm_group": "it is to be clipped by a norm of its own group (detached MTP heads); switch that off",
 }
 
 
@@ -246,6 +279,11 @@ def partition_dim(param: Tensor) -> int:
     """Return the dimension along which tensor parallelism splits `param`; 0 if Megatron sets none."""
     dim = getattr(param, "partition_dim", 0)
     return dim if dim is not None and dim >= 0 else 0
+
+
+def grad_norm_group(param: Tensor | None) -> str | None:
+    """Return the name of the group, apart from the other tensors, whose norm is to clip `param` (newer versions)."""
+    return getattr(param, "grad_norm_group", None)
 
 
 def is_tied_copy(param: Tensor) -> bool:

@@ -13,6 +13,7 @@ from dist_clip.clipper import GradClipper
 from dist_clip.guards import Guard, registered_guards
 from dist_clip.guards.command_line import guard_flags, guards_from_flags
 from dist_clip.megatron.attach import MegatronAttachment, attach
+from dist_clip.megatron.layer_norms import log_layer_grad_norms
 from dist_clip.policies import Policy, modes, options_of, parse_mode, policy
 from dist_clip.policies.command_line import COMMON, flag_names, import_modules, options_from_flags, policy_flags
 from dist_clip.recommended import NAME as RECOMMENDED
@@ -26,6 +27,7 @@ _NOT_OF_A_POLICY = (
     "no_grad_clip_log_norm",
     "grad_clip_detect_desync",
     "grad_clip_verify",
+    "log_layer_grad_norms",
 )
 
 
@@ -111,6 +113,13 @@ def add_clip_args(parser: argparse.ArgumentParser, arguments: Sequence[str] | No
         const=True,
         help="At the first step, compare all norms with those of the whole gradients, print the table on rank 0, and stop "
         "on all ranks if anything differs.",
+    )
+    add(
+        "--log-layer-grad-norms",
+        type=int,
+        metavar="K",
+        help="At every K-th iteration, write the norm of each layer's gradients with Megatron's writers, TensorBoard and "
+        "Weights & Biases. No host sync.",
     )
     return parser
 
@@ -227,4 +236,6 @@ def attach_from_args(
     if args.grad_clip_verify:
         assert isinstance(clipper.attachment, MegatronAttachment)
         clipper.attachment.verify_next()
+    if args.log_layer_grad_norms is not None:
+        log_layer_grad_norms(clipper, args.log_layer_grad_norms)
     return clipper

@@ -24,6 +24,8 @@ def global_names(
 ) -> Iterator[tuple[str, nn.Module, nn.Parameter]]:
     """Yield (global name, owning module, parameter) of each trainable parameter of the chunks, in order and each once.
 
+    Where Megatron-FSDP has put a DTensor in its place, the parameter is the one that Megatron made and marked.
+
     Layers get their number in the whole model (`layer_number`, which Megatron counts over all stages), and experts
     their number over all expert-parallel ranks. The tied copy of the word embedding gets the embedding's name. The
     leading ``module.`` of wrappers is removed.
@@ -40,7 +42,10 @@ def global_names(
         experts = _experts_before(chunk, ep)
         for prefix, module in chunk.named_modules():
             for leaf, param in module._parameters.items():
-                if param is None or not param.requires_grad or id(param) in seen:
+                if param is None or not param.requires_grad:
+                    continue
+                param = compat.model_param(param)
+                if id(param) in seen:
                     continue
                 seen.add(id(param))
                 name = f"{prefix}.{leaf}" if prefix else leaf

@@ -10,10 +10,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from dist_clip.construction.agreement import sendable
 from dist_clip.errors import LayoutError
 from dist_clip.layouts import Layout, LogicalTensor, ShardedBy
+from dist_clip.layouts.dtensor import MeshGroups, Spread
+from dist_clip.layouts.gradient import REAL
 from dist_clip.layouts.process_groups import gather
 from dist_clip.layouts.sharded import Division, checked_divisions, division_of, whole_shape
 from dist_clip.megatron import compat, marks
@@ -35,16 +38,25 @@ class _Known:
 
 @dataclasses.dataclass(frozen=True)
 class _Local:
-    """A parameter of this rank's model. `split_by`: the group that holds its parts; None: it is whole on each rank."""
+    """A parameter of this rank's model.
+
+    Attributes:
+        split_by: the group that holds its parts; None: it is whole on each rank.
+        spread_by: the group over which the optimizer spreads each part.
+        mesh: of a DTensor, which tells both by itself: its norm groups and replica ranks.
+    """
 
     known: _Known
     param: nn.Parameter
     split_by: dist.ProcessGroup | None
     spread_by: dist.ProcessGroup | None
     piece: Piece | None
+    mesh: Spread | None = None
 
     @property
     def groups(self) -> tuple[dist.ProcessGroup, ...]:
+        if self.mesh is not None:
+            return self.mesh.norm_groups
         return tuple(group for group in (self.split_by, self.spread_by) if group is not None)
 
 
@@ -87,6 +99,7 @@ class MegatronReader:
         sharded: Mapping[str, ShardedBy] | None = None,
     ) -> None:
         self._optimizer, self._chunks, self._groups, self._sharded = optimizer, chunks, groups, sharded
+        self._meshes = MeshGroups()
         self._described: dict[int, marks.Described] = {}
         self._divisions: Mapping[str, Division] = {}
 
@@ -167,8 +180,10 @@ class MegatronReader:
         dp = self._groups.expt_dp if expert else self._groups.dp
         if tp is None or dp is None:
             raise LayoutError(f"{name!r}: Megatron has no tensor- or data-parallel group for it; pass pg_collection=")
-        split = self._split(name, param, tp)
         words = ["expert" if expert else "dense"]
+        if piece is not None and isinstance(piece.holder, DTensor):
+            return self._on_mesh(name, param, piece, piece.holder, words[0])
+        split = self._split(name, param, tp)
         spread_by = dp if spread and dp.size() > 1 else None
         after = []
         if spread_by is not None:
@@ -180,6 +195,20 @@ class MegatronReader:
             placement = ", ".join([*words, f"{split.cut or 'replicated'} ({split.note})", *after])
         known = _Known(name, split.shape, param.dtype, placement, cut, split.only_marked)
         return _Local(known, param, split.group, spread_by, piece)
+
+    def _on_mesh(self, name: str, param: nn.Parameter, piece: Piece, holder: DTensor, kind: str) -> _Local:
+        """Return the parameter as Megatron-FSDP's DTensor has it, whose placements include tensor parallelism."""
+        if division_of(name, self._divisions) is not None:
+            raise LayoutError(
+                f"sharded= names {name!r}, which Megatron-FSDP lays out as {holder.placements} over a mesh of "
+                f"{tuple(holder.device_mesh.shape)} ranks: leave it out of sharded="
+            )
+        if holder.dtype not in REAL:
+            raise LayoutError(f"{name!r}: Megatron-FSDP steps it in {holder.dtype}, which dist_clip cannot read")
+        mesh = self._meshes.spread(name, holder.device_mesh, holder.placements)
+        placement = f"{kind}, Megatron-FSDP: {mesh.placement}"
+        known = _Known(name, tuple(holder.shape), param.dtype, placement, f"{kind}, {mesh.cut}", False)
+        return _Local(known, param, None, None, piece, mesh)
 
     def _split(self, name: str, param: nn.Parameter, tp: dist.ProcessGroup) -> _Split:
         """Return how the parameter is split: as the user says, else as sharded state dict and mark say."""
@@ -261,6 +290,8 @@ class MegatronReader:
 
         They are this rank's tensor-parallel peers or, if the optimizer is spread, the ranks over which each peer's is.
         """
+        if local.mesh is not None:
+            return local.mesh.replica_ranks
         peers = (dist.get_rank(),) if local.split_by is None else _ranks(local.split_by)
         if local.spread_by is None:
             return frozenset(peers)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import copy
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
+
+from torch import nn
 
 from dist_clip.construction.selection import Selection, are_groups, has_groups, parameters_of
 from dist_clip.errors import LayoutError
 from dist_clip.layouts import LogicalTensor
+from dist_clip.layouts.process_groups import gather
 from dist_clip.megatron import compat
+from dist_clip.policies import Policy
 
 
 def selections(overrides: Any, optimizer: Any) -> Any:
@@ -25,6 +30,42 @@ def selections(overrides: Any, optimizer: Any) -> Any:
                 pair = (Steps("param_groups", selector, optimizer), policy)
         out.append(pair)
     return out
+
+
+def with_norm_groups(overrides: Any, policy: Any, chunks: Sequence[nn.Module], groups: compat.Groups) -> Any:
+    """Return ``overrides=`` with a copy of `policy` for each of Megatron's groups with a norm of its own, the last.
+
+    Collective over the ranks of the model, of which those of the last pipeline stage know the groups. Guards do not look at
+    these tensors: Megatron's own threshold does not.
+    """
+    params = [compat.model_param(param) for chunk in chunks for param in chunk.parameters()]
+    names = {name for param in params if (name := compat.grad_norm_group(param)) is not None}
+    for group in (groups.stage, groups.pp):
+        if group is not None:
+            names = set().union(*gather(names, group).values())
+    if not names or not isinstance(policy, Policy):
+        return overrides
+    pairs = list(overrides.items() if isinstance(overrides, Mapping) else overrides or ())
+    for name in sorted(names):
+        own = copy.copy(policy)
+        object.__setattr__(own, "guarded", False)
+        pairs.append((NormGroup(name), own))
+    return pairs
+
+
+APART = "grad_norm_group "
+"""How the labels of the selections for Megatron's own norm groups begin."""
+
+
+class NormGroup(Selection):
+    """Selects the parameters of one of Megatron's groups with a norm of their own: detached heads of multi-token layers."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(APART + name)
+        self._name = name
+
+    def selects(self, tensor: LogicalTensor) -> bool | None:
+        return None if tensor.param is None else compat.grad_norm_group(tensor.param) == self._name
 
 
 class Steps(Selection):

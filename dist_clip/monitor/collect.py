@@ -80,6 +80,7 @@ class Collector:
 
     Args:
         clipper: the clipper; None where something else clips.
+        last_rank: the rows go to the last rank, which is what "first" means here then.
 
     Attributes:
         layout: the clipper's layout that the rows are of.
@@ -87,7 +88,7 @@ class Collector:
         sources: on the first rank: whose rows arrive there, in their order.
     """
 
-    def __init__(self, clipper: GradClipper | None) -> None:
+    def __init__(self, clipper: GradClipper | None, *, last_rank: bool = False) -> None:
         self._clipper = clipper
         self.layout = None if clipper is None else clipper.layout
         options = None if clipper is None else clipper._options
@@ -107,7 +108,7 @@ class Collector:
         self.first, self._group = True, None
         if distributed():
             group = self._process_group or dist.distributed_c10d._get_default_group()
-            self._first_rank = dist.get_process_group_ranks(group)[0]
+            self._first_rank = dist.get_process_group_ranks(group)[-1 if last_rank else 0]
             self.first = current_rank() == self._first_rank
             self._group = self._senders(group, None if options is None else options.pp_group)
         if self._group is not None:

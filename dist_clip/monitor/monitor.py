@@ -43,6 +43,7 @@ class ClipMonitor:
         header: what else the writers should know of the run.
         warmup: how many norms of a tensor must be known before it can stand out, as early norms change by themselves.
         window, sigmas: of the `SpikeDetector` of loss and global norm.
+        last_rank: the last rank has the writers, as in Megatron, not the first one.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type or value.
@@ -75,6 +76,7 @@ class ClipMonitor:
         warmup: int = 100,
         window: int = 128,
         sigmas: float = 6.0,
+        last_rank: bool = False,
     ) -> None:
         if clipper is not None and not isinstance(clipper, GradClipper):
             raise TypeError(f"ClipMonitor needs a GradClipper or None, got {type(clipper).__name__}")
@@ -84,7 +86,7 @@ class ClipMonitor:
                 raise ValueError(f"ClipMonitor: {name} must be a whole number >= {least}, got {value!r}")
         self.every, self._top, self._warmup = every, top, warmup
         self.tensors_every = every if tensors_every is None else tensors_every
-        self._clipper = clipper
+        self._clipper, self._last_rank = clipper, last_rank
         self._writers = list(writers) if isinstance(writers, Sequence) else [writers]
         self._detectors = {name: SpikeDetector(window, sigmas) for name in ("loss", "grad norm")}
         self._seen = None if clipper is None else clipper.last_report
@@ -103,7 +105,7 @@ class ClipMonitor:
         from dist_clip.monitor.picture import Picture  # needs numpy, which importing dist_clip does not
 
         policies = [] if self._clipper is None else [group.policy for group in self._clipper.memory.groups]
-        self._collector = Collector(self._clipper)
+        self._collector = Collector(self._clipper, last_rank=self._last_rank)
         self._picture = Picture(self._collector.sources, policies, self._top, self._warmup, self._detectors)
 
     def _header(self) -> dict[str, Any]:
@@ -165,6 +167,16 @@ class ClipMonitor:
         self._window.scalars.append(kept)
         if len(self._rows) == self.every:
             self._send()
+        self._write(wait=False)
+
+    def write_arrived(self) -> None:
+        """Write what has arrived on the host, as `step` does too. Neither collective nor a host sync.
+
+        Example:
+            >>> import torch, dist_clip
+            >>> monitor = dist_clip.ClipMonitor(dist_clip.GradClipper(torch.nn.Linear(2, 2), dist_clip.LogClip()), [])
+            >>> monitor.write_arrived()
+        """
         self._write(wait=False)
 
     def _send(self) -> None:

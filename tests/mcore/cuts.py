@@ -31,7 +31,7 @@ class Cut:
 REPLICATED = None
 DIM0, DIM1 = Cut(0), Cut(1)
 GATED = Cut(0, (1, 1))  # the gates, then what they gate: a rank's half of each
-LAYER = r"(decoder\.layers\.\d+|mtp\.layers\.\d+\.transformer_layer)\."
+LAYER = r"(decoder\.layers\.\d+|mtp\.layers\.\d+\.(transformer|mtp_model)_layer)\."
 
 # Sizes of setups.VARIANTS: Mamba's z, x, B, C, dt, of which x, B and C pass through the convolution; the gated delta net's
 # query, key, value, gate, beta and alpha, of which the first three do.

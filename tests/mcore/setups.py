@@ -11,6 +11,7 @@ import functools
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -82,6 +83,10 @@ class Config:
     zero: bool = False
     overlap: bool = False
     layer_wise: bool = False
+    fsdp: str = ""
+    """Megatron-FSDP's sharding strategy; with `instances`, they are its outer dimension."""
+    outer: str = "no_shard"
+    """How Megatron-FSDP shards over its outer dimension."""
     bf16: bool = False
     fp16: bool = False
     variant: str = ""
@@ -164,7 +169,11 @@ def build(config: Config, *, seed: int = 0) -> Setup:
     """The model and its optimizer on this rank."""
     fresh()
     from megatron.core import parallel_state
-    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+    from megatron.core.distributed import (
+        DistributedDataParallel,
+        DistributedDataParallelConfig,
+        FullyShardedDataParallel,
+    )
     from megatron.core.num_microbatches_calculator import init_num_microbatches_calculator
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
@@ -182,18 +191,22 @@ def build(config: Config, *, seed: int = 0) -> Setup:
     model_parallel_cuda_manual_seed(1234)
     transformer = transformer_config(config)
     ddp_config = DistributedDataParallelConfig(
-        use_distributed_optimizer=config.zero,
+        use_distributed_optimizer=bool(config.zero or config.fsdp),
+        **(megatron_fsdp_config(config) if config.fsdp else {}),
         overlap_grad_reduce=config.overlap,
         overlap_param_gather=config.overlap,
         num_distributed_optimizer_instances=config.instances,
         grad_reduce_in_fp32=True,
         bucket_size=500 if config.overlap else None,
     )
+    wrapper = FullyShardedDataParallel if config.fsdp else DistributedDataParallel
+    if config.fsdp and config.pp > 1:
+        mend_meshes()
     chunks = []
     for chunk in range(config.vpp or 1):
         model = gpt(config, transformer, chunk)
         initialise(model, config, seed, chunk)
-        chunks.append(DistributedDataParallel(transformer, ddp_config, wrap_precision(model, transformer)))
+        chunks.append(wrapper(transformer, ddp_config, wrap_precision(model, transformer)))
     options = {
         "optimizer": "adam",
         "lr": LR,
@@ -203,7 +216,7 @@ def build(config: Config, *, seed: int = 0) -> Setup:
         "bf16": config.bf16,
         "fp16": config.fp16,
         "params_dtype": transformer.params_dtype,
-        "use_distributed_optimizer": config.zero,
+        "use_distributed_optimizer": bool(config.zero or config.fsdp),
         "overlap_param_gather": config.overlap,
         **({"initial_loss_scale": 2.0**10, "loss_scale_window": 1000, "hysteresis": 1} if config.fp16 else {}),
         **dict(config.options),
@@ -214,6 +227,34 @@ def build(config: Config, *, seed: int = 0) -> Setup:
     else:
         optimizer = get_megatron_optimizer(optimizer_config, chunks)
     return Setup(config, chunks, optimizer)
+
+
+def megatron_version() -> tuple[int, ...]:
+    """Major and minor version of megatron-core; nothing without it."""
+    try:
+        return tuple(map(int, version("megatron-core").split(".")[:2]))
+    except PackageNotFoundError:
+        return ()
+
+
+def megatron_fsdp_config(config: Config) -> dict[str, Any]:
+    """Options of DistributedDataParallelConfig, as Megatron-LM's flags set them, but for what gloo lacks."""
+    return {
+        "use_megatron_fsdp": True,
+        "data_parallel_sharding_strategy": config.fsdp,
+        "outer_dp_sharding_strategy": config.outer,
+        "gradient_reduce_div_fusion": False,  # gloo has no PREMUL_SUM
+    }
+
+
+def mend_meshes() -> None:
+    """Have Megatron-FSDP make the mesh of one pipeline stage, where it takes all ranks for one (0.16.1 to 0.19.2)."""
+    from megatron.core.distributed.fsdp import mcore_fsdp_adapter
+
+    def of_stage(dp_group: Any, tp_group: Any, ep_size: int = 1) -> Tensor:
+        return torch.tensor(dist.get_process_group_ranks(dp_group)).view(-1, 1)
+
+    mcore_fsdp_adapter._get_dp_tp_mesh = of_stage
 
 
 def transformer_config(config: Config) -> Any:
@@ -366,7 +407,6 @@ def wrap_precision(model: Any, transformer: Any) -> Any:
 
 
 def layer_wise(optimizer_config: Any, chunks: list[Any]) -> Any:
-    import megatron.core
     from megatron.core.optimizer import get_megatron_optimizer
     from megatron.core.optimizer.layer_wise_optimizer import LayerWiseDistributedOptimizer
     from megatron.core.process_groups_config import ProcessGroupCollection
@@ -377,7 +417,7 @@ def layer_wise(optimizer_config: Any, chunks: list[Any]) -> Any:
     optimizer_config.bf16 = bf16
     groups = ProcessGroupCollection.use_mpu_process_groups()
     optimizers = list(made.chained_optimizers)
-    if bf16 and tuple(map(int, megatron.core.__version__.split(".")[:2])) >= (0, 19):
+    if bf16 and megatron_version() >= (0, 18):
         optimizers = [wrapped.optimizer for wrapped in optimizers]  # newer versions wrap them themselves
     return LayerWiseDistributedOptimizer(optimizers, optimizer_config, groups)
 
@@ -438,11 +478,15 @@ def _backward(setup: Setup, step: int, factor: float) -> float:
     rows = len(tokens) // MICRO_BATCHES
     # Megatron multiplies by the size of the context-parallel group, for losses that are sums.
     scale = spike(step) * factor / config.cp
+    if config.outer == "optim" and megatron_version() >= (0, 17):
+        scale /= dist.get_world_size()  # newer versions add these gradients up instead of averaging them
     for chunk in setup.chunks:
         chunk.zero_grad_buffer()
     setup.optimizer.zero_grad()
     inner = setup.chunks[0].config
     inner.finalize_model_grads_func = finalize_model_grads
+    if config.fsdp and setup.chunks[0].ddp_config.overlap_grad_reduce:
+        inner.no_sync_func = setup.chunks[0].no_sync  # as Megatron-LM: it tells Megatron-FSDP the last micro-batch
     inner.grad_scale_func = setup.optimizer.scale_loss if config.fp16 else None
 
     def loss_of(output: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 import dist_clip
 from dist_clip.megatron import compat
@@ -64,7 +65,7 @@ def unknown_optimizer_on_one(config: Config) -> Case:
 def marked(attribute: str) -> Callable[[Config], Case]:
     def case(config: Config) -> Case:
         setup = build(config)
-        setattr(first_weight(setup.chunks), attribute, "mtp" if attribute == "grad_norm_group" else True)
+        setattr(first_weight(setup.chunks), attribute, True)
         return setup.optimizer, setup.chunks, {}
 
     return case
@@ -77,12 +78,26 @@ def marked_on_one(config: Config) -> Case:
     return setup.optimizer, setup.chunks, {}
 
 
-def megatron_fsdp(config: Config) -> Case:
-    """Only its mark: Megatron-FSDP itself needs more than gloo has."""
+def unknown_strategy(config: Config) -> Case:
     setup = build(config)
-    leaf = setup.optimizer.chained_optimizers[0]
-    leaf.ddp_config.use_megatron_fsdp = True
+    if bad_rank():
+        setup.optimizer.ddp_config.data_parallel_sharding_strategy = "activations"
     return setup.optimizer, setup.chunks, {}
+
+
+def unreadable_dtype(config: Config) -> Case:
+    setup = build(config)
+    params = setup.optimizer.optimizer.param_groups[0]["params"]
+    whole = params[0]
+    eight = torch.zeros_like(whole.to_local(), dtype=torch.float8_e4m3fn)
+    params[0] = DTensor.from_local(eight, whole.device_mesh, whole.placements, shape=whole.shape, stride=whole.stride())
+    params[0].orig_param = whole.orig_param
+    return setup.optimizer, setup.chunks, {}
+
+
+def sharded_by_hand(config: Config) -> Case:
+    setup = build(config)
+    return setup.optimizer, setup.chunks, {"sharded": {"*.linear_proj.weight": 1}}
 
 
 def too_few_chunks(config: Config) -> Case:
@@ -145,9 +160,9 @@ CASES: dict[str, Callable[[Config], Case]] = {
     "unknown_optimizer_on_one": unknown_optimizer_on_one,
     "gtp": marked("is_gtp_weight_remat"),
     "gtp_on_one": marked_on_one,
-    "fsdp_param": marked("__fsdp_param__"),
-    "grad_norm_group": marked("grad_norm_group"),
-    "megatron_fsdp": megatron_fsdp,
+    "unknown_strategy": unknown_strategy,
+    "unreadable_dtype": unreadable_dtype,
+    "sharded_by_hand": sharded_by_hand,
     "too_few_chunks": too_few_chunks,
     "another_model": another_model,
     "not_a_model": not_a_model,
@@ -167,9 +182,9 @@ CASES: dict[str, Callable[[Config], Case]] = {
         ("unknown_optimizer_on_one", Config(pp=2), ["Exotic", "rank 1"]),
         ("gtp", Config(tp=2), ["embedding.word_embeddings.weight", "is_gtp_weight_remat", "set its size to 1"]),
         ("gtp_on_one", Config(), ["embedding.word_embeddings.weight", "is_gtp_weight_remat", "rank 1"]),
-        ("fsdp_param", Config(), ["embedding.word_embeddings.weight", "Megatron-FSDP"]),
-        ("grad_norm_group", Config(), ["embedding.word_embeddings.weight", "grad_norm_group"]),
-        ("megatron_fsdp", Config(zero=True), ["Megatron-FSDP", "distributed optimizer"]),
+        ("unknown_strategy", Config(fsdp="optim"), ["rank 1", "Megatron-FSDP", "'activations'", "optim_grads_params"]),
+        ("unreadable_dtype", Config(fsdp="optim"), ["embedding.word_embeddings.weight", "float8_e4m3fn"]),
+        ("sharded_by_hand", Config(fsdp="optim"), ["linear_proj.weight", "Shard(dim=0)", "leave it out of sharded="]),
         ("too_few_chunks", Config(pp=2, vpp=2, layers=4), ["belong to none of the 1 model chunks"]),
         ("another_model", Config(tp=2), ["no optimizer steps it", "embedding.word_embeddings.weight"]),
         ("not_a_model", Config(tp=2), ["model must be a module"]),
@@ -180,13 +195,6 @@ CASES: dict[str, Callable[[Config], Case]] = {
         ("trainable_after_the_optimizer", Config(zero=True), ["'extra'", "3 elements"]),
         ("a_pattern_for_nothing", Config(pp=2), ["*.router.*"]),
     ],
-)
-@pytest.mark.report(
-    "NVIDIA/Megatron-LM#7227",
-    "NVIDIA/Megatron-LM#7228",
-    situation="a tied weight counted twice under Megatron-FSDP with pipeline stages",
-    right="counted once",
-    here="error by name",
 )
 def test_refused_alike_on_every_rank(case: str, config: Config, words: list[str]) -> None:
     results = pool(2, "megatron").run(refused, case, config, timeout=60)

@@ -98,6 +98,7 @@ def steps(config: Config, spoil: bool = False) -> list[str]:
         (4, Config(pp=2, zero=True, tied=True)),
         (4, Config(pp=2, ep=2, experts=4, zero=True)),
         (2, Config(layer_wise=True)),
+        (4, Config(fsdp="optim_grads_params", instances=2)),
     ],
     ids=str,
 )

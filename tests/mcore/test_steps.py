@@ -80,6 +80,8 @@ COSTS: dict[str, tuple[int, Config, tuple[int, int], tuple[int, int], tuple[int,
     "tp2-ep2": (4, Config(tp=2, ep=2, etp=1, experts=4, sequence_parallel=True), (2, 0), (1, 0), (1, 0)),
     "pp2-ep2-zero": (4, Config(pp=2, ep=2, experts=4, zero=True), (0, 1), (1, 1), (1, 0)),
     "layer-wise": (2, Config(layer_wise=True), (1, 0), (1, 0), (1, 0)),
+    "fsdp": (2, Config(fsdp="optim_grads_params"), (1, 0), (1, 0), (1, 0)),
+    "fsdp-ep2": (4, Config(fsdp="optim_grads_params", ep=2, experts=4), (1, 0), (1, 0), (1, 0)),
 }
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -63,6 +64,8 @@ def leaves(optimizer: Any) -> list[Any]:
 
 def main_params(setup: Setup) -> list[tuple[str, Tensor, Tensor]]:
     """(global name, flat indices within the logical tensor, main parameter) of all that this rank steps."""
+    if setup.config.fsdp:
+        return megatron_fsdp_params(setup)
     names = {}
     for number, chunk in enumerate(setup.chunks):
         inner = chunk.module.module if hasattr(chunk.module, "module") else chunk.module
@@ -95,6 +98,40 @@ def main_params(setup: Setup) -> list[tuple[str, Tensor, Tensor]]:
             for group in leaf.param_groups:
                 for param in group["params"]:
                     add(param, param)
+    return out
+
+
+class LocalPart:
+    """This rank's part of a DTensor, with what the tests want of a main parameter."""
+
+    def __init__(self, param: Any) -> None:
+        self.param = param
+
+    @property
+    def grad(self) -> Tensor | None:
+        return None if self.param.grad is None else self.param.grad._local_tensor
+
+    def detach(self) -> Tensor:
+        return self.param.detach()._local_tensor
+
+
+def megatron_fsdp_params(setup: Setup) -> list[tuple[str, Tensor, Any]]:
+    """As `main_params`. Each part's place is found by its values: where in the whole tensor's weights they are."""
+    out = []
+    for number, chunk in enumerate(setup.chunks):
+        buffer = chunk.module.param_and_grad_buffer
+        named = [(name.removeprefix("module."), p) for name, p in buffer.optimizer_named_parameters]
+        for name, param in cuts.named_parameters(
+            SimpleNamespace(named_parameters=lambda n=named: n), setup.config, number
+        ):
+            shape = param.orig_param.shape
+            index = cuts.flat_index(name, shape, setup.config)
+            whole = setups.start_value(name, cuts.whole_shape(name, shape, setup.config), setup.config).flatten()[index]
+            mine = LocalPart(param).detach().flatten()
+            places = (whole == mine[0]).nonzero().flatten().tolist() if mine.numel() else [0]
+            found = [p for p in places if torch.equal(whole[p : p + mine.numel()], mine)]
+            assert len(found) == 1, f"{name}: the part's values are at {found} of the whole tensor"
+            out.append((name, index[found[0] : found[0] + mine.numel()], LocalPart(param)))
     return out
 
 
@@ -297,7 +334,7 @@ def check(config: Config, ranks: list[dict[str, Any]], policies: tuple[str, ...]
     *others, followed = policies
     # A shard's path depends on the layout, and bfloat16 hides the true one: there a single process is handed the gradients.
     follows = followed != "adagc-shard" and not config.bf16
-    single = alone(config.single, followed if follows else None)
+    single = alone(config.single, followed if follows else None, len(ranks[0]["records"]))
     shapes = {name: param.shape for name, param in single["params"].items()}
     for policy in others:
         check_each_step(Run(of_policy(ranks, policy), shapes), policy, config)
