@@ -109,8 +109,8 @@ def _read(
     params: list[Tensor], stages: int, p: float, stage_group: dist.ProcessGroup | None
 ) -> tuple[_Prepared, list[Tensor | None], list[Tensor | None]]:
     """Return what is known of the parameters, the shards of their gradients, and what the norm of order `p` is taken of."""
-    known = _known(params, stages)
-    usual = None if known is None else known.gradients.usual(params)
+    known = _known(params)
+    usual = None if known is None or not known.needs_no_layout(params, stages) else known.gradients.usual(params)
     if known is not None and usual is not None:
         shards = known.kernels.read(usual)
         return known, shards, shards
@@ -156,15 +156,13 @@ class _Prepared:
     gradients: Gradients
     kernels: Kernels
 
-    def fits(self, layout: Layout, stages: int) -> bool:
-        return self._lives(stages) and self.described == tuple(t.describe() for t in layout)
+    def fits(self, layout: Layout, stages: int, device: torch.device) -> bool:
+        described = tuple(t.describe() for t in layout)
+        return self._lives(stages) and (self.described, self.device) == (described, device)
 
-    def is_of(self, params: list[Tensor], stages: int) -> bool:
-        """Whether these are the parameters, as they were then, so that their layout need not be read again."""
-        marks = [getattr(param, _MARK, None) for param in params]
-        return (
-            marks == self.marks and self._lives(stages) and not self.partial.candidates and _looks(params) == self.looks
-        )
+    def needs_no_layout(self, params: list[Tensor], stages: int) -> bool:
+        """Whether its parameters are as they were, so that their layout need not be read again."""
+        return self._lives(stages) and not self.partial.candidates and _looks(params) == self.looks
 
     def _lives(self, stages: int) -> bool:
         return stages == self.stages and all(group_alive(collective.group) for collective in self.plan.collectives)
@@ -178,11 +176,11 @@ def _looks(params: Sequence[Tensor | None]) -> list[Any]:
     return [list(map(type, params)), list(map(_looks_of_one, params))]
 
 
-def _known(params: list[Tensor], stages: int) -> _Prepared | None:
-    """Return what is known of the list from an earlier call, if nothing about it has changed."""
-    number, _ = getattr(params[0], _MARK, (None, 0)) if params else (None, 0)
-    found = None if number is None else _prepared.get(number)
-    return found if found is not None and found.is_of(params, stages) else None
+def _known(params: Sequence[Tensor | None]) -> _Prepared | None:
+    """Return what is known of the list of these parameters, in this order, from an earlier call."""
+    marks = [getattr(param, _MARK, None) for param in params]
+    found = _prepared.get(marks[0][0]) if marks and marks[0] is not None else None
+    return found if found is not None and found.marks == marks else None
 
 
 def _prepare(layout: Layout, stages: int, device: torch.device) -> _Prepared:
@@ -193,10 +191,8 @@ def _prepare(layout: Layout, stages: int, device: torch.device) -> _Prepared:
     the marks depend only on the calls.
     """
     params = [tensor.param for tensor in layout]
-    number, _ = getattr(params[0], _MARK, (None, 0)) if params else (None, 0)
-    found = _prepared.get(number) if number is not None else None
-    same = all(getattr(param, _MARK, None) == (number, i) for i, param in enumerate(params))
-    if found is not None and same and found.fits(layout, stages):
+    found = _known(params)
+    if found is not None and found.fits(layout, stages, device):
         return found
     number = next(_numbers)
     marks = [(number, i) for i in range(len(params))]

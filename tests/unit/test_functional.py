@@ -307,6 +307,15 @@ def test_another_list_that_starts_with_the_same_parameter() -> None:
     assert dist_clip.clip_grad_norm_([a, c], 1e9).item() == pytest.approx(2.0)
 
 
+def test_a_model_that_moved_is_prepared_anew() -> None:
+    """What is known of a list holds a device and its kernels. Moving a model changes no parameter object."""
+    layout = functional.layout_of_parameters([("weight", nn.Parameter(torch.ones(2)))])
+    before = functional._prepare(layout, 1, torch.device("cpu"))
+    assert functional._prepare(layout, 1, torch.device("cpu")) is before
+    after = functional._prepare(layout, 1, torch.device("meta"))
+    assert (after.device, after is before) == (torch.device("meta"), False)
+
+
 def test_kernels_are_chosen_once_for_a_list_of_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
     """As for GradClipper: by the environment, or the device; trying them costs too much for every call."""
     calls: list[str] = []
