@@ -81,6 +81,13 @@ _GUARD_SLOTS = (
 )  # fmt: skip
 
 
+def _outputs(n: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return memory for the norms, the scales before they are rounded and after it, and whether any norm is non-finite."""
+    norms, scales = torch.empty((2, n), dtype=torch.float32, device=device).unbind()
+    exact = torch.empty(n, dtype=torch.float64, device=device)
+    return norms, exact, scales, torch.empty((), dtype=torch.bool, device=device)
+
+
 def _constants_of_guard(guard: Guard) -> dict[str, float]:
     assert isinstance(guard, MedianGuard)
     return {
@@ -114,21 +121,25 @@ class OneLaunch:
         self._possible = plain and known and kernels.decide is not None and bool(len(memory.layout))
         self._constants = [self._constants_of(k) for k in range(len(memory.groups))] if known else []
         self.never = torch.zeros((), dtype=torch.bool, device=memory.device)
+        self._sharded_scales = channel.reduces_shards and any(group.per_shard for group in memory.groups)
         self._guard: GuardMemory | None = None
+        self._guard_constants: dict[str, float] = {}
         if memory.guards:
             self._guard, *others = memory.guards
             self._possible = self._possible and not others and self._can_guard(self._guard.guard)
+            if self._possible:
+                self._guard_constants = _constants_of_guard(self._guard.guard)
 
         if self._possible and not kernels.trusted and not is_fake(memory.device):
-            self._possible = self._work()
+            self._possible = self._works()
 
-    def _work(self) -> bool:
-        """Try the kernels on this device. Syncs."""
+    def _works(self) -> bool:
+        """Try the kernels on this device, and warn if they do not work. Syncs."""
         try:
             for group, constants in zip(self._memory.groups, self._constants, strict=True):
                 try_decide(self._kernels, group, _RULES[type(group.policy)].slots, constants)
             if self._guard is not None:
-                try_guard(self._kernels, self._guard, _GUARD_SLOTS, _constants_of_guard(self._guard.guard))
+                try_guard(self._kernels, self._guard, _GUARD_SLOTS, self._guard_constants)
         except Exception as error:  # Triton and the driver raise many classes
             warnings.warn(
                 f"rank {current_rank()}: the kernel that decides a step does not work on {self._memory.device} ({error}): "
@@ -152,15 +163,13 @@ class OneLaunch:
         )
 
     def _can_guard(self, guard: Guard) -> bool:
-        alone = not self._channel.has_stages and not self._channel.reduces_shards
-        shards = any(group.per_shard for group in self._memory.groups)
         return (
             type(guard) is MedianGuard
             and guard.when_stuck == "step"
             and self._kernels.median_guard is not None
             and all(group.policy.guarded for group in self._memory.groups)
             and not self._channel.has_stages
-            and (alone or not shards)
+            and not self._sharded_scales
         )
 
     def serves(self, grads: list[Tensor | None], *, all_early: bool = False) -> bool:
@@ -195,9 +204,7 @@ class OneLaunch:
         """
         memory, n = self._memory, len(squares)
         whole = self._channel.sum_over_shards(squares, memory.shared_states())[0] if self._meter.reduces() else squares
-        norms, scales = torch.empty((2, n), dtype=torch.float32, device=squares.device).unbind()
-        exact = torch.empty(n, dtype=torch.float64, device=squares.device)
-        nonfinite = torch.empty((), dtype=torch.bool, device=squares.device)
+        norms, exact, scales, nonfinite = _outputs(n, squares.device)
         skip = self.never
         if self._guard is not None:
             skip = torch.empty((), dtype=torch.bool, device=squares.device)
@@ -213,7 +220,7 @@ class OneLaunch:
     def _run_guard(self, memory: GuardMemory, squares: Tensor, skip: Tensor) -> None:
         assert self._kernels.median_guard is not None
         state = [memory.state[slot] for slot in _GUARD_SLOTS]
-        self._kernels.median_guard(squares, [*state, memory.skips_in_a_row], _constants_of_guard(memory.guard), skip)
+        self._kernels.median_guard(squares, [*state, memory.skips_in_a_row], self._guard_constants, skip)
 
     def scales_of(self, k: int, squares: Tensor, columns: Tensor) -> Tensor | None:
         """Return the scales, float64 [m], that the next step has for some tensors of group `k`, and change nothing.
@@ -228,17 +235,14 @@ class OneLaunch:
             return None
         assert self._kernels.decide is not None
         group, m, device = self._memory.groups[k], len(squares), squares.device
-        norms, scales = torch.empty((2, m), dtype=torch.float32, device=device).unbind()
-        exact = torch.empty(m, dtype=torch.float64, device=device)
-        nonfinite = torch.empty((), dtype=torch.bool, device=device)
+        norms, exact, scales, nonfinite = _outputs(m, device)
         state = [group.state[slot].index_select(0, columns) for slot in _RULES[type(group.policy)].slots]
         out = (self._memory.t.clone(), norms, exact, scales, nonfinite, self.never)  # of which only `exact` is of use
         self._kernels.decide(squares, torch.arange(m, device=device), state, out, self._constants[k])
         return exact
 
     def _global_norms(self, squares: Tensor, scales: Tensor) -> ReportedNorms:
-        groups = self._memory.groups
-        if self._channel.has_stages or (self._channel.reduces_shards and any(group.per_shard for group in groups)):
+        if self._channel.has_stages or self._sharded_scales:
             return ReportedNorms(lambda: (None, None), known=False)
 
         def find() -> tuple[Tensor, Tensor]:
