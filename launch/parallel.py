@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import dataclasses
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -67,6 +69,19 @@ def process_group(kind: Device) -> Iterator[torch.device]:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
     yield device
     dist.destroy_process_group()  # not after an error: gloo then waits for peers that never come
+
+
+def end_program() -> NoReturn:
+    """End this process with status 0, without Python's own shutdown.
+
+    A thread of gloo's may still release a collective's tensors, for which it needs the interpreter. Python before 3.14 ends
+    a thread that asks for it during shutdown, and C++ turns that into an abort ("terminate called without an active
+    exception"). DTensors keep the process group alive, so that destroying it does not wait for these threads.
+    """
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 @dataclasses.dataclass(kw_only=True)

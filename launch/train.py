@@ -27,7 +27,7 @@ from launch.faults import FaultConfig, corrupt_batch, corrupt_gradients, wrong_l
 from launch.metrics import LogConfig, RunLog, global_mean
 from launch.model import ModelConfig, build_model
 from launch.optim import OptimConfig, build_optimizer, build_schedule
-from launch.parallel import Device, ParallelConfig, ParallelModel, parallelize, process_group
+from launch.parallel import Device, ParallelConfig, ParallelModel, end_program, parallelize, process_group
 from launch.snapshot import SnapshotConfig, Training
 
 
@@ -192,6 +192,7 @@ def main() -> None:
     cfg = parse()
     with process_group(cfg.device) as device:
         train(cfg, device)
+    end_program()
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from dist_clip import megatron as clipping
 from launch.data import Corpus, DataConfig, load_corpus
 from launch.metrics import LogConfig, RunLog
 from launch.model import VOCAB_SIZE
+from launch.parallel import end_program
 
 
 def parse() -> argparse.Namespace:
@@ -109,6 +110,7 @@ def main() -> None:
     train(args)
     dist.barrier()
     dist.destroy_process_group()
+    end_program()
 
 
 def train(args: argparse.Namespace) -> None:
