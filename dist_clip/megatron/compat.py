@@ -127,8 +127,8 @@ def process_groups(pg_collection: Any) -> Groups:
         group = getattr(pg_collection, name, None)
         if group is not None and group.size() > 1:
             raise LayoutError(
-                f"generalized tensor parallelism ({name} over {group.size()} ranks) is not supported: its gradients are "
-                "split in a way that dist_clip does not know; set its size to 1"
+                f"generalized tensor parallelism ({name} over {group.size()} ranks) is not supported: it splits gradients "
+                "once more, and needs a Transformer Engine with which dist_clip was never run; set its size to 1"
             )
     return Groups(
         tp=find("tp"),
@@ -258,7 +258,8 @@ def refuse_unknown(name: str, module: nn.Module, param: Tensor, groups: Groups) 
         if not is_expert_parallel(param) and groups.expt_tp.size() != groups.tp.size():
             raise LayoutError(
                 f"{name!r} is an expert's, with expert tensor parallelism {groups.expt_tp.size()} and tensor parallelism "
-                f"{groups.tp.size()}, but Megatron treats it as a dense parameter (expert parallelism 1): set both alike"
+                f"{groups.tp.size()}, but Megatron treats it as a dense parameter (expert parallelism 1, before "
+                "megatron-core 0.19) and leaves its gradient wrong: set both alike"
             )
 
 

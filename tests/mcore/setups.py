@@ -196,7 +196,7 @@ def build(config: Config, *, seed: int = 0) -> Setup:
         overlap_grad_reduce=config.overlap,
         overlap_param_gather=config.overlap,
         num_distributed_optimizer_instances=config.instances,
-        grad_reduce_in_fp32=True,
+        grad_reduce_in_fp32="main_grads_dtype" not in dict(config.options),
         bucket_size=500 if config.overlap else None,
     )
     wrapper = FullyShardedDataParallel if config.fsdp else DistributedDataParallel

@@ -16,7 +16,7 @@ import dist_clip
 from dist_clip.megatron import compat
 from tests.harness import pool
 
-from .setups import Config, build, gpt, initialise, start, transformer_config
+from .setups import Config, build, gpt, initialise, megatron_version, start, transformer_config
 
 
 def refused(case: str, config: Config) -> tuple[str, str]:
@@ -155,7 +155,13 @@ def a_pattern_for_nothing(config: Config) -> Case:
     return setup.optimizer, setup.chunks, {"exclude": ["*.router.*"]}
 
 
+def nothing_odd(config: Config) -> Case:
+    setup = build(config)
+    return setup.optimizer, setup.chunks, {}
+
+
 CASES: dict[str, Callable[[Config], Case]] = {
+    "nothing_odd": nothing_odd,
     "unknown_optimizer": unknown_optimizer,
     "unknown_optimizer_on_one": unknown_optimizer_on_one,
     "gtp": marked("is_gtp_weight_remat"),
@@ -194,6 +200,12 @@ CASES: dict[str, Callable[[Config], Case]] = {
         ("trainable_after_the_optimizer", Config(), ["'extra'", "no optimizer steps it"]),
         ("trainable_after_the_optimizer", Config(zero=True), ["'extra'", "3 elements"]),
         ("a_pattern_for_nothing", Config(pp=2), ["*.router.*"]),
+        pytest.param(
+            "nothing_odd",
+            Config(tp=2, etp=1, experts=4, sequence_parallel=True),
+            ["experts.local_experts.0", "expert tensor parallelism 1 and tensor parallelism 2", "set both alike"],
+            marks=pytest.mark.skipif(megatron_version() >= (0, 19), reason="clipped there (test_layouts.py)"),
+        ),
     ],
 )
 def test_refused_alike_on_every_rank(case: str, config: Config, words: list[str]) -> None:

@@ -79,14 +79,18 @@ def main_params(setup: Setup) -> list[tuple[str, Tensor, Tensor]]:
 
     for leaf in leaves(setup.optimizer):
         if hasattr(leaf, "shard_fp32_groups"):
+            decoupled = leaf.config.use_precision_aware_optimizer
             for models, mains in (
-                (leaf.model_float16_groups, leaf.shard_fp32_from_float16_groups),
+                (
+                    leaf.model_float16_groups,
+                    leaf.shard_float16_groups if decoupled else leaf.shard_fp32_from_float16_groups,
+                ),
                 (leaf.model_fp32_groups, leaf.shard_fp32_groups),
             ):
                 for model_group, main_group in zip(models, mains, strict=True):
                     for param, main in zip(model_group, main_group, strict=True):
                         part = leaf._get_model_param_range_map(param)["param"]
-                        add(param, main, part.start, part.end)
+                        add(param, Decoupled(main, leaf.optimizer) if decoupled else main, part.start, part.end)
         elif hasattr(leaf, "float16_groups"):
             for model_group, main_group in zip(leaf.float16_groups, leaf.fp32_from_float16_groups, strict=True):
                 for param, main in zip(model_group, main_group, strict=True):
@@ -113,6 +117,20 @@ class LocalPart:
 
     def detach(self) -> Tensor:
         return self.param.detach()._local_tensor
+
+
+class Decoupled:
+    """A part that Megatron's precision-aware optimizer steps, with what the tests want of a main parameter."""
+
+    def __init__(self, shard: Tensor, optimizer: Any) -> None:
+        self.shard, self.optimizer = shard, optimizer
+
+    @property
+    def grad(self) -> Tensor | None:
+        return getattr(self.shard, "decoupled_grad", None)
+
+    def detach(self) -> Tensor:
+        return self.optimizer.param_to_inner_param[self.shard].detach()
 
 
 def megatron_fsdp_params(setup: Setup) -> list[tuple[str, Tensor, Any]]:
