@@ -20,7 +20,7 @@ from dist_clip.errors import DesyncError
 from dist_clip.explain import explain_table
 from dist_clip.guards import Guard
 from dist_clip.kernels import Kernels
-from dist_clip.layouts import Gradients, LayoutReader, PartialReducer
+from dist_clip.layouts import Gradients, LayoutReader, PartialReducer, UsualGradients
 from dist_clip.layouts.meeting import meet
 from dist_clip.layouts.process_groups import distributed, stage_of
 from dist_clip.layouts.sharded import ShardedBy
@@ -450,7 +450,8 @@ class GradClipper:
             else self._gradients.read(self.layout.tensors, self._params)
         )
         grads = self._made.kernels.read(here)
-        num_grads = sum(map(operator.is_not, grads, itertools.repeat(None))) + len(early)
+        all_there = isinstance(here, UsualGradients)
+        num_grads = len(here) if all_there else sum(map(operator.is_not, grads, itertools.repeat(None))) + len(early)
         self._made.check_not_stale(thorough=self.memory.calls == 0 or num_grads == 0)
         return grads, num_grads
 

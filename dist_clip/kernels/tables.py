@@ -31,6 +31,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from dist_clip.layouts import UsualGradients
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # Number of lists of sizes that are kept: one for each set of gradients that are None.
@@ -157,8 +159,14 @@ class Tables:
 
     def _facts(self, shards: Sequence[Any]) -> tuple[Any, ...]:
         """Return what decides how a list is divided; lists of the same facts are divided in the same way."""
-        if set(map(type, shards)).issubset(self._served) and all(map(Tensor.is_contiguous, shards)):
-            return tuple(map(Tensor.numel, shards)), tuple(map(_dtype, shards)), tuple(map(Tensor.get_device, shards))
+        dtypes = None
+        if isinstance(shards, UsualGradients):
+            dtypes = shards.dtypes
+        elif set(map(type, shards)).issubset(self._served) and all(map(Tensor.is_contiguous, shards)):
+            dtypes = tuple(map(_dtype, shards))
+        if dtypes is not None:
+            tensors: Any = shards
+            return tuple(map(Tensor.numel, tensors)), dtypes, tuple(map(Tensor.get_device, tensors))
         return tuple(map(self._kind, shards))
 
     def _on_device(self, plan: Plan, shards: Sequence[Any]) -> OnDevice:

@@ -1,6 +1,6 @@
 """Layouts, read from modules, parameters or optimizers with plain tensors, DTensors or FSDP1's flat parameters."""
 
-from dist_clip.layouts.gradients import Gradients
+from dist_clip.layouts.gradients import Gradients, UsualGradients
 from dist_clip.layouts.layout import Layout, LayoutReader, LogicalTensor, merge_groups
 from dist_clip.layouts.naming import modules_of, named_parameters
 from dist_clip.layouts.partial import PartialReducer
@@ -16,6 +16,7 @@ __all__ = [
     "ParameterWatch",
     "PartialReducer",
     "ShardedBy",
+    "UsualGradients",
     "build_layout",
     "layout_of_parameters",
     "merge_groups",

@@ -20,6 +20,18 @@ _local = operator.attrgetter("_local_tensor")
 _placements = operator.attrgetter("placements")
 
 
+class UsualGradients(list["Tensor | None"]):
+    """Gradients that are all there and plain: strided, contiguous, of real numbers. The list must stay as it is.
+
+    Attributes:
+        dtypes: of the tensors, in their order.
+    """
+
+    def __init__(self, grads: Sequence[Tensor], dtypes: tuple[torch.dtype, ...]) -> None:
+        super().__init__(grads)
+        self.dtypes = dtypes
+
+
 class Gradients:
     """Reads the gradients of logical tensors. It holds no parameter; each call passes them.
 
@@ -44,7 +56,7 @@ class Gradients:
         usual = self.usual(params)
         return [tensor.grad() for tensor in tensors] if usual is None else usual
 
-    def usual(self, params: Sequence[Any]) -> list[Tensor | None] | None:
+    def usual(self, params: Sequence[Any]) -> UsualGradients | None:
         """Return what `read` does, or None where a gradient is missing or unusual."""
         if not self._usual:
             return None
@@ -53,12 +65,14 @@ class Gradients:
             if set(map(type, grads)) != {DTensor} or list(map(_placements, grads)) != self._cuts:
                 return None
             grads = list(map(_local, grads))
+        if set(map(type, grads)) != {Tensor}:
+            return None
+        dtypes = tuple(map(_dtype, grads))
         fine = (
-            set(map(type, grads)) == {Tensor}
-            and REAL.issuperset(map(_dtype, grads))
+            REAL.issuperset(dtypes)
             and set(map(_layout, grads)) == {torch.strided}
             and all(map(Tensor.is_contiguous, grads))
             and not any(map(Tensor.is_neg, grads))
             and not any(map(Tensor.is_inference, grads))
         )
-        return grads if fine else None
+        return UsualGradients(grads, dtypes) if fine else None
