@@ -34,6 +34,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dist_clip
+from launch.parallel import end_program
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "comparison.md"
 BEGIN, END = "<!-- scripts/compare_packages.py: begin -->", "<!-- scripts/compare_packages.py: end -->"
@@ -178,6 +179,7 @@ def rank_main(rank: int, layout: str, file: str, out: str) -> None:
                     print(f"{layout}, {name}: {error}"[:400], file=sys.stderr)
     torch.save(found, f"{out}-{rank}")
     dist.destroy_process_group()
+    end_program()
 
 
 def on_two_ranks(layout: str, folder: str) -> list[dict[str, Any]]:

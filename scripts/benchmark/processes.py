@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.multiprocessing.spawn import spawn as start
 
 import dist_clip
+from launch.parallel import end_program
 from scripts.benchmark.official import OfficialSchedule, Piece
 from scripts.benchmark.timing import Section, Timing, count, settle
 from scripts.policies import compared, label, make
@@ -43,6 +44,7 @@ def _worker(rank: int, task: Callable[..., Any], processes: int, folder: str, ar
         dist.barrier()
     finally:
         dist.destroy_process_group()
+    end_program()
 
 
 def timed(candidates: dict[str, Callable[[], Any]], repeats: int) -> dict[str, Timing]:
