@@ -637,6 +637,7 @@ class GradClipper:
             bias    2      whole      none         none       LogClip[tensor]  yes
             no collective for tensor norms: every tensor is whole on this rank
             kernels: torch (the default)
+            '*': the rule begins after a warm-up of 100 steps; 0 clips so far
         """
         return explain_table(self.memory, self._channel, self._made)
 

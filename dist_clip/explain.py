@@ -45,6 +45,7 @@ def explain_table(memory: Memory, channel: Channel, made: Construction) -> str:
         )
     if distributed():
         lines.append(made.replicas.describe())
+    lines += [_warmup(group, memory.calls) for group in memory.groups if memory.calls < _warmup_steps(group)]
     lines += [_post_clip(group, channel) for group in memory.groups if group.policy.post_max_norm is not None]
     lines += [_guard(held.guard, channel) for held in memory.guards]
     return "\n".join(lines)
@@ -54,6 +55,14 @@ def _note(tensor: LogicalTensor) -> str:
     if tensor.param is None:
         return " (held by other ranks)"
     return "" if tensor.param.requires_grad else " (frozen)"
+
+
+def _warmup_steps(group: PolicyGroup) -> int:
+    return getattr(group.policy, "warmup_steps", 0)
+
+
+def _warmup(group: PolicyGroup, clips: int) -> str:
+    return f"{group.pattern!r}: the rule begins after a warm-up of {_warmup_steps(group)} steps; {clips} clips so far"
 
 
 def _guard(guard: Guard, channel: Channel) -> str:

@@ -930,6 +930,16 @@ def test_explain_is_a_readable_table() -> None:
     assert "collective" in text.lower()
 
 
+def test_explain_says_how_long_the_warm_up_is() -> None:
+    param = nn.Parameter(torch.zeros(2))
+    clipper = dist_clip.GradClipper([("w", param)], dist_clip.LogClip(warmup_steps=2))
+    for clips in range(2):
+        assert f"'*': the rule begins after a warm-up of 2 steps; {clips} clips so far" in clipper.explain()
+        param.grad = torch.ones(2)
+        clipper.clip_()
+    assert "warm-up" not in clipper.explain()
+
+
 def test_explain_needs_no_gradients_and_changes_nothing() -> None:
     clipper = dist_clip.GradClipper(net(), dist_clip.ZClip())
     before = clipper.state_dict()
