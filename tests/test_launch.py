@@ -393,6 +393,16 @@ def test_learning_rate_schedule() -> None:
 # ---- logs, plots, comparison -----------------------------------------------------------------------------------------
 
 
+def test_a_program_ends_with_its_output_and_what_was_registered_for_its_end() -> None:
+    code = (
+        "import atexit, launch.parallel as p; atexit.register(print, 'registered'); print('printed'); p.end_program()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, "printed\nregistered\n"), done.stderr
+
+
 def test_torchrun_command_line_writes_everything(tmp_path: Path) -> None:
     command = [
         sys.executable,
