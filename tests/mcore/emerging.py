@@ -27,7 +27,7 @@ COEFFICIENTS = (
 
 
 class OrthogonalizedOptimizer(torch.optim.Optimizer):
-    """A step of fixed length along the orthogonalized momentum. Version 0.1 and later ones name some arguments differently."""
+    """A step of fixed length along the orthogonalized momentum. Version 0.1 names its arguments differently from 0.2."""
 
     def __init__(
         self,
@@ -133,18 +133,31 @@ _NAMES: dict[str, dict[str, Any]] = {
 
 @functools.cache
 def kind() -> str:
-    """Which package Muon is made of: "real" or, where that is not installed, "stand-in", which this puts in its place."""
+    """What Muon is made of: "real", where the package has all that this Megatron imports, or this "stand-in", put there."""
     try:
-        importlib.import_module("emerging_optimizers.orthogonalized_optimizers.muon_utils")
+        for name, values in _NAMES.items():
+            if name.count(".") and (newer() or "orthogonalized" in name):
+                module = importlib.import_module(name)
+                for value in values if newer() else set(values) - {"AdaptiveMuon", "NSCoeffT"}:
+                    getattr(module, value)
         return "real"
-    except ImportError:
+    except (ImportError, AttributeError):
         pass
+    for name in [name for name in sys.modules if name.split(".")[0] == "emerging_optimizers"]:
+        del sys.modules[name]
     for name, values in _NAMES.items():
-        module = ModuleType(name)
-        module.__path__ = []  # a package
-        vars(module).update(values)
-        sys.modules[name] = module
+        made = ModuleType(name)
+        made.__path__ = []  # a package
+        vars(made).update(values)
+        sys.modules[name] = made
         parent, _, leaf = name.rpartition(".")
         if parent:
-            setattr(sys.modules[parent], leaf, module)
+            setattr(sys.modules[parent], leaf, made)
     return "stand-in"
+
+
+def newer() -> bool:
+    """Whether Megatron takes Muon from version 0.2 or a later one of the package, which needs Python 3.12."""
+    from .setups import megatron_version
+
+    return megatron_version() >= (0, 18)

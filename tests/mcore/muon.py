@@ -164,7 +164,7 @@ def megatrons(config: Config, options: dict[str, Any], chunks: list[Any]) -> Any
 
 
 def layout(model: Any, ddp_config: Any) -> Any:
-    """The layout of buffers in which Muon's matrices stay whole and the rest is ZeRO-1's, as newer versions train by default."""
+    """The layout of buffers in which Muon's matrices stay whole and the rest is ZeRO-1's: newer versions' default."""
     from megatron.core.optimizer.layer_wise_optimizer import (
         LayerWiseDistributedOptimizer,
         tag_params_for_buffer_routing,
