@@ -65,18 +65,19 @@ def by_function(setup: Setup) -> list[tuple[Any, Any]]:
 
 
 def by_optimizer(setup: Setup) -> list[tuple[Any, Any]]:
-    """Muon as an object. Where Megatron gives experts an optimizer of their own, that is one more."""
+    """Muon's torch optimizers. Experts may have one of their own."""
     return [(optimizer, dist_clip.MeasureOnly()) for optimizer in muon_optimizers(setup.optimizer)]
 
 
 def by_groups(setup: Setup) -> list[tuple[Any, Any]]:
-    """The groups of the whole chain that Muon steps, which say so by their parameters' optimizer alone."""
-    return [
-        (
-            [group for optimizer in muon_optimizers(setup.optimizer) for group in optimizer.param_groups],
-            dist_clip.MeasureOnly(),
-        )
-    ]
+    """The param_groups of the whole chain that have no betas, AdamW's setting."""
+    groups = [group for group in setup.optimizer.param_groups if "betas" not in group]
+    return [(groups, dist_clip.MeasureOnly())]
+
+
+def by_part(setup: Setup) -> list[tuple[Any, Any]]:
+    """The chain inside the chain in which Muon's matrices are, where the rest is ZeRO-1's."""
+    return [(setup.optimizer.chained_optimizers[0], dist_clip.MeasureOnly())]
 
 
 def muon_optimizers(optimizer: Any) -> Iterator[Any]:
@@ -149,7 +150,8 @@ def megatrons(config: Config, options: dict[str, Any], chunks: list[Any]) -> Any
     from .setups import megatron_version
 
     layer_wise = config.muon != "plain"
-    options = {"muon_fp32_matmul_prec": "highest", **options, "optimizer": "muon"}
+    options = {"muon_fp32_matmul_prec": "highest", **options}
+    options["optimizer"] = dict(config.options).get("optimizer", "muon")
     if megatron_version() < (0, 18):
         from megatron.core.optimizer.muon import get_megatron_muon_optimizer
 
