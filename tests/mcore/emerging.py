@@ -1,8 +1,8 @@
 """Stands in for the package `emerging_optimizers`, from which Megatron takes what its Muon is made of.
 
-The package is not on PyPI, so CI does not have it. Here are the few names that megatron-core 0.16.1 and 0.19 import,
-written from Muon's description: momentum as a moving average, five steps of Newton and Schulz. Which matrices Muon steps,
-how it cuts queries, keys and values, and its parallel modes are Megatron's own code, which runs on either.
+The package is installed from its repository, so CI does not have it. Here are the few names that megatron-core 0.16.1 and
+0.19 import, written from Muon's description: momentum as a moving average, five steps of Newton and Schulz. Which matrices
+Muon steps, how it cuts queries, keys and values, and its parallel modes are Megatron's own code, which runs on either.
 """
 
 from __future__ import annotations
