@@ -47,13 +47,12 @@ CASES: dict[str, Case] = {
         2, Config(muon="plain", tp=2, sequence_parallel=True, options=DISTRIBUTED), **EVERYTHING
     ),
     "plain-tp2-pp2-tied": Case(4, Config(muon="plain", tp=2, pp=2, tied=True), ("zclip-rest",), muon.by_optimizer),
-    "layer-wise-bf16": Case(2, Config(muon="layer-wise", bf16=True), ("global-rest", "adagc-rest"), muon.by_groups),
     "layer-wise-tp2-ep2-etp1-bf16": Case(
         4, Config(muon="layer-wise", tp=2, ep=2, etp=1, bf16=True, **MOE), select=muon.by_optimizer
     ),
 }
 OLDER: dict[str, Case] = {
-    "layer-wise": Case(2, Config(muon="layer-wise"), ("global-rest", "zclip-rest", "adagc-rest"), muon.by_optimizer),
+    "layer-wise": Case(2, Config(muon="layer-wise"), ("global-rest", "zclip-rest", "adagc-rest"), muon.by_groups),
 }
 """Newer versions of Megatron have their layer-wise optimizer in bf16 alone."""
 FURTHER: dict[str, Case] = {
@@ -63,6 +62,7 @@ FURTHER: dict[str, Case] = {
     "plain-tp2-blockwise": Case(2, Config(muon="plain", tp=2, sequence_parallel=True), **EVERYTHING),
     "plain-ep2": Case(4, Config(muon="plain", ep=2, experts=4), select=muon.by_optimizer),
     "plain-pp2-interleaved-tied": Case(2, Config(muon="plain", pp=2, vpp=2, tied=True, layers=4)),
+    "layer-wise-bf16": Case(2, Config(muon="layer-wise", bf16=True), ("global-rest", "adagc-rest"), muon.by_groups),
     "layer-wise-bf16-all": Case(2, Config(muon="layer-wise", bf16=True), **EVERYTHING),
     "layer-wise-pp2-ep2-bf16": Case(4, Config(muon="layer-wise", pp=2, ep=2, experts=4, bf16=True)),
     "layer-wise-tp2-sp-distributed-bf16": Case(
