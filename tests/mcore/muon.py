@@ -185,4 +185,5 @@ def layout(model: Any, ddp_config: Any) -> Any:
 
 
 def rest(policy: Callable[[], Any], rule: Callable[[], Any]) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    """A policy that clips what is not Muon's, and its reference."""
     return policy, lambda: Rest(rule())

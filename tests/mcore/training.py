@@ -61,7 +61,7 @@ POLICIES: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
     ),
     "global-rest": muon.rest(lambda: dist_clip.GlobalNorm(1.0), lambda: reference.GlobalGC(1.0)),
 }
-"""Of one kind, "...-rest" clips what is not Muon's; `train` gets the overrides that leave Muon's matrices alone."""
+"""Name -> the policy and its reference. Those named "...-rest" go with overrides that only measure Muon's matrices."""
 
 
 # ---------------------------------------------------------------- on every rank
