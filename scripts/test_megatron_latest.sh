@@ -17,6 +17,11 @@ fi
 "$env/bin/python" -m pip install --quiet --disable-pip-version-check "megatron-core>=0.19,<0.20" -e ".[megatron,launch]" \
   pytest pytest-xdist
 "$env/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps megatron-fsdp==0.6.1
+# Megatron makes Muon of a package that is installed from its repository.
+"$env/bin/python" -m pip install --quiet --disable-pip-version-check absl-py \
+  && "$env/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps \
+    "emerging-optimizers @ git+https://github.com/NVIDIA-NeMo/Emerging-Optimizers@v0.4.0" \
+  || echo "emerging-optimizers cannot be installed: the tests of Muon run on their stand-in for it" >&2
 "$env/bin/python" -c 'import megatron.core, torch; print("megatron-core", megatron.core.__version__, "torch", torch.__version__)'
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 exec "$env/bin/python" -m pytest tests/mcore -n "${TEST_WORKERS:-2}" --dist loadfile -p no:cacheprovider "$@"

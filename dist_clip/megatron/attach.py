@@ -87,7 +87,7 @@ def attach(
         successful, grad_norm, _ = optimizer.step()  # clips; clipper.last_report says what it did
     """
     compat.warn_if_untested()
-    for node in (optimizer, *getattr(optimizer, "chained_optimizers", ())):
+    for node in compat.inside(optimizer):
         if getattr(node, _MARK, None) is not None:
             raise RuntimeError(
                 f"this {type(node).__name__} is attached already: gradients would be clipped twice. "
@@ -190,7 +190,7 @@ class MegatronAttachment:
         off = {"clip_grad": 0.0} if compat.is_chained(optimizer) else {}
         if skips_by_threshold:
             off["grad_norm_skip_threshold"] = math.inf
-        configs = [getattr(node, "config", None) for node in (optimizer, *getattr(optimizer, "chained_optimizers", ()))]
+        configs = [getattr(node, "config", None) for node in compat.inside(optimizer)]
         for config in {id(config): config for config in configs if config is not None}.values():
             for field, value in off.items():
                 self._thresholds.append((config, field, getattr(config, field)))

@@ -151,12 +151,20 @@ def leaves(optimizer: Any) -> list[Leaf]:
     from megatron.core.optimizer.layer_wise_optimizer import LayerWiseDistributedOptimizer
     from megatron.core.optimizer.optimizer import ChainedOptimizer, Float16OptimizerWithFloat16Params, FP32Optimizer
 
-    known = (DistributedOptimizer, Float16OptimizerWithFloat16Params, FP32Optimizer, torch.optim.Optimizer)
+    known = (DistributedOptimizer, Float16OptimizerWithFloat16Params, FP32Optimizer)
 
     def walk(node: Any, spread: bool) -> Iterator[Leaf]:
         if isinstance(node, ChainedOptimizer):
+            # With one data-parallel rank it divides nothing, whatever copies of experts there are.
+            divides = isinstance(node, LayerWiseDistributedOptimizer) and node.dp_cp_params_list is not None
             for child in node.chained_optimizers:
-                yield from walk(child, spread or isinstance(node, LayerWiseDistributedOptimizer))
+                yield from walk(child, spread or divides)
+        elif isinstance(node, torch.optim.Optimizer):
+            raise LayoutError(
+                f"{type(node).__name__} is a torch optimizer that Megatron has not wrapped, so that Megatron's own step() "
+                "fails: it has no prepare_grads. Newer versions' layer-wise optimizer leaves it so without bf16: "
+                "train with bf16, or without use_layer_wise_distributed_optimizer"
+            )
         elif not isinstance(node, known):
             raise LayoutError(
                 f"{type(node).__name__} is not an optimizer that dist_clip knows how to clip (known: DistributedOptimizer, "
@@ -204,6 +212,13 @@ def is_chained(optimizer: Any) -> bool:
     return hasattr(optimizer, "chained_optimizers")
 
 
+def inside(optimizer: Any) -> Iterator[Any]:
+    """Yield the optimizer and those that it consists of: chains contain chains."""
+    yield optimizer
+    for child in getattr(optimizer, "chained_optimizers", ()):
+        yield from inside(child)
+
+
 def pieces(leaf: Any) -> Iterator[Piece]:
     """Yield the parts of parameters that `leaf` steps on this rank, whose gradients exist after ``prepare_grads``."""
     config = getattr(leaf, "config", None)
@@ -225,7 +240,7 @@ def pieces(leaf: Any) -> Iterator[Piece]:
         for group in leaf.fp32_from_fp32_groups:
             for param in group:
                 yield Piece(param, param, attribute, 0, param.numel())
-    else:  # FP32Optimizer, or a torch optimizer under a layer-wise one
+    else:  # FP32Optimizer
         for group in leaf.param_groups:
             for param in group["params"]:
                 yield Piece(param, param, attribute, 0, param.numel())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -83,8 +83,8 @@ class Steps(Selection):
         self._verdicts: dict[int, bool] = {}
 
     def prepare(self, known: frozenset[int]) -> None:
-        chosen = {id(node) for node in _inside(self._said)} if not are_groups(self._said) else set()
-        tensors = [] if chosen & {id(node) for node in _inside(self._optimizer)} else self._tensors()
+        chosen = {id(node) for node in compat.inside(self._said)} if not are_groups(self._said) else set()
+        tensors = [] if chosen & {id(node) for node in compat.inside(self._optimizer)} else self._tensors()
         wanted, found = {id(tensor) for tensor in tensors}, set()
         for leaf in compat.leaves(self._optimizer):
             for piece in compat.pieces(leaf.optimizer):
@@ -108,10 +108,3 @@ class Steps(Selection):
 
     def selects(self, tensor: LogicalTensor) -> bool | None:
         return None if tensor.param is None else self._verdicts.get(id(tensor.param))
-
-
-def _inside(node: Any) -> Iterator[Any]:
-    """Yield the optimizer and those that it consists of."""
-    yield node
-    for child in getattr(node, "chained_optimizers", ()):
-        yield from _inside(child)

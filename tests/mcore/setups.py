@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from . import cuts, kernels
+from . import cuts, emerging, kernels, muon
 
 HIDDEN, HEADS, VOCAB, LENGTH = 16, 4, 32, 8
 BATCH, MICRO_BATCHES = 4, 2  # sequences of a step, and the parts that a rank takes them in
@@ -83,6 +83,8 @@ class Config:
     zero: bool = False
     overlap: bool = False
     layer_wise: bool = False
+    muon: str = ""
+    """Megatron's Muon: "plain", "layer-wise", or "layer-wise + ZeRO-1"."""
     fsdp: str = ""
     """Megatron-FSDP's sharding strategy; with `instances`, they are its outer dimension."""
     outer: str = "no_shard"
@@ -94,11 +96,23 @@ class Config:
     pieces: int = 1  # what a single process cuts each sequence into, as context parallelism by hand does
     options: tuple[tuple[str, Any], ...] = ()
     """Of OptimizerConfig."""
+    blocks: muon.Blocks | None = None
+    """A single process steps with Muon, and the parts of a matrix that it orthogonalizes by themselves are so many."""
 
     @property
     def single(self) -> Config:
         """The same model in one process."""
-        return Config(layers=self.layers, tied=self.tied, experts=self.experts, variant=self.variant, pieces=self.cp)
+        blocks = muon.Blocks() if self.muon else None
+        if self.muon and dict(self.options).get("muon_tp_mode", "blockwise") == "blockwise":
+            blocks = muon.Blocks(self.tp, self.etp or self.tp)
+        return Config(
+            layers=self.layers,
+            tied=self.tied,
+            experts=self.experts,
+            variant=self.variant,
+            pieces=self.cp,
+            blocks=blocks,
+        )
 
     @property
     def gated(self) -> bool:
@@ -125,6 +139,7 @@ def start() -> None:
     from launch import megatron_cpu
 
     megatron_cpu.install()
+    emerging.kind()
     import megatron.core  # noqa: F401
 
     megatron_cpu.patch_megatron()
@@ -191,7 +206,7 @@ def build(config: Config, *, seed: int = 0) -> Setup:
     model_parallel_cuda_manual_seed(1234)
     transformer = transformer_config(config)
     ddp_config = DistributedDataParallelConfig(
-        use_distributed_optimizer=bool(config.zero or config.fsdp),
+        use_distributed_optimizer=bool(config.zero or config.fsdp or config.muon.endswith("ZeRO-1")),
         **(megatron_fsdp_config(config) if config.fsdp else {}),
         overlap_grad_reduce=config.overlap,
         overlap_param_gather=config.overlap,
@@ -206,7 +221,9 @@ def build(config: Config, *, seed: int = 0) -> Setup:
     for chunk in range(config.vpp or 1):
         model = gpt(config, transformer, chunk)
         initialise(model, config, seed, chunk)
-        chunks.append(wrapper(transformer, ddp_config, wrap_precision(model, transformer)))
+        wrapped = wrap_precision(model, transformer)
+        laid_out = {"full_param_layout": muon.layout(wrapped, ddp_config)} if config.muon.endswith("ZeRO-1") else {}
+        chunks.append(wrapper(transformer, ddp_config, wrapped, **laid_out))
     options = {
         "optimizer": "adam",
         "lr": LR,
@@ -221,6 +238,8 @@ def build(config: Config, *, seed: int = 0) -> Setup:
         **({"initial_loss_scale": 2.0**10, "loss_scale_window": 1000, "hysteresis": 1} if config.fp16 else {}),
         **dict(config.options),
     }
+    if config.muon:
+        return Setup(config, chunks, muon.megatrons(config, options, chunks))
     optimizer_config = OptimizerConfig(**options)
     if config.layer_wise:
         optimizer = layer_wise(optimizer_config, chunks)

@@ -67,9 +67,9 @@ def values(clipper: Any) -> dict[str, Any]:
 
 
 def train_and_save(config: Config, policy: str | None, path: str, last: int = END) -> dict[str, Any]:
+    setup, clipper = make(config, policy)
     from megatron.core import dist_checkpointing
 
-    setup, clipper = make(config, policy)
     records = steps(setup, clipper, 1, SAVED_AT)
     if dist.get_rank() == 0:
         shutil.rmtree(path, ignore_errors=True)
@@ -81,9 +81,9 @@ def train_and_save(config: Config, policy: str | None, path: str, last: int = EN
 
 
 def load_and_train(config: Config, policy: str, path: str) -> dict[str, Any]:
+    setup, clipper = make(config, policy, seed=7)  # other weights: those of the checkpoint have to replace them
     from megatron.core import dist_checkpointing
 
-    setup, clipper = make(config, policy, seed=7)  # other weights: those of the checkpoint have to replace them
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         loaded = dist_checkpointing.load(state_of(setup, loading=True), path)
@@ -172,9 +172,9 @@ def test_tensors_that_do_not_fit_are_named_on_every_rank(tmp_path: Path) -> None
 
 
 def load_other_model(path: str) -> None:
+    _, clipper = make(Config(pp=2, tied=True), "adagc")
     from megatron.core import dist_checkpointing
 
-    _, clipper = make(Config(pp=2, tied=True), "adagc")
     common = dist_checkpointing.load_common_state_dict(path)
     from dist_clip.megatron import checkpoint
 

@@ -62,9 +62,9 @@ def steps(setup: Setup, clipper: dist_clip.GradClipper, first: int, last: int) -
 
 
 def save(config: Config, path: str) -> dict[str, Any]:
+    setup, clipper = attached(config)
     from megatron.core import dist_checkpointing
 
-    setup, clipper = attached(config)
     records = steps(setup, clipper, 1, SAVED_AT)
     if dist.get_rank() == 0:
         shutil.rmtree(path, ignore_errors=True)
@@ -76,9 +76,9 @@ def save(config: Config, path: str) -> dict[str, Any]:
 
 
 def load(config: Config, path: str) -> dict[str, Any]:
+    setup, clipper = attached(config)
     from megatron.core import dist_checkpointing
 
-    setup, clipper = attached(config)
     loaded = dist_checkpointing.load(state_of(setup, loading=True), path)
     for chunk in setup.chunks:
         chunk.module.load_state_dict(loaded["model"])

@@ -21,7 +21,7 @@ from dist_clip.megatron.reader import MegatronReader
 from tests.harness import WorkerError, pool
 from tests.unit.test_host_syncs import Copies
 
-from .setups import Config, build
+from .setups import Config, build, megatron_version
 
 WARMUP = 2
 POLICIES: dict[str, Callable[[], Any]] = {
@@ -98,6 +98,7 @@ def steps(config: Config, spoil: bool = False) -> list[str]:
         (4, Config(pp=2, zero=True, tied=True)),
         (4, Config(pp=2, ep=2, experts=4, zero=True)),
         (2, Config(layer_wise=True)),
+        (4, Config(muon="layer-wise" + " + ZeRO-1" * (megatron_version() >= (0, 19)), tp=2, bf16=True)),
         (4, Config(fsdp="optim_grads_params", instances=2)),
     ],
     ids=str,

@@ -15,7 +15,7 @@ from tests.distributed.counting import CollectiveLog
 from tests.harness import pool
 
 from . import training
-from .setups import Config, build
+from .setups import Config, build, megatron_version
 
 WARMUP = 3
 
@@ -27,9 +27,9 @@ def spans(log: CollectiveLog, stage: set[int]) -> tuple[int, int]:
 
 
 def count(config: Config, log_global_norm: bool) -> dict[str, Any]:
+    setup = build(config)
     from megatron.core import parallel_state
 
-    setup = build(config)
     stage = set(
         dist.get_process_group_ranks(parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True))
     )
@@ -80,9 +80,17 @@ COSTS: dict[str, tuple[int, Config, tuple[int, int], tuple[int, int], tuple[int,
     "tp2-ep2": (4, Config(tp=2, ep=2, etp=1, experts=4, sequence_parallel=True), (2, 0), (1, 0), (1, 0)),
     "pp2-ep2-zero": (4, Config(pp=2, ep=2, experts=4, zero=True), (0, 1), (1, 1), (1, 0)),
     "layer-wise": (2, Config(layer_wise=True), (1, 0), (1, 0), (1, 0)),
+    "muon-ep2": (2, Config(muon="plain", ep=2, experts=4), (3, 0), (1, 0), (1, 0)),
+    "muon-layer-wise-tp2": (4, Config(muon="layer-wise", tp=2, bf16=True), (1, 0), (1, 0), (1, 0)),
     "fsdp": (2, Config(fsdp="optim_grads_params"), (1, 0), (1, 0), (1, 0)),
     "fsdp-ep2": (4, Config(fsdp="optim_grads_params", ep=2, experts=4), (1, 0), (1, 0), (1, 0)),
 }
+NEWER: dict[str, tuple[int, Config, tuple[int, int], tuple[int, int], tuple[int, int]]] = {
+    "muon-with-zero-tp2": (4, Config(muon="layer-wise + ZeRO-1", tp=2, bf16=True), (2, 0), (1, 0), (1, 0)),
+    "muon-with-zero-pp2": (4, Config(muon="layer-wise + ZeRO-1", pp=2, bf16=True), (0, 2), (1, 1), (1, 0)),
+}
+if megatron_version() >= (0, 19):
+    COSTS |= NEWER
 
 
 @pytest.mark.parametrize("name", COSTS)
@@ -237,7 +245,9 @@ def above_the_threshold(config: Config) -> list[dict[str, Any]]:
     return out
 
 
-@pytest.mark.parametrize("config", [Config(zero=True), Config(pp=2)], ids=str)
+@pytest.mark.parametrize(
+    "config", [Config(zero=True), Config(pp=2), Config(muon="layer-wise", bf16=True)], ids=["zero", "pp2", "muon"]
+)
 def test_a_step_above_megatrons_threshold_is_not_remembered(config: Config) -> None:
     for records in pool(2, "megatron").run(above_the_threshold, config):
         assert [record["success"] for record in records] == [True, True, False, True]

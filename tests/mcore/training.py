@@ -22,8 +22,8 @@ from dist_clip.memory.snapshot import snapshot
 from tests import reference
 from tests.harness import pool
 
-from . import cuts, setups
-from .setups import LR, Config, Setup, build
+from . import cuts, muon, setups
+from .setups import HEADS, HIDDEN, LR, Config, Setup, build
 
 WARMUP = 5
 STEPS = 15  # the last of the spikes of setups.py
@@ -51,7 +51,17 @@ POLICIES: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
         lambda: dist_clip.LogClip(warmup_steps=WARMUP, ratio=1.2, power=1.0, patience=2, post_max_norm=0.5),
         lambda: reference.LogClip(warmup_steps=WARMUP, ratio=1.2, power=1.0, patience=2, post_max_norm=0.5),
     ),
+    "adagc-rest": muon.rest(
+        lambda: dist_clip.AdaGC(warmup_steps=WARMUP, gamma_init="median"),
+        lambda: reference.AdaGC(warmup_steps=WARMUP, gamma_init="median"),
+    ),
+    "zclip-rest": muon.rest(
+        lambda: dist_clip.ZClip(warmup_steps=WARMUP, max_norm=5.0),
+        lambda: reference.ZClip(warmup_steps=WARMUP, max_norm=5.0),
+    ),
+    "global-rest": muon.rest(lambda: dist_clip.GlobalNorm(1.0), lambda: reference.GlobalGC(1.0)),
 }
+"""Name -> the policy and its reference. Those named "...-rest" go with overrides that only measure Muon's matrices."""
 
 
 # ---------------------------------------------------------------- on every rank
@@ -157,9 +167,20 @@ def flat(tensors: list[Tensor | None]) -> Tensor:
     return torch.cat([torch.empty(0, dtype=torch.float64)] + [t.double().flatten() for t in tensors if t is not None])
 
 
-def train(config: Config, policies: tuple[str, ...], steps: int = STEPS, **kwargs: Any) -> dict[str, Any]:
-    """Train on this rank, following the last of `policies`; everything that happened, as plain data."""
+def train(
+    config: Config,
+    policies: tuple[str, ...],
+    steps: int = STEPS,
+    select: Callable[[Setup], Any] | None = None,
+    **kwargs: Any,
+) -> dict[str, Any]:
+    """Train on this rank, following the last of `policies`; everything that happened, as plain data.
+
+    `select` makes the overrides from what was built.
+    """
     setup = build(config)
+    if select is not None:
+        kwargs["overrides"] = select(setup)
     pieces = main_params(setup)
     clippers: dict[str, Any] = {}
     for policy in policies:
@@ -278,7 +299,7 @@ def train_alone(config: Config, policy: str | None, steps: int) -> dict[str, Any
     model = setup.chunks[0].module
     live = dict(cuts.named_parameters(model, config, 0))
     params = {name: param.detach().clone() for name, param in live.items()}
-    optimizer = torch.optim.AdamW(list(params.values()), lr=LR, weight_decay=0.0, eps=1e-5)
+    steppers = optimizers(params, config)
     rule = POLICIES[policy][1]() if policy else None
     records = []
     for step in range(1, steps + 1):
@@ -293,8 +314,19 @@ def train_alone(config: Config, policy: str | None, steps: int) -> dict[str, Any
             grads = reference.clip(rule, grads).grads
         for name, param in params.items():
             param.grad = grads[name]
-        optimizer.step()
+        for optimizer in steppers:
+            optimizer.step()
     return {"records": records, "params": params}
+
+
+def optimizers(params: dict[str, Tensor], config: Config) -> list[Any]:
+    """Those of a single process: torch's AdamW and, where it is asked for, Muon for its matrices."""
+    blocks = config.blocks
+    matrices = {name: param for name, param in params.items() if blocks is not None and muon.is_muons(name)}
+    rest = [param for name, param in params.items() if name not in matrices]
+    adamw = torch.optim.AdamW(rest, lr=LR, weight_decay=0.0, eps=1e-5)
+    size = HIDDEN // HEADS
+    return [adamw, muon.Muon(matrices, LR, blocks, (size, size, size))] if blocks is not None else [adamw]
 
 
 # ---------------------------------------------------------------- in the test's process
@@ -372,7 +404,7 @@ def check_each_step(together: Run, policy: str, config: Config) -> dict[str, Ten
     rule = POLICIES[policy][1]()
     shard = policy == "adagc-shard"
     shadow = {name: setups.start_value(name, shape, config) for name, shape in together.shapes.items()}
-    optimizer = torch.optim.AdamW(list(shadow.values()), lr=LR, weight_decay=0.0, eps=1e-5)
+    steppers = optimizers(shadow, config.single)
     clipped = False
     for step in range(1, len(together.ranks[0]["records"]) + 1):
         whole = together.at(step, "before")
@@ -389,7 +421,8 @@ def check_each_step(together: Run, policy: str, config: Config) -> dict[str, Ten
             param.grad = torch.zeros_like(param) if shard else outcome.grads[name].view(param.shape).float()
         for key, grad in outcome.grads.items() if shard else ():
             shadow[key[0]].grad.view(-1)[together.pieces[key]] = grad.float()
-        optimizer.step()
+        for optimizer in steppers:
+            optimizer.step()
     assert clipped, "the test is to blame: nothing was clipped after the warm-up"
     return shadow
 
