@@ -51,7 +51,7 @@ VERIFY = ["--grad-clip-verify", "--log-layer-grad-norms", "1"]
 GLOBAL = ["--grad-clip-mode", "global", *VERIFY]
 ADAGC = ["--grad-clip-mode", "adagc", "--adagc-warmup-steps", "2", "--adagc-lambda-rel", "1.02", *VERIFY]
 MOE = ["--num-experts", "4", "--moe-router-topk", "2", "--disable-bias-linear"]
-MUON = ["--optimizer", "muon"]
+MUON = ["--optimizer", "muon", "--muon-fp32-matmul-prec", "high"]
 ZERO = ["--use-distributed-optimizer"]
 FSDP = [
     "--use-megatron-fsdp",
@@ -141,7 +141,7 @@ class Log:
 
 
 def difference(found: Mapping[str, Mapping[int, float]], right: Mapping[str, Mapping[int, float]]) -> float:
-    """The largest relative difference, of `right`'s tags at the iterations that `found` has of them; inf if it has none."""
+    """The largest relative difference at the iterations that `found` has; inf where a number is missing or not finite."""
     largest = 0.0
     if set(found) != set(right):
         return math.inf
@@ -149,7 +149,8 @@ def difference(found: Mapping[str, Mapping[int, float]], right: Mapping[str, Map
         if not values or not set(values) <= set(right[tag]):
             return math.inf
         for step, value in values.items():
-            largest = max(largest, abs(value - right[tag][step]) / max(abs(right[tag][step]), 1e-6))
+            apart = abs(value - right[tag][step]) / max(abs(right[tag][step]), 1e-6)
+            largest = max(largest, apart if math.isfinite(apart) else math.inf)
     return largest
 
 
