@@ -9,7 +9,8 @@
 
 megatron-core asks for CUDA at every turn: ``install`` sends ``device="cuda"`` to the CPU, makes streams and events do
 nothing, and gives gloo the two collectives that it lacks; ``patch_megatron`` mends what assumes CUDA, or Transformer
-Engine, inside it. Numbers are those that a GPU would give, up to rounding; only speed is not. Works with 0.16.1 and 0.19.
+Engine, inside it. Numbers are those that a GPU would give, up to rounding; only speed is not. Works with 0.16.1, 0.19
+and the main branch (0.20).
 """
 
 from __future__ import annotations

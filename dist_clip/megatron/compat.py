@@ -151,8 +151,8 @@ def leaves(optimizer: Any) -> list[Leaf]:
     from megatron.core.optimizer.layer_wise_optimizer import LayerWiseDistributedOptimizer
     from megatron.core.optimizer.optimizer import ChainedOptimizer, Float16OptimizerWithFloat16Params, FP32Optimizer
 
-    spreading: tuple[Any, ...] = (DistributedOptimizer, *_fully_sharded())
-    known = (*spreading, Float16OptimizerWithFloat16Params, FP32Optimizer)
+    sharding: tuple[Any, ...] = (DistributedOptimizer, *_fully_sharded())
+    known = (*sharding, Float16OptimizerWithFloat16Params, FP32Optimizer)
 
     def walk(node: Any, spread: bool) -> Iterator[Leaf]:
         if isinstance(node, ChainedOptimizer):
@@ -172,7 +172,7 @@ def leaves(optimizer: Any) -> list[Leaf]:
                 "Float16OptimizerWithFloat16Params, FP32Optimizer, ChainedOptimizer, LayerWiseDistributedOptimizer, "
                 "FullyShardedOptimizer): leave Megatron's own clipping on for it"
             )
-        elif isinstance(node, spreading):
+        elif isinstance(node, sharding):
             fsdp = is_megatron_fsdp(node)
             if fsdp:
                 _check_strategies(node.ddp_config)
