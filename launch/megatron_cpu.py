@@ -5,15 +5,20 @@
     import megatron.core
     megatron_cpu.patch_megatron()      # after it
 
+    python -m launch.megatron_cpu pretrain_gpt.py ...   # python -m dist_clip.megatron, for Megatron-LM's own scripts
+
 megatron-core asks for CUDA at every turn: ``install`` sends ``device="cuda"`` to the CPU, makes streams and events do
 nothing, and gives gloo the two collectives that it lacks; ``patch_megatron`` mends what assumes CUDA, or Transformer
-Engine, inside it. Numbers are those that a GPU would give, up to rounding; only speed is not. Works with 0.16.1 and 0.19.
+Engine, inside it. Numbers are those that a GPU would give, up to rounding; only speed is not. Works with 0.16.1, 0.19
+and the main branch (0.20).
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -41,6 +46,7 @@ def install() -> None:
         state
     )
     cuda.get_device_capability = lambda *args: (8, 0)
+    cuda.get_device_properties = lambda *args: SimpleNamespace(name="CPU", major=8, minor=0, multi_processor_count=1)
     cuda.max_memory_allocated = cuda.memory_allocated = lambda *args, **kwargs: 0
     cuda.nvtx.range_push = cuda.nvtx.range_pop = lambda *args: None
     _complete_gloo()
@@ -82,6 +88,7 @@ def patch_megatron() -> None:
 
     token_dispatcher.maybe_move_tensor_to_cpu = moe_utils.maybe_move_tensor_to_cpu = moved
     wait_for_gathers(param_and_grad_buffer)
+    _shard_fully_on_cpu()
     if not isinstance(getattr(mcore_fsdp_adapter, "TELinear", type), type):
         mcore_fsdp_adapter.TELinear = type(
             "TELinear", (), {}
@@ -135,6 +142,31 @@ def patch_megatron() -> None:
     DistributedOptimizer._set_main_param_and_optimizer_states = lambda self, param, tensors: load_states(
         self, param, WithStep(tensors, self.optimizer)
     )
+
+
+def patch_training() -> None:
+    """Have Megatron-LM's training loop start without CUDA. After ``patch_megatron``."""
+    from megatron.training import training
+
+    training.initialize_megatron = functools.partial(training.initialize_megatron, allow_no_cuda=True)
+    # It initialises parallelism only where there are devices. No CUDA is "available" still: kernels ask for that.
+    torch.cuda.device_count = lambda: torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+
+
+def _shard_fully_on_cpu() -> None:
+    """Have Megatron-FSDP v2 (newer versions), which insists on a CUDA device for its streams, take the CPU for one."""
+    try:
+        from megatron.core.distributed.fsdp import mcore_fsdp_adapter as adapter
+        from megatron.core.distributed.fsdp.src.megatron_fsdp.experimental.dbuffer import DBuffer
+    except ImportError:
+        return
+    context = adapter.fully_shard_context
+
+    def on_cpu(device: Any = None, **kwargs: Any) -> Any:
+        return context(device=SimpleNamespace(type="cuda"), **kwargs)
+
+    adapter.fully_shard_context = on_cpu
+    DBuffer.allocation_stream = property(lambda buffer: _STREAM, lambda buffer, stream: None)
 
 
 def wait_for_gathers(buffers: Any) -> None:
@@ -255,3 +287,15 @@ class _Event:
 
 
 _STREAM = _Stream()
+
+
+if __name__ == "__main__":  # the same module is imported again by the processes that save a checkpoint
+    from launch.parallel import end_program
+
+    install()
+    patch_megatron()
+    patch_training()
+    from dist_clip.megatron import launcher
+
+    launcher.main()
+    end_program()

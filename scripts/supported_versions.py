@@ -3,13 +3,15 @@
     python -m scripts.supported_versions                    # writes the tables
     python -m scripts.supported_versions --check            # fails if the page is not what pyproject.toml and the pins say
     python -m scripts.supported_versions --run PYTHON ...   # runs the sample by each interpreter, and writes the tables
+    python -m scripts.supported_versions --run PYTHON --megatron-lm CHECKOUT   # with a checkout's megatron.core
 
 Accepted is what pyproject.toml says, tested is the pin of scripts/constraints.txt. A package without a pin is an error: it
 would be tested with whatever is newest.
 
 The second table has a row for each combination of WANTED, and for each that was run. Its numbers are in
 docs/data/versions.json. An interpreter's environment needs torch, pytest, pytest-xdist, tyro, tqdm and
-pytorch_optimizer; with megatron-core, einops and psutil the sample has Megatron's layouts as well.
+pytorch_optimizer; with megatron-core, einops and psutil the sample has Megatron's layouts as well. A checkout of
+Megatron-LM comes before what is installed, and counts as its main branch.
 """
 
 from __future__ import annotations
@@ -17,9 +19,11 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import os
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import tomllib
@@ -45,6 +49,7 @@ WANTED = (  # Python, torch, megatron-core
     ("3.11", "2.14.1", NO_MEGATRON),
     ("3.12", "2.13.0", "0.18.2"),
     ("3.12", "2.13.0", "0.19.2"),
+    ("3.12", "2.13.0", "0.20.0 (main)"),
     ("3.12", "2.14.1", "0.19.2"),
     ("3.13", "2.14.1", NO_MEGATRON),
 )
@@ -52,10 +57,11 @@ UNIT = ("clipper", "state", "functional", "guards", "torch_kernels", "selectors"
 LAYOUTS = ("ddp-2", "fsdp-uneven-2", "fsdp-mp-4", "hsdp-4", "tp-fsdp-4", "tp-sequence-fsdp-4", "ep-4", "pp-chunks-2")
 MEGATRON = ("tp2-sp", "pp2-interleaved-tied", "zero-instances", "ep2-zero", "tp2-pp2-tied-bf16", "layer-wise-bf16")
 PROBE = """
-import importlib.metadata as m, json, platform, torch
-try: core = m.version("megatron-core")
-except m.PackageNotFoundError: core = None
-print(json.dumps([".".join(platform.python_version_tuple()[:2]), torch.__version__.partition("+")[0], core]))
+import json, platform, torch
+try: from megatron.core.package_info import __version__ as core
+except ImportError: core = None
+python = ".".join(platform.python_version_tuple()[:2])
+print(json.dumps([python, torch.__version__.partition("+")[0], core and core.partition("+")[0]]))
 """
 
 
@@ -122,9 +128,22 @@ def tests_of(megatron: bool) -> list[str]:
     return collected
 
 
-def run(python: str) -> dict[str, object]:
+def run(python: str, megatron_lm: Path | None = None) -> dict[str, object]:
     """Run the sample by another interpreter. Returns its versions and how many tests passed, failed and were skipped."""
-    probe = subprocess.run([python, "-c", PROBE], capture_output=True, text=True, check=True, cwd=ROOT)
+    with tempfile.TemporaryDirectory() as folder:
+        environment = dict(os.environ)
+        if megatron_lm is not None:
+            # Not the checkout itself, whose package "tests" would hide ours.
+            (Path(folder) / "megatron").symlink_to(megatron_lm.resolve() / "megatron")
+            environment["PYTHONPATH"] = os.pathsep.join(filter(None, (folder, os.environ.get("PYTHONPATH"))))
+        made = _run(python, environment)
+    if megatron_lm is not None:
+        made["megatron-core"] = f"{made['megatron-core']} (main)"
+    return made
+
+
+def _run(python: str, environment: dict[str, str]) -> dict[str, object]:
+    probe = subprocess.run([python, "-c", PROBE], capture_output=True, text=True, check=True, cwd=ROOT, env=environment)
     version, torch, core = json.loads(probe.stdout)
     command = [
         python,
@@ -138,7 +157,8 @@ def run(python: str) -> dict[str, object]:
         "-p",
         "no:cacheprovider",
     ]
-    result = subprocess.run([*command, *tests_of(core is not None)], cwd=ROOT, capture_output=True, text=True)
+    tests = tests_of(core is not None)
+    result = subprocess.run([*command, *tests], cwd=ROOT, capture_output=True, text=True, env=environment)
     last = result.stdout.strip().splitlines()[-1]
     counts = {word: int(number) for number, word in re.findall(r"(\d+) (passed|failed|skipped|error)", last)}
     if not counts:
@@ -185,9 +205,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; fail if the page is out of date")
     parser.add_argument("--run", nargs="+", default=[], metavar="PYTHON", help="interpreters that run the sample first")
+    parser.add_argument(
+        "--megatron-lm", type=Path, metavar="CHECKOUT", help="whose megatron.core to run the sample with"
+    )
     options = parser.parse_args(arguments)
     for python in options.run:
-        made = run(python)
+        made = run(python, options.megatron_lm)
         print(made, flush=True)
         same = [made[key] for key in ("python", "torch", "megatron-core")]
         kept = [

@@ -151,7 +151,8 @@ def leaves(optimizer: Any) -> list[Leaf]:
     from megatron.core.optimizer.layer_wise_optimizer import LayerWiseDistributedOptimizer
     from megatron.core.optimizer.optimizer import ChainedOptimizer, Float16OptimizerWithFloat16Params, FP32Optimizer
 
-    known = (DistributedOptimizer, Float16OptimizerWithFloat16Params, FP32Optimizer)
+    sharding: tuple[Any, ...] = (DistributedOptimizer, *_fully_sharded())
+    known = (*sharding, Float16OptimizerWithFloat16Params, FP32Optimizer)
 
     def walk(node: Any, spread: bool) -> Iterator[Leaf]:
         if isinstance(node, ChainedOptimizer):
@@ -168,10 +169,10 @@ def leaves(optimizer: Any) -> list[Leaf]:
         elif not isinstance(node, known):
             raise LayoutError(
                 f"{type(node).__name__} is not an optimizer that dist_clip knows how to clip (known: DistributedOptimizer, "
-                "Float16OptimizerWithFloat16Params, FP32Optimizer, ChainedOptimizer, LayerWiseDistributedOptimizer): leave "
-                "Megatron's own clipping on for it"
+                "Float16OptimizerWithFloat16Params, FP32Optimizer, ChainedOptimizer, LayerWiseDistributedOptimizer, "
+                "FullyShardedOptimizer): leave Megatron's own clipping on for it"
             )
-        elif isinstance(node, DistributedOptimizer):
+        elif isinstance(node, sharding):
             fsdp = is_megatron_fsdp(node)
             if fsdp:
                 _check_strategies(node.ddp_config)
@@ -182,8 +183,17 @@ def leaves(optimizer: Any) -> list[Leaf]:
     return [leaf for leaf in walk(optimizer, False) if not getattr(leaf.optimizer, "is_stub_optimizer", False)]
 
 
+def _fully_sharded() -> tuple[Any, ...]:
+    """Return the class of the optimizer of Megatron-FSDP v2, which newer versions have."""
+    try:
+        from megatron.core.optimizer.fully_sharded_optimizer import FullyShardedOptimizer
+    except ImportError:
+        return ()
+    return (FullyShardedOptimizer,)
+
+
 def is_megatron_fsdp(leaf: Any) -> bool:
-    """Return whether Megatron-FSDP owns the parameters and gradients of a DistributedOptimizer."""
+    """Return whether Megatron-FSDP owns the parameters and gradients of an optimizer."""
     return bool(getattr(getattr(leaf, "ddp_config", None), "use_megatron_fsdp", False))
 
 
@@ -205,7 +215,12 @@ def _check_strategies(config: Any) -> None:
 
 def model_param(param: Any) -> nn.Parameter:
     """Return the parameter with Megatron's marks: Megatron-FSDP puts DTensors without some of them into the modules."""
-    return getattr(param, "orig_param", param)
+    reference = getattr(param, "_mfsdp_parameter_group", None)  # v2
+    if reference is None:
+        return getattr(param, "orig_param", param)
+    return next(
+        each.unsharded for each in reference().fsdp_parameters if param is each.sharded or param is each.unsharded
+    )
 
 
 def is_chained(optimizer: Any) -> bool:
@@ -225,9 +240,8 @@ def pieces(leaf: Any) -> Iterator[Piece]:
     decoupled = getattr(config, "use_precision_aware_optimizer_no_fp8_or_ds_fp8", False)
     attribute = "decoupled_grad" if decoupled else "grad"
     if is_megatron_fsdp(leaf):
-        for group in leaf.optimizer.param_groups:
-            for param in group["params"]:
-                yield Piece(model_param(param), param, gradient_attribute(param), 0, local(param).numel())
+        for param in _megatron_fsdp_params(leaf):
+            yield Piece(model_param(param), param, gradient_attribute(param), 0, local(param).numel())
     elif hasattr(leaf, "shard_fp32_groups"):  # DistributedOptimizer
         low = leaf.shard_float16_groups if decoupled else leaf.shard_fp32_from_float16_groups
         for models, shards in ((leaf.model_float16_groups, low), (leaf.model_fp32_groups, leaf.shard_fp32_groups)):
@@ -244,6 +258,14 @@ def pieces(leaf: Any) -> Iterator[Piece]:
         for group in leaf.param_groups:
             for param in group["params"]:
                 yield Piece(param, param, attribute, 0, param.numel())
+
+
+def _megatron_fsdp_params(leaf: Any) -> Iterator[Tensor]:
+    for group in leaf.optimizer.param_groups:
+        yield from group["params"]
+    if isinstance(leaf, _fully_sharded()):  # v2 does not step what this rank holds no element of
+        for chunk in leaf.model_chunks:
+            yield from (p for p in chunk.parameters() if p.requires_grad and not local(p).numel())
 
 
 def _pairs(models: Sequence[Sequence[Tensor]], mains: Sequence[Sequence[Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
