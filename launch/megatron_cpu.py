@@ -160,7 +160,9 @@ def _shard_fully_on_cpu() -> None:
         from megatron.core.distributed.fsdp.src.megatron_fsdp.experimental.dbuffer import DBuffer
     except ImportError:
         return
-    context = adapter.fully_shard_context
+    context = getattr(adapter, "fully_shard_context", None)
+    if context is None:
+        return
 
     def on_cpu(device: Any = None, **kwargs: Any) -> Any:
         return context(device=SimpleNamespace(type="cuda"), **kwargs)

@@ -63,7 +63,7 @@ TABLE: dict[str, Cut | None] = {
     r"mtp\.layers\.\d+\.eh_proj\.weight": DIM0,
     # Mamba.
     LAYER + r"mixer\.in_proj\.weight": Cut(0, MAMBA),
-    LAYER + r"mixer\.conv1d\.(weight|bias)": Cut(0, MAMBA[1:4]),
+    LAYER + r"mixer\.conv1d[._](weight|bias)": Cut(0, MAMBA[1:4]),  # parameters of the mixer itself in newer versions
     LAYER + r"mixer\.(A_log|D|dt_bias|norm\.weight)": DIM0,
     LAYER + r"mixer\.out_proj\.weight": DIM1,
     # The gated delta net.

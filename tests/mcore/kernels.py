@@ -60,6 +60,13 @@ def split_conv_scan(
     return torch.stack(out, 1).flatten(-2) * F.silu(z)
 
 
+def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, **_: Any) -> tuple[Tensor, None]:
+    """fla.modules.convolution.causal_conv1d: x [b, s, d], weight [d, w]."""
+    assert activation == "silu"
+    padded = F.pad(x.transpose(1, 2), (weight.shape[1] - 1, 0))
+    return F.silu(F.conv1d(padded, weight[:, None], bias, groups=len(weight))).transpose(1, 2), None
+
+
 def l2norm(x: Tensor) -> Tensor:
     return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)
 
@@ -87,6 +94,7 @@ KERNELS: dict[str, dict[str, Any]] = {
         "mamba_chunk_scan_combined": None,  # for inference
         "mamba_split_conv1d_scan_combined": split_conv_scan,
     },
+    "fla.modules.convolution": {"causal_conv1d": causal_conv1d},
     "fla.modules.l2norm": {"l2norm": l2norm},
     "fla.ops.gated_delta_rule": {"chunk_gated_delta_rule": gated_delta_rule},
 }
@@ -108,9 +116,13 @@ def install() -> None:
     finally:
         for package in made:
             del sys.modules[package]
+    from megatron.core.post_training.modelopt.layers import Linear
     from megatron.core.transformer import multi_latent_attention
     from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
     if not isinstance(multi_latent_attention.TELinear, type):  # a mock, of which nothing can be asked to be an instance
         multi_latent_attention.TELinear = type("TELinear", (), {})
-    mamba_block.TENorm = WrappedTorchNorm  # the last norm is Transformer Engine's, whatever the layers' are
+    if multi_latent_attention.Linear is None:  # newer versions know ModelOpt's layers beside Transformer Engine's only
+        multi_latent_attention.Linear = Linear
+    # The last norm is Transformer Engine's, whatever the layers' are.
+    sys.modules[mamba_block.MambaStack.__module__].TENorm = WrappedTorchNorm  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""Every class of parameter that megatron-core 0.16.1 can run on CPU, by the values of its gradient.
+"""Every class of parameter that megatron-core 0.16.1 or 0.19 can run on CPU, by the values of its gradient.
 
 cuts.py says how each class is cut; no attribute of a parameter does. Two tests share one run of each layout: the whole
 gradient, gathered from all ranks, is a single process's element by element, and the norms that dist_clip reports are those
