@@ -7,17 +7,8 @@ set -euo pipefail
 checkout="$(cd "${1:?usage: $0 CHECKOUT [--only NAME ...]}" && pwd)"
 shift
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-python="${BOOTSTRAP_PYTHON:-python3.12}"
-env="${MEGATRON_LM_ENV:-.venv-megatron-lm}"
-if [ ! -x "$env/bin/python" ]; then
-  "$python" -c 'import sys; assert sys.version_info >= (3, 12), sys.version' || {
-    echo "needs Python 3.12 or newer: BOOTSTRAP_PYTHON=/path/to/python3.12 $0" >&2
-    exit 2
-  }
-  "$python" -m venv "$env"
-fi
-"$env/bin/python" -m pip install --quiet --disable-pip-version-check "$(grep '^torch==' scripts/constraints.txt)"
+source scripts/own_env.sh
+own_env "${MEGATRON_LM_ENV:-.venv-megatron-lm}" "${BOOTSTRAP_PYTHON:-python3.12}" 12
 # emerging-optimizers: Muon, in the version that Megatron-LM asks for.
-"$env/bin/python" -m pip install --quiet --disable-pip-version-check -e ".[launch]" \
-  einops psutil packaging pybind11 setuptools emerging-optimizers==0.3.0
-exec "$env/bin/python" -m scripts.megatron_lm "$checkout" "$@"
+install -e ".[launch]" einops psutil packaging pybind11 setuptools emerging-optimizers==0.3.0
+exec "$PYTHON" -m scripts.megatron_lm "$checkout" "$@"
